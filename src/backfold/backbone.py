@@ -1,0 +1,187 @@
+"""Backbones: making them by their timm name, and reading their feature maps in one layout."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from backfold.errors import UserError
+
+ImageSize = tuple[int, int]
+DEFAULT_IMAGE_SIZE: ImageSize = (224, 224)
+
+
+def create_backbone(
+    name: str,
+    image_size: ImageSize | None = None,
+    channels: int = 3,
+    options: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A timm model without classifier and with random weights.
+
+    Args:
+        name: as in ``timm.list_models()``.
+        image_size: (height, width) in pixels; None takes the size the model was designed for.
+        channels: image channels, timm's ``in_chans``.
+        options: further keyword arguments of the model, such as ``depth`` or ``patch_size``.
+
+    Raises:
+        UserError: an unknown name, option or channel count, or a size that the model can't take.
+    """
+    if not timm.is_model(name):
+        nearest = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
+        raise UserError(f"unknown backbone {name!r}{hint}; `timm.list_models()` lists all")
+    arguments = {"num_classes": 0, "in_chans": channels, **(options or {})}
+    size = image_size or default_image_size(timm.get_pretrained_cfg(name))
+    try:
+        backbone = _create(name, size, arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"backbone {name!r} can't be built for {_describe(size)} pixels with "
+            f"{arguments}: {_first_line(error)}; change the image size or the backbone options"
+        ) from error
+    check_image_size(backbone, size, channels, name)
+    return backbone
+
+
+def _create(name: str, size: ImageSize, arguments: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(name, img_size=size, **arguments)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+    return timm.create_model(name, **arguments)
+
+
+def default_image_size(config: PretrainedCfg | Mapping[str, Any] | None) -> ImageSize:
+    """(height, width) that a timm model was designed for; 224 x 224 where nothing says so."""
+    if config is None:
+        return DEFAULT_IMAGE_SIZE
+    input_size = config.get("input_size") if isinstance(config, Mapping) else config.input_size
+    return (input_size[1], input_size[2]) if input_size else DEFAULT_IMAGE_SIZE
+
+
+def check_image_size(backbone: nn.Module, size: ImageSize, channels: int, name: str) -> None:
+    """Run one black image through; raise UserError if the backbone can't take this size.
+
+    Patches that do not tile the image are refused too: the border would never be restored.
+    """
+    patch = _tiling_patch(backbone)
+    if patch is not None and (size[0] % patch[0] or size[1] % patch[1]):
+        raise UserError(
+            f"image size {_describe(size)} is no multiple of the {_describe(patch)} patches of "
+            f"{name!r}; give a multiple, or another patch size in the backbone options"
+        )
+    parameter = next(backbone.parameters(), None)
+    like = parameter if parameter is not None else torch.zeros(())
+    image = torch.zeros(2, channels, *size, dtype=like.dtype, device=like.device)
+    was_training = backbone.training
+    try:
+        with torch.no_grad():
+            feature_map(backbone.eval(), image)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"backbone {name!r} can't take images of {channels} x {_describe(size)}: "
+            f"{_first_line(error)}; choose another image size or backbone"
+        ) from error
+    finally:
+        backbone.train(was_training)
+
+
+def _tiling_patch(backbone: nn.Module) -> ImageSize | None:
+    """(height, width) of patches that must tile the image; None if they overlap or are padded."""
+    embedding = getattr(backbone, "patch_embed", None)
+    patch_size = getattr(embedding, "patch_size", None)
+    if patch_size is None or getattr(embedding, "dynamic_img_pad", False):
+        return None
+    patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    stride = getattr(getattr(embedding, "proj", None), "stride", patch)
+    return None if tuple(stride) != patch else (patch[0], patch[1])
+
+
+def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
+    """The backbone's last features as (batch, positions, features), class tokens left out.
+
+    Takes timm models in any of their layouts (NCHW, NHWC, tokens, a list of feature maps, of which
+    the last counts, a list of parallel branches of tokens, which are joined) and other modules that
+    return a feature map or one vector an image.
+    """
+    forward = getattr(backbone, "forward_features", backbone)
+    return as_positions(backbone, forward(images))
+
+
+def as_positions(backbone: nn.Module, features: object) -> Tensor:
+    """Features in any layout that timm uses as (batch, positions, features)."""
+    if isinstance(features, Mapping):
+        features = features.get("x_norm_patchtokens", features.get("patch_features"))
+    if isinstance(features, (list, tuple)) and features:
+        if all(_is_tokens(branch) for branch in features):
+            return _join_branches(backbone, features)
+        features = features[-1]
+    if not isinstance(features, Tensor) or features.ndim not in (2, 3, 4):
+        raise UserError(
+            f"the backbone {type(backbone).__name__} gives {_layout(features)}, no feature map; "
+            "give a module that returns (batch, features, height, width) or "
+            "(batch, tokens, features)"
+        )
+    if features.ndim == 4:
+        channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+        return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+    if features.ndim == 2:
+        return features[:, None]
+    return _without_prefix(backbone, features)
+
+
+def _is_tokens(features: object) -> bool:
+    return isinstance(features, Tensor) and features.ndim == 3
+
+
+def _join_branches(backbone: nn.Module, branches: Sequence[Tensor]) -> Tensor:
+    """Parallel branches one after another, each with its own features and zeros for the others'.
+
+    So each branch gets its own part of a linear head, whatever the widths are.
+    """
+    # EfficientViM gives (batch, features, positions): then those widths add up to the model's.
+    if sum(branch.shape[1] for branch in branches) == getattr(backbone, "num_features", None):
+        branches = [branch.transpose(1, 2) for branch in branches]
+    branches = [_without_prefix(backbone, branch) for branch in branches]
+    widths = [branch.shape[2] for branch in branches]
+    padded = [
+        F.pad(branch, (sum(widths[:index]), sum(widths[index + 1 :])))
+        for index, branch in enumerate(branches)
+    ]
+    return torch.cat(padded, dim=1)
+
+
+def _without_prefix(backbone: nn.Module, tokens: Tensor) -> Tensor:
+    """(batch, tokens, features) without class and register tokens, unless there are no others."""
+    num_prefix = getattr(backbone, "num_prefix_tokens", None)
+    if num_prefix is None:
+        # CoaT, CrossViT, PiT and VOLO do not say how many they have.
+        own = backbone.named_parameters(recurse=False)
+        num_prefix = next((p.shape[1] for name, p in own if name.startswith("cls_token")), 0)
+    return tokens[:, num_prefix:] if tokens.shape[1] > num_prefix else tokens
+
+
+def _layout(features: object) -> str:
+    return (
+        f"a tensor of shape {tuple(features.shape)}"
+        if isinstance(features, Tensor)
+        else type(features).__name__
+    )
+
+
+def _describe(size: tuple[int, ...]) -> str:
+    return "x".join(str(side) for side in size)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,268 @@
+"""Whether a backbone can be an energy function: a check against finite differences.
+
+Meant for a model that is thrown away afterwards: the check makes it float64 and perturbs it, as a
+parameter that starts at zero (the last scale of a residual branch) hides the ones behind it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
+
+from backfold.backbone import ImageSize
+from backfold.energy import EnergyModel
+from backfold.restoration import energy_gradient, restoration_step, training_step
+
+INDEPENDENCE_TOLERANCE = 1e-4
+DERIVATIVE_TOLERANCE = 2e-3
+INFLUENCE_TOLERANCE = 1e-4
+# A kink (ReLU) within the step spoils a finite difference and rounding spoils a tiny step: of these
+# steps, relative to the parameters, the best one counts.
+STEPS = (1e-6, 1e-7, 1e-5, 1e-8, 1e-4, 1e-3)
+
+
+@dataclass(frozen=True)
+class SecondOrder:
+    """What `check_second_order` found.
+
+    Args:
+        complaint: one line on what is wrong, empty if nothing is.
+        without_gradient: names of the backbone's parameters that the energy's gradient does not
+            depend on.
+        derivative_error: relative distance between the loss's derivative along a random direction
+            and its finite difference, at the step where they are nearest; NaN if not measured.
+    """
+
+    complaint: str
+    without_gradient: tuple[str, ...] = ()
+    derivative_error: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """What `check_compatibility` found; ``reason`` is one line on the first check that failed."""
+
+    finite_energies: bool
+    finite_gradient: bool
+    second_order: bool
+    independent: bool
+    reason: str
+    without_gradient: tuple[str, ...]
+    derivative_error: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.reason
+
+
+def check_compatibility(
+    model: EnergyModel, image_size: ImageSize, channels: int = 3, seed: int = 0
+) -> Compatibility:
+    """Check energies, gradients, second-order gradients and the independence of the images.
+
+    1. Energies are finite, one for each image. 2. Their gradient is finite and not zero. 3. As
+    `check_second_order`. 4. Energy and gradient of an image do not depend on the rest of its batch.
+
+    Args:
+        model: is changed, see above; its dropout is switched off.
+        image_size: (height, width) in pixels of the random images used.
+        channels: of these images.
+        seed: of the images, the perturbation and the directions.
+    """
+    model.double().train()
+    switch_off_dropout(model)
+    images = _random_images((3, channels, *image_size), seed)
+    perturb(list(model.backbone.parameters()), 0.1, seed)
+    energies = _attempt(lambda: _calibrate(model, images) or check_energies(model, images))
+    gradient = _attempt(lambda: check_gradient(model, images))
+    try:
+        second = check_second_order(model, images[:2], seed)
+    except Exception as error:
+        second = SecondOrder(_one_line(error))
+    independent = _attempt(lambda: check_independence(model, images))
+    complaints = (energies, gradient, second.complaint, independent)
+    return Compatibility(
+        *(not complaint for complaint in complaints),
+        reason=next((complaint for complaint in complaints if complaint), ""),
+        without_gradient=second.without_gradient,
+        derivative_error=second.derivative_error,
+    )
+
+
+def _attempt(check: Callable[[], str]) -> str:
+    """The check's complaint; what it raised, if it did."""
+    try:
+        return check()
+    except Exception as error:
+        return _one_line(error)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200] or 'no message'}"
+
+
+def _calibrate(model: EnergyModel, images: Tensor) -> str:
+    model.calibrate(images)
+    return ""
+
+
+def _random_images(shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set all rates of dropout and stochastic depth to zero: two passes are then comparable."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, DropPath):
+            module.drop_prob = 0.0
+
+
+def perturb(parameters: Sequence[Tensor], step: float, seed: int) -> None:
+    """Add noise of ``step`` times each tensor's root mean square, in place.
+
+    Tensors that are all but zero get noise as if their root mean square were 0.2.
+    """
+    _Direction(parameters, seed).move(step)
+
+
+class _Direction:
+    """A random direction in the space of parameters, drawn anew at each use to save its memory."""
+
+    def __init__(self, parameters: Sequence[Tensor], seed: int) -> None:
+        self.parameters = parameters
+        self.seed = seed
+        sizes = [float(p.detach().square().mean().sqrt()) for p in parameters]
+        self.scales = [size if size > 1e-3 else 0.2 for size in sizes]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for parameter, scale in zip(self.parameters, self.scales, strict=True):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            yield noise.mul_(scale).to(parameter.device)
+
+    @torch.no_grad()
+    def move(self, step: float) -> None:
+        for parameter, noise in zip(self.parameters, self, strict=True):
+            parameter.add_(noise, alpha=step)
+
+    def times_gradient(self) -> float:
+        pairs = zip(self.parameters, self, strict=True)
+        return sum(float((p.grad * noise).sum()) for p, noise in pairs if p.grad is not None)
+
+
+def check_energies(model: EnergyModel, images: Tensor) -> str:
+    """Complains unless there is one finite energy for each image."""
+    energies = model(images)
+    if energies.shape != (len(images),):
+        return f"energies have shape {tuple(energies.shape)} for {len(images)} images"
+    return "" if bool(energies.isfinite().all()) else "an energy is not finite"
+
+
+def check_gradient(model: EnergyModel, images: Tensor) -> str:
+    """Complains unless each image's energy gradient is finite and not zero."""
+    _, gradient = energy_gradient(model, images)
+    if not bool(gradient.isfinite().all()):
+        return "the energy's gradient is not finite"
+    moves = gradient.flatten(1).any(dim=1)
+    return "" if bool(moves.all()) else "the energy's gradient is zero"
+
+
+def check_independence(model: EnergyModel, images: Tensor) -> str:
+    """Complains if the first image's energy or gradient changes with the other images."""
+    energies, gradient = energy_gradient(model, images)
+    energy_alone, gradient_alone = energy_gradient(model, images[:1])
+    pairs = {"energy": (energies[:1], energy_alone), "gradient": (gradient[:1], gradient_alone)}
+    for name, (together, alone) in pairs.items():
+        change = _relative_distance(together, alone)
+        if not change < INDEPENDENCE_TOLERANCE:
+            return f"an image's {name} changes by {change:.0e} with the other images of its batch"
+    return ""
+
+
+def check_second_order(model: EnergyModel, images: Tensor, seed: int = 0) -> SecondOrder:
+    """Check the gradient of a training step's loss with respect to the backbone's parameters.
+
+    Each parameter's gradient is finite and not zero, or else a change of the parameter leaves the
+    energy's gradient as it is. Along a random direction in the space of all parameters the loss's
+    derivative equals a central finite difference.
+
+    Args:
+        model: in float64; its parameters are moved and put back.
+        images: (batch, channels, height, width), float64.
+        seed: of the clean images and the directions.
+    """
+    clean = _random_images(tuple(images.shape), seed + 1)
+    model.zero_grad()
+    loss, _, _ = training_step(model, images, clean, torch.ones(1, dtype=torch.bool))
+    loss.backward()
+    named = {name: p for name, p in model.backbone.named_parameters() if p.requires_grad}
+    without = {n: p for n, p in named.items() if p.grad is None or not bool(p.grad.any())}
+    for name, parameter in named.items():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            return SecondOrder(f"the second-order gradient of {name} is not finite")
+    if len(without) == len(named):
+        return SecondOrder("no parameter gets a second-order gradient", tuple(without))
+    influence = _influence(model, images, _Direction(list(without.values()), seed))
+    error = _derivative_error(model, images, clean, _Direction(list(named.values()), seed))
+    complaint = ""
+    if not influence < INFLUENCE_TOLERANCE:
+        complaint = (
+            f"{next(iter(without))} or another of {len(without)} parameters gets no gradient, "
+            f"though the energy's gradient depends on it (relative slope {influence:.0e})"
+        )
+    elif not error < DERIVATIVE_TOLERANCE:
+        complaint = f"the loss's derivative is off its finite difference by {error:.0e}"
+    return SecondOrder(complaint, tuple(without), error)
+
+
+def _influence(model: EnergyModel, images: Tensor, direction: _Direction) -> float:
+    """How much the energy's gradient changes along the direction, both relative: a slope."""
+    if not direction.parameters:
+        return 0.0
+    _, before = energy_gradient(model, images)
+    slope = float("inf")
+    for step in STEPS:
+        direction.move(step)
+        _, after = energy_gradient(model, images)
+        direction.move(-step)
+        slope = min(slope, _relative_distance(after, before) / step)
+        if slope < INFLUENCE_TOLERANCE:
+            break
+    return slope
+
+
+def _derivative_error(
+    model: EnergyModel, images: Tensor, clean: Tensor, direction: _Direction
+) -> float:
+    """Relative distance of the loss's derivative along the direction from a finite difference."""
+    derivative = direction.times_gradient()
+    best = float("inf")
+    for step in STEPS:
+        direction.move(step)
+        above = _loss(model, images, clean)
+        direction.move(-2 * step)
+        below = _loss(model, images, clean)
+        direction.move(step)
+        difference = (above - below) / (2 * step)
+        scale = max(abs(derivative), abs(difference))
+        best = min(best, abs(derivative - difference) / scale if scale > 0 else 0.0)
+        if best < DERIVATIVE_TOLERANCE:
+            break
+    return best
+
+
+def _loss(model: EnergyModel, images: Tensor, clean: Tensor) -> float:
+    """The training loss by first derivatives only, and without its cast to float32."""
+    restored, _ = restoration_step(model, images)
+    return float(F.smooth_l1_loss(restored, clean))
+
+
+def _relative_distance(value: Tensor, reference: Tensor) -> float:
+    return float((value - reference).norm() / reference.norm())

@@ -1,0 +1,77 @@
+"""Bringing an image to the training size, with or without random changes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+from backfold.errors import UserError
+
+ImageSize = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a training image, drawn anew in every epoch.
+
+    Args:
+        random_crop: cut out a random part and scale it to the image size (default: true); if false,
+            scale the image to cover the size and cut out the centre.
+        crop_scale: smallest and largest area of the random part, as shares of the image's area,
+            above 0 and at most 1 (default: 0.2 to 1.0).
+        horizontal_flip: mirror half of the images, left to right (default: true).
+
+    Raises:
+        UserError: a crop scale outside its range.
+    """
+
+    random_crop: bool = True
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    horizontal_flip: bool = True
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        if not 0.0 < low <= high <= 1.0:
+            raise UserError(
+                f"crop_scale is {low:g} to {high:g}; give two rising numbers above 0, at most 1"
+            )
+
+
+class Augmenter:
+    """Applies an `Augmentation`; draws from torch's global random generator.
+
+    Args:
+        augmentation: what to do.
+        image_size: (height, width) of the result, in pixels.
+    """
+
+    def __init__(self, augmentation: Augmentation, image_size: ImageSize) -> None:
+        self._augmentation, self._image_size = augmentation, image_size
+        self._crop = v2.RandomResizedCrop(image_size, augmentation.crop_scale)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """From (channels, any height, any width) to (channels, *image_size); same dtype."""
+        if self._augmentation.random_crop:
+            # The transform's own forward takes three times as long on small images.
+            box = self._crop.make_params([image])
+            image = TF.resized_crop(image, **box, size=list(self._image_size), antialias=True)
+        else:
+            image = cover(image, self._image_size)
+        if self._augmentation.horizontal_flip and torch.rand(()).item() < 0.5:
+            image = TF.horizontal_flip(image)
+        return image
+
+
+def cover(image: Tensor, image_size: ImageSize) -> Tensor:
+    """Scale a (channels, height, width) image to just cover the size; cut out the centre."""
+    height, width = image.shape[-2:]
+    if (height, width) == image_size:
+        return image
+    scale = max(image_size[0] / height, image_size[1] / width)
+    scaled = [
+        max(image_size[0], round(height * scale)),
+        max(image_size[1], round(width * scale)),
+    ]
+    return TF.center_crop(TF.resize(image, scaled, antialias=True), list(image_size))

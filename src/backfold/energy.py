@@ -1,0 +1,155 @@
+"""The energy function: a vision backbone with one bias-free head, images -> one scalar an image.
+
+Lower means more plausible (Wang et al., ICLR 2023, arXiv 2302.01384). The energy is summed over the
+positions of the feature map, so that the gradient at a pixel does not shrink as images grow, and
+the head is scaled at construction so that this gradient is about as large as the pixels are: a step
+size of 1 then fits every backbone and resolution.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from backfold.backbone import (
+    ImageSize,
+    check_image_size,
+    create_backbone,
+    default_image_size,
+    feature_map,
+)
+from backfold.restoration import energy_gradient
+
+HeadName = Literal["linear", "quadratic"]
+CALIBRATION_BATCH = 8
+
+
+class LinearHead(nn.Module):
+    """E = sum over positions of w . f. No bias: the energy's gradient would not depend on it."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_features) / num_features**0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(batch, positions, features) -> (batch,), in float32 or better."""
+        return (_at_least_float32(features) @ self.weight).sum(dim=1)
+
+
+class QuadraticHead(nn.Module):
+    """E = sum over positions of w . f + v . f^2 / 2."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, num_features) / num_features**0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(batch, positions, features) -> (batch,), in float32 or better."""
+        features = _at_least_float32(features)
+        return (features @ self.weight[0] + features.square() @ self.weight[1] / 2).sum(dim=1)
+
+
+def _at_least_float32(features: Tensor) -> Tensor:
+    # Under bf16 autocast a sum over hundreds of positions keeps two or three digits.
+    return features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
+
+
+class EnergyModel(nn.Module):
+    """Backbone and head: ``(batch, channels, height, width) -> (batch,)``.
+
+    Batch normalisation always uses its running statistics, in training too, so that each image's
+    energy and gradient depend on that image alone. They are measured once, by `calibrate`.
+
+    Args:
+        backbone: a timm model's name (random weights), or any module that gives a feature map. A
+            module is used as it is: only the head is scaled.
+        image_size: (height, width) or one number, in pixels; None takes the backbone's own.
+        channels: channels of the images.
+        head: "linear" (the paper's) or "quadratic" in the features.
+        backbone_options: further keyword arguments for timm.
+        seed: of the head's weights and of the images for the first calibration.
+
+    Raises:
+        UserError: an unknown backbone or head, or an image size that the backbone can't take.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        *,
+        image_size: int | ImageSize | None = None,
+        channels: int = 3,
+        head: HeadName = "linear",
+        backbone_options: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if isinstance(backbone, str):
+            self.backbone = create_backbone(backbone, size, channels, backbone_options)
+            size = size or default_image_size(self.backbone.pretrained_cfg)
+        else:
+            size = size or default_image_size(getattr(backbone, "pretrained_cfg", None))
+            check_image_size(backbone, size, channels, type(backbone).__name__)
+            self.backbone = backbone
+        heads = {"linear": LinearHead, "quadratic": QuadraticHead}
+        if head not in heads:
+            raise UserError(f"unknown head {head!r}; choose from {', '.join(heads)}")
+        parameter = next(self.backbone.parameters())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            images = torch.randn(CALIBRATION_BATCH, channels, *size).to(parameter)
+            with torch.no_grad():
+                num_features = feature_map(self.backbone, images[:2]).shape[-1]
+            self.head = heads[head](num_features).to(parameter)
+            self.calibrate(images, batch_norm=isinstance(backbone, str))
+        self.train()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Energies ``(batch,)`` of normalised images."""
+        energies: Tensor = self.head(feature_map(self.backbone, images))
+        return energies
+
+    def train(self, mode: bool = True) -> Self:
+        """As `nn.Module.train`, but batch normalisation stays in eval mode."""
+        super().train(mode)
+        for module in self.backbone.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    def calibrate(self, images: Tensor, batch_norm: bool = True) -> None:
+        """Scale the head so that the energy gradient's root mean square on these images is 1.
+
+        Args:
+            images: normalised (zero mean, unit deviation), as the energy will see them.
+            batch_norm: also set the running statistics of batch normalisation to these images'.
+        """
+        was_training = self.training
+        self.eval()
+        if batch_norm:
+            measure_batch_norm(self.backbone, images)
+        _, gradient = energy_gradient(self, images)
+        scale = gradient.float().square().mean().sqrt()
+        if torch.isfinite(scale) and scale > 0:
+            with torch.no_grad():
+                self.head.weight.div_(scale)
+        self.train(was_training)
+
+
+@torch.no_grad()
+def measure_batch_norm(backbone: nn.Module, images: Tensor) -> None:
+    """Set the running statistics of all batch normalisations to those of these images."""
+    modules = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
+    momenta = [module.momentum for module in modules]
+    for module in modules:
+        module.reset_running_stats()
+        module.momentum = None  # a cumulative average: one batch sets the statistics
+        module.train()
+    if modules:
+        feature_map(backbone, images)
+    for module, momentum in zip(modules, momenta, strict=True):
+        module.momentum = momentum
+        module.eval()

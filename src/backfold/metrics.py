@@ -1,0 +1,145 @@
+"""Measures of restored images, of energies and of embeddings, all of them pure functions."""
+
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+
+from backfold.errors import UserError
+
+MAX_PSNR_DB = 100.0
+SSIM_SIGMA = 1.5
+SSIM_RADIUS = 5
+KNN_TEMPERATURE = 0.07
+KNN_CHUNK_ELEMENTS = 2**24
+
+
+def psnr_db(restored: Tensor, clean: Tensor, std: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image in decibels, ``(batch,)``; identical images get 100.
+
+    Args:
+        restored: (batch, channels, height, width), normalised; it is not clipped.
+        clean: as ``restored``.
+        std: (channels,), deviation by which pixels in [0, 1] were divided; the peak is 1.
+    """
+    scale = _per_channel(std, clean)
+    ratio = peak_signal_noise_ratio(
+        restored.float() * scale,
+        clean.float() * scale,
+        data_range=1.0,
+        reduction="none",
+        dim=(1, 2, 3),
+    )
+    return ratio.clamp(max=MAX_PSNR_DB)
+
+
+def ssim(restored: Tensor, clean: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Structural similarity of each image, ``(batch,)``, at most 1.
+
+    Gaussian windows of deviation 1.5 and 11 pixels across, of which only those wholly inside the
+    image count. In images of fewer than 11 pixels the window shrinks to the largest that fits.
+
+    Args:
+        restored: (batch, channels, height, width), normalised; it is not clipped.
+        clean: as ``restored``.
+        mean: (channels,), mean of the pixels in [0, 1] that was subtracted.
+        std: (channels,), deviation by which they were divided.
+
+    Raises:
+        UserError: images of fewer than 3 pixels in height or width.
+    """
+    height, width = clean.shape[-2:]
+    radius = min(SSIM_RADIUS, (min(height, width) - 1) // 2)
+    if radius < 1:
+        raise UserError(
+            f"ssim can't compare images of {height} x {width} pixels; give at least 3 x 3"
+        )
+    scale, offset = _per_channel(std, clean), _per_channel(mean, clean)
+    _, similarity_map = structural_similarity_index_measure(
+        restored.float() * scale + offset,
+        clean.float() * scale + offset,
+        sigma=SSIM_SIGMA if radius == SSIM_RADIUS else radius / 3.5,  # torchmetrics: 3.5 sigmas
+        reduction="none",
+        data_range=1.0,
+        return_full_image=True,
+    )
+    # Whether windows that hang over the border count differs between torchmetrics' versions.
+    similarity: Tensor = similarity_map[..., radius:-radius, radius:-radius].mean(dim=(1, 2, 3))
+    return similarity
+
+
+def _per_channel(values: Tensor, images: Tensor) -> Tensor:
+    return values.to(images.device, torch.float32).view(-1, 1, 1)
+
+
+def rank_me(embeddings: Tensor) -> float:
+    """Effective rank of embeddings ``(images, features)``, from 1 to the number of features.
+
+    The exponential of the entropy of the normalised singular values (RankMe, Garrido et al., ICML
+    2023), without centring; 0 where all embeddings are zero.
+    """
+    singular_values = torch.linalg.svdvals(embeddings.double())
+    total = singular_values.sum()
+    if total == 0:
+        return 0.0
+    return float(torch.special.entr(singular_values / total).sum().exp())
+
+
+def energy_auroc(clean_energies: Tensor, corrupted_energies: Tensor) -> float:
+    """How often, from 0 to 1, a clean image's energy is below a corrupted one's; ties count half.
+
+    All pairs are compared. Energies are ``(clean images,)`` and ``(corrupted images,)``.
+
+    Raises:
+        ValueError: an energy that is not finite, or no energies on one side.
+    """
+    energies = torch.cat([clean_energies.detach().cpu(), corrupted_energies.detach().cpu()])
+    is_corrupted = torch.arange(len(energies)) >= len(clean_energies)
+    if is_corrupted.all() or not is_corrupted.any():
+        raise ValueError("energy_auroc needs clean and corrupted energies; one side is empty")
+    return float(roc_auc_score(is_corrupted.numpy(), energies.double().numpy()))
+
+
+def energy_gap(clean_energies: Tensor, corrupted_energies: Tensor) -> float:
+    """Mean energy of the corrupted images minus that of the clean ones."""
+    return float(corrupted_energies.double().mean() - clean_energies.double().mean())
+
+
+def knn_accuracy(
+    train_embeddings: Tensor,
+    train_labels: Tensor,
+    test_embeddings: Tensor,
+    test_labels: Tensor,
+    k: int = 20,
+) -> float:
+    """Accuracy, from 0 to 1, of the k nearest training images' weighted vote.
+
+    Neighbours are nearest in cosine similarity and vote with weight exp(similarity / 0.07), the
+    usual protocol of self-supervised learning (Wu et al., CVPR 2018).
+
+    Args:
+        train_embeddings: (training images, features), on any device.
+        train_labels: (training images,), whole numbers.
+        test_embeddings: (test images, features).
+        test_labels: (test images,), whole numbers.
+        k: neighbours that vote; all training images where there are fewer.
+    """
+    bank = F.normalize(train_embeddings.float(), dim=1)
+    queries = F.normalize(test_embeddings.float(), dim=1)
+    classes, votes_for = torch.unique(train_labels.to(bank.device), return_inverse=True)
+    chunk = max(1, KNN_CHUNK_ELEMENTS // len(bank))
+    predicted = torch.cat(
+        [_vote(part @ bank.T, votes_for, len(classes), k) for part in torch.split(queries, chunk)]
+    )
+    return float((classes[predicted] == test_labels.to(bank.device)).double().mean())
+
+
+def _vote(similarities: Tensor, votes_for: Tensor, num_classes: int, k: int) -> Tensor:
+    nearest, indices = similarities.topk(min(k, similarities.shape[1]), dim=1)
+    weights = (nearest / KNN_TEMPERATURE).exp()
+    votes = weights.new_zeros(len(weights), num_classes)
+    return votes.scatter_add_(1, votes_for[indices], weights).argmax(dim=1)

@@ -1,0 +1,23 @@
+"""Pretext tasks: callables that corrupt a batch of clean images, and say where the loss counts."""
+
+from backfold.pretext.colorization import Colorization, chroma_error, luminance
+from backfold.pretext.corruption import Corruption, PretextTask
+from backfold.pretext.denoising import Denoising
+from backfold.pretext.masking import Masking
+from backfold.pretext.mixture import Mixture
+from backfold.pretext.sorting import Sorting, patches_placed_right
+from backfold.pretext.superresolution import SuperResolution
+
+__all__ = [
+    "Colorization",
+    "Corruption",
+    "Denoising",
+    "Masking",
+    "Mixture",
+    "PretextTask",
+    "Sorting",
+    "SuperResolution",
+    "chroma_error",
+    "luminance",
+    "patches_placed_right",
+]

@@ -1,0 +1,54 @@
+"""What every pretext task takes and gives."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from backfold.errors import UserError
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """Corrupted images and where the loss counts.
+
+    Args:
+        corrupted: shape, type and device of the clean images.
+        loss_mask: bool, (batch, 1, height, width); True where the loss counts.
+    """
+
+    corrupted: Tensor
+    loss_mask: Tensor
+
+
+class PretextTask(Protocol):
+    """Corrupts a batch of clean images; each image's corruption is drawn on its own."""
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
+        """Corrupt the images; the input stays as it is.
+
+        Args:
+            clean: floats (batch, channels, height, width), normalised to zero mean and unit
+                deviation per channel over the data set.
+            generator: the only source of randomness, on the images' device. The same state gives
+                the same bits.
+
+        Raises:
+            UserError: images that this task can't corrupt.
+        """
+        ...
+
+
+def check_images(images: Tensor) -> None:
+    """Raise UserError unless the images are floats of shape (batch, channels, height, width)."""
+    if images.ndim != 4 or not images.is_floating_point():
+        raise UserError(
+            f"images are {tuple(images.shape)} of {images.dtype}; "
+            "give floats of shape (batch, channels, height, width)"
+        )
+
+
+def loss_everywhere(clean: Tensor) -> Tensor:
+    """A loss mask, (batch, 1, height, width), that is True at every pixel."""
+    return torch.ones_like(clean[:, :1], dtype=torch.bool)

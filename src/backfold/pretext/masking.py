@@ -1,0 +1,138 @@
+"""Masked image modelling: hide patches, to be restored from the visible ones."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from backfold.errors import UserError
+from backfold.pretext.corruption import Corruption, check_images
+from backfold.pretext.patches import patch_mask_to_pixels, random_order
+
+Fill = Literal["zero", "noise", "mean"]
+
+# Enough to reach the highest ratios: each covers up to half of the hidden area.
+NUM_RECTANGLES = 64
+SMALLEST_RECTANGLE, LARGEST_RECTANGLE = 1 / 6, 1 / 2
+LARGEST_ASPECT = 3.0
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Hides random square patches; the loss counts on the hidden pixels.
+
+    Every image loses exactly round(mask_ratio * patches) patches: at least one and, where there is
+    more than one patch, at most all but one. Patches at the bottom and right edges are cut off
+    where the image ends, and count as patches.
+
+    Args:
+        mask_ratio: share of the patches that is hidden, above 0 and below 1 (default: 0.6).
+        mask_patch_size: side of the hidden squares in pixels, 1 or more; independent of the
+            backbone's patches (default: 16).
+        fill: what hidden pixels become: "zero", the data set's mean; "noise", Gaussian noise of
+            the data set's deviation; "mean", the mean of the image's own visible pixels in each
+            channel, so that nothing hidden leaks into it (default: "zero").
+        blocks: hide rectangles of neighbouring patches instead of scattered patches. Rectangles of
+            a sixth to a half of the hidden area are laid at random until the ratio is reached; the
+            last one is cut short (default: False).
+
+    Raises:
+        UserError: a field out of its range or, when called, patches larger than the image.
+    """
+
+    mask_ratio: float = 0.6
+    mask_patch_size: int = 16
+    fill: Fill = "zero"
+    blocks: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise UserError(
+                f"mask_ratio is {self.mask_ratio}; give a share above 0 and below 1, such as 0.6"
+            )
+        if self.mask_patch_size < 1:
+            raise UserError(f"mask_patch_size is {self.mask_patch_size}; give 1 pixel or more")
+        if self.fill not in get_args(Fill):
+            raise UserError(f"fill is {self.fill!r}; choose from {', '.join(get_args(Fill))}")
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
+        """Hide patches of normalised images (batch, channels, height, width)."""
+        check_images(clean)
+        batch_size, _, height, width = clean.shape
+        mask = self.draw_mask(batch_size, height, width, generator)
+        filling = _filling(clean, mask, self.fill, generator)
+        return Corruption(torch.where(mask, filling, clean), mask)
+
+    def draw_mask(
+        self, batch_size: int, height: int, width: int, generator: torch.Generator
+    ) -> Tensor:
+        """Hidden pixels: bool, (batch_size, 1, height, width), True = hidden."""
+        size = self.mask_patch_size
+        if size > min(height, width):
+            raise UserError(
+                f"mask_patch_size is {size}, larger than the {height}x{width} pixel image; "
+                f"give {min(height, width)} or less"
+            )
+        rows, columns = math.ceil(height / size), math.ceil(width / size)
+        patches = rows * columns
+        count = max(1, min(patches - 1, round(self.mask_ratio * patches)))
+        if self.blocks:
+            order = _block_order(batch_size, rows, columns, count, generator)
+        else:
+            order = random_order(batch_size, patches, generator)
+        mask = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :count], True)
+        return patch_mask_to_pixels(mask.view(batch_size, rows, columns), size, height, width)
+
+
+def _filling(clean: Tensor, mask: Tensor, fill: Fill, generator: torch.Generator) -> Tensor:
+    if fill == "zero":
+        return torch.zeros_like(clean)
+    if fill == "noise":
+        return torch.randn(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)
+    # With a single patch nothing is visible; the fill is then the data set's mean, 0.
+    num_visible = (~mask).sum(dim=(2, 3), keepdim=True).clamp(min=1)
+    return clean.masked_fill(mask, 0).sum(dim=(2, 3), keepdim=True) / num_visible
+
+
+def _block_order(
+    batch_size: int, rows: int, columns: int, count: int, generator: torch.Generator
+) -> Tensor:
+    """Patch indices in the order in which random rectangles hide them: (batch, rows * columns)."""
+    row_covered, column_covered = _rectangles(batch_size, rows, columns, count, generator)
+    covered = row_covered[:, :, :, None] & column_covered[:, :, None, :]
+    uncovered = torch.ones_like(covered[:, :1])
+    # argmax finds the first rectangle over each patch; the appended one catches the rest.
+    first = torch.cat([covered, uncovered], dim=1).to(torch.uint8).argmax(dim=1)
+    return first.flatten(1).argsort(dim=1, stable=True)
+
+
+def _rectangles(
+    batch_size: int, rows: int, columns: int, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Rows (batch, rectangles, rows) and columns (batch, rectangles, columns) of rectangles.
+
+    They may reach over the edges, where they are cut off: so each covers the border as often as
+    the middle.
+    """
+    area, aspect, place_row, place_column = torch.rand(
+        4, batch_size, NUM_RECTANGLES, 1, generator=generator, device=generator.device
+    )
+    area = count * (SMALLEST_RECTANGLE + (LARGEST_RECTANGLE - SMALLEST_RECTANGLE) * area)
+    aspect = LARGEST_ASPECT ** (2 * aspect - 1)
+    return (
+        _interval(rows, place_row, (area * aspect).sqrt()),
+        _interval(columns, place_column, (area / aspect).sqrt()),
+    )
+
+
+def _interval(length: int, place: Tensor, extent: Tensor) -> Tensor:
+    """Which of 0 .. length - 1 lie in an interval of this extent, rounded, 1 or more.
+
+    A uniform place in [0, 1) makes all intervals that hold at least one of them equally likely.
+    """
+    extent = extent.round().clamp(1, length)
+    start = (place * (length + extent - 1)).floor() - (extent - 1)
+    positions = torch.arange(length, device=place.device)
+    return (positions >= start) & (positions < start + extent)

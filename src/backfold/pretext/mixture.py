@@ -1,0 +1,63 @@
+"""Several pretext tasks in one batch."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backfold.errors import UserError
+from backfold.pretext.corruption import Corruption, PretextTask, check_images
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Gives each image of a batch one of several pretext tasks, drawn by weight.
+
+    Args:
+        tasks: the pretext tasks, one or more.
+        weights: one number for each task, 0 or more and not all 0; a task's probability is its
+            weight divided by their sum.
+
+    Raises:
+        UserError: no tasks, weights that don't fit them or, when called, what a task refuses.
+    """
+
+    tasks: tuple[PretextTask, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise UserError("tasks is empty; give one pretext task or more")
+        if len(self.weights) != len(self.tasks):
+            raise UserError(
+                f"weights has {len(self.weights)} numbers for {len(self.tasks)} tasks; "
+                "give one for each"
+            )
+        if not (all(0 <= weight < math.inf for weight in self.weights) and any(self.weights)):
+            raise UserError(
+                f"weights is {tuple(self.weights)}; give numbers of 0 or more that are not all 0"
+            )
+
+    def assign(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Each image's task, as an index into `tasks`: int64, (batch_size,)."""
+        total = sum(self.weights)
+        shares = torch.tensor([weight / total for weight in self.weights], dtype=torch.float32)
+        shares = shares.to(generator.device)
+        return torch.multinomial(shares, batch_size, replacement=True, generator=generator)
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
+        """Corrupt normalised images (batch, channels, height, width), each by its own task.
+
+        First `assign` draws, then each task, in order, corrupts its images as one batch.
+        """
+        check_images(clean)
+        assignment = self.assign(len(clean), generator)
+        corrupted = torch.empty_like(clean)
+        loss_mask = torch.empty_like(clean[:, :1], dtype=torch.bool)
+        for index in torch.unique(assignment).tolist():
+            images = (assignment == index).nonzero().squeeze(1)
+            corruption = self.tasks[index](clean.index_select(0, images), generator)
+            corrupted.index_copy_(0, images, corruption.corrupted)
+            loss_mask.index_copy_(0, images, corruption.loss_mask)
+        return Corruption(corrupted, loss_mask)

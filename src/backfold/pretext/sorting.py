@@ -1,0 +1,119 @@
+"""Patch sorting: some patches change places, to be put back."""
+
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment  # type: ignore[attr-defined]
+from torch import Tensor
+
+from backfold.errors import UserError
+from backfold.pretext.corruption import Corruption, check_images
+from backfold.pretext.patches import patch_mask_to_pixels, patchify, random_order, unpatchify
+
+
+@dataclass(frozen=True)
+class Sorting:
+    """Permutes a share of the patches among themselves; the loss counts on the displaced ones.
+
+    Every chosen patch moves: the chosen ones, in random order, each take the next one's place.
+    What is left over at the bottom and right edges stays where it is.
+
+    Args:
+        sorting_patch_size: side of the patches in pixels, 1 or more; independent of the backbone's
+            patches (default: 16).
+        share: share of the whole patches that moves, above 0 and up to 1; two at least
+            (default: 0.5).
+
+    Raises:
+        UserError: a field out of its range or, when called, an image of fewer than two patches.
+    """
+
+    sorting_patch_size: int = 16
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.sorting_patch_size < 1:
+            raise UserError(
+                f"sorting_patch_size is {self.sorting_patch_size}; give 1 pixel or more"
+            )
+        if not 0 < self.share <= 1:
+            raise UserError(f"share is {self.share}; give a share above 0 and up to 1")
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
+        """Displace patches of normalised images (batch, channels, height, width)."""
+        check_images(clean)
+        batch_size, _, height, width = clean.shape
+        size = self.sorting_patch_size
+        rows, columns = height // size, width // size
+        if rows * columns < 2:
+            raise UserError(
+                f"sorting_patch_size is {size}: a {height}x{width} pixel image has "
+                f"{rows * columns} whole patches of it; make it small enough for 2 or more"
+            )
+        sources = self.draw_sources(batch_size, rows * columns, generator)
+        images = torch.arange(batch_size, device=clean.device)[:, None]
+        corrupted = clean.clone()
+        corrupted[:, :, : rows * size, : columns * size] = unpatchify(
+            patchify(clean, size)[images, sources], rows
+        )
+        displaced = sources != torch.arange(rows * columns, device=clean.device)
+        displaced = displaced.view(batch_size, rows, columns)
+        return Corruption(corrupted, patch_mask_to_pixels(displaced, size, height, width))
+
+    def draw_sources(self, batch_size: int, num_patches: int, generator: torch.Generator) -> Tensor:
+        """Where each position's patch comes from: int64, (batch_size, num_patches)."""
+        count = min(num_patches, max(2, round(self.share * num_patches)))
+        chosen = random_order(batch_size, num_patches, generator)[:, :count]
+        in_place = torch.arange(num_patches, device=chosen.device).repeat(batch_size, 1)
+        return in_place.scatter(1, chosen, chosen.roll(1, dims=1))
+
+
+def patches_placed_right(restored: Tensor, clean: Tensor, patch_size: int) -> Tensor:
+    """The share of whole patches that stand at their place in the restored images.
+
+    The clean image's patches are assigned to the restored image's positions so that the sum of
+    squared distances is least. A patch is right at its own position, and at that of a pixelwise
+    equal patch, such as another piece of a black background. An image with pixels that are not
+    finite, or beyond 1e18, scores 0.
+
+    Args:
+        restored: (batch, channels, height, width).
+        clean: as restored.
+        patch_size: side of the patches in pixels.
+
+    Returns:
+        Shares from 0 to 1, (batch,), on the images' device.
+
+    Raises:
+        UserError: shapes that differ, or no whole patch in the image.
+    """
+    height, width = clean.shape[-2:]
+    if restored.shape != clean.shape:
+        raise UserError(
+            f"restored images are {tuple(restored.shape)} and clean ones {tuple(clean.shape)}; "
+            "give both in one shape"
+        )
+    if not 1 <= patch_size <= min(height, width):
+        raise UserError(
+            f"patch_size is {patch_size} for {height}x{width} pixel images; "
+            f"give 1 to {min(height, width)}"
+        )
+    restored_patches = patchify(restored, patch_size).flatten(2).float()
+    clean_patches = patchify(clean, patch_size).flatten(2).float()
+    shares = [_placed_right(*pair) for pair in zip(restored_patches, clean_patches, strict=True)]
+    return torch.tensor(shares, device=clean.device)
+
+
+def _placed_right(restored: Tensor, clean: Tensor) -> float:
+    """The share for one image, of patches (patches, values)."""
+    # The matrix-product shortcut can't tell nearly equal patches apart.
+    mode = "donot_use_mm_for_euclid_dist"
+    costs = torch.cdist(restored, clean, compute_mode=mode).cpu().double().square()
+    if not torch.isfinite(costs).all():
+        return 0.0
+    # Between equal costs the solver prefers the order given, which would flatter a bad restoration.
+    shuffled = torch.randperm(len(costs), generator=torch.Generator().manual_seed(0))
+    _, columns = linear_sum_assignment(costs[shuffled].numpy())
+    assigned = clean[torch.from_numpy(columns).to(clean.device)]
+    placed_right = (assigned == clean[shuffled.to(clean.device)]).all(dim=1)
+    return float(placed_right.float().mean())

@@ -1,0 +1,213 @@
+"""Restoring images by descending an energy, and the loss that trains the energy to do so.
+
+The energy-inspired pretraining of Wang et al. (ICLR 2023, arXiv 2302.01384): the forward pass gives
+an image's energy, the backward pass restores it,
+
+    x_{k+1} = x_k - step_size * dE/dx (x_k),
+
+and training asks that each x_{k+1} be close to the clean image. Every function takes any callable
+``images -> energies`` of shapes ``(batch, channels, height, width) -> (batch,)``.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+EnergyFn = Callable[[Tensor], Tensor]
+
+DIVERGENCE_FACTOR = 100.0
+
+
+def energy_gradient(
+    energy_fn: EnergyFn, images: Tensor, create_graph: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Energies ``(batch,)`` and their gradient with respect to the images, shaped as the images.
+
+    With ``create_graph`` the gradient can itself be differentiated with respect to the energy's
+    parameters; fused attention kernels have no second derivative, so plain ones run there.
+    """
+    if not create_graph:
+        with torch.inference_mode(False), torch.enable_grad():
+            images = (images.clone() if images.is_inference() else images.detach()).requires_grad_()
+            energies = energy_fn(images)
+            (gradient,) = torch.autograd.grad(energies.sum(), images)
+        return energies.detach(), gradient
+    images = images.detach().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        energies = energy_fn(images)
+        (gradient,) = torch.autograd.grad(energies.sum(), images, create_graph=True)
+    return energies, gradient
+
+
+def restoration_step(
+    energy_fn: EnergyFn, images: Tensor, step_size: float = 1.0, create_graph: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One descent step; returns the restored images and the energies of the images given."""
+    energies, gradient = energy_gradient(energy_fn, images, create_graph)
+    return images - step_size * gradient, energies
+
+
+@dataclass(frozen=True)
+class RestorationStatus:
+    """Whether a restoration went well: ``diverged`` is a bool for each image, ``(batch,)``."""
+
+    diverged: Tensor
+    message: str
+
+    @property
+    def ok(self) -> bool:
+        return not bool(self.diverged.any())
+
+
+@dataclass(frozen=True)
+class RestorationResult:
+    """What `restore` returns. The trajectory starts with the corrupted images.
+
+    ``restored``: (batch, channels, height, width); ``trajectory``: (num_steps + 1, batch, channels,
+    height, width); ``energies``: (num_steps + 1, batch), one for each point of the trajectory.
+    """
+
+    restored: Tensor
+    trajectory: Tensor
+    energies: Tensor
+    status: RestorationStatus
+
+
+def restore(
+    energy_fn: EnergyFn,
+    corrupted: Tensor,
+    num_steps: int = 1,
+    step_size: float = 1.0,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> RestorationResult:
+    """Restore images by ``num_steps`` descent steps on their energy.
+
+    An image whose next point is not finite, or lies beyond `DIVERGENCE_FACTOR` times the corrupted
+    image's root mean square (or 1, if larger), stays where it was and is marked in the status; the
+    other images go on. A module runs in eval mode and gets its mode back; parameter gradients are
+    not touched. Works under ``torch.no_grad`` and ``torch.inference_mode``.
+
+    Args:
+        energy_fn: any callable, images -> energies.
+        corrupted: (batch, channels, height, width), in the units that the energy was trained with.
+        num_steps: how many steps; 0 returns the input.
+        step_size: the gradient's factor; 1 is what `EnergyModel` is calibrated for.
+        callback: called with (step, images, energies) at each point of the trajectory, from step 0
+            (the corrupted images) to ``num_steps``.
+
+    Raises:
+        ValueError: a negative ``num_steps``, or images that are not four-dimensional floats.
+    """
+    _check_restore_input(corrupted, num_steps)
+    modules = list(energy_fn.modules()) if isinstance(energy_fn, nn.Module) else []
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        return _descend(energy_fn, corrupted, num_steps, step_size, callback)
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _check_restore_input(corrupted: Tensor, num_steps: int) -> None:
+    if num_steps < 0:
+        raise ValueError(f"num_steps is {num_steps}; give 0 or more")
+    if corrupted.ndim != 4 or not corrupted.is_floating_point():
+        raise ValueError(
+            f"images are {tuple(corrupted.shape)} of {corrupted.dtype}; "
+            "give floats of shape (batch, channels, height, width)"
+        )
+
+
+def _descend(
+    energy_fn: EnergyFn,
+    corrupted: Tensor,
+    num_steps: int,
+    step_size: float,
+    callback: Callable[[int, Tensor, Tensor], None] | None,
+) -> RestorationResult:
+    images = corrupted.detach()
+    limit = DIVERGENCE_FACTOR * _rms(images).clamp(min=1.0)
+    diverged = ~torch.isfinite(_rms(images))
+    trajectory: list[Tensor] = []
+    energies: list[Tensor] = []
+
+    def record(step: int, energy: Tensor) -> None:
+        trajectory.append(images)
+        energies.append(energy)
+        if callback is not None:
+            callback(step, images, energy)
+
+    for step in range(num_steps):
+        proposed, energy = restoration_step(energy_fn, images, step_size)
+        record(step, energy)
+        diverged = diverged | ~(torch.isfinite(energy) & (_rms(proposed) <= limit))
+        images = torch.where(diverged[:, None, None, None], images, proposed)
+    with torch.no_grad():
+        record(num_steps, energy_fn(images))
+    diverged = diverged | ~torch.isfinite(energies[-1])
+    status = RestorationStatus(diverged, _status_message(diverged, step_size))
+    return RestorationResult(images, torch.stack(trajectory), torch.stack(energies), status)
+
+
+def _rms(images: Tensor) -> Tensor:
+    return images.float().square().mean(dim=(1, 2, 3)).sqrt()
+
+
+def _status_message(diverged: Tensor, step_size: float) -> str:
+    count = int(diverged.sum())
+    if count == 0:
+        return "ok"
+    return (
+        f"{count} of {len(diverged)} images diverged and kept their last finite state; "
+        f"lower step_size (now {step_size:g}), take fewer steps, or train the energy longer"
+    )
+
+
+def restoration_loss(restored: Tensor, clean: Tensor, loss_mask: Tensor) -> Tensor:
+    """Smooth L1 distance where ``loss_mask`` is true, averaged in each image, then over images.
+
+    Args:
+        restored, clean: (batch, channels, height, width).
+        loss_mask: bool, (batch, 1, height, width) or broadcastable to the images.
+    """
+    distance = F.smooth_l1_loss(restored.float(), clean.float(), reduction="none")
+    mask = loss_mask.to(distance.dtype).expand_as(distance)
+    per_image = (distance * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3)).clamp(min=1.0)
+    return per_image.mean()
+
+
+def training_step(
+    energy_fn: EnergyFn, images: Tensor, clean: Tensor, loss_mask: Tensor, step_size: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One restoration step with its loss: (loss, restored images, energies of the images given).
+
+    Only the loss carries a graph. Under DistributedDataParallel this whole function belongs inside
+    the wrapped module's forward (pytorch #63812).
+    """
+    restored, energies = restoration_step(energy_fn, images, step_size, create_graph=True)
+    return restoration_loss(restored, clean, loss_mask), restored.detach(), energies.detach()
+
+
+def restoration_losses(
+    step: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], corrupted: Tensor, num_steps: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The training loss over K detached steps, one step at a time.
+
+    Yields (loss / num_steps, restored, energies) for each step. Call backward on each loss before
+    asking for the next: then only one step's graph is alive, and memory does not grow with K.
+
+    Args:
+        step: images -> (loss, restored, energies), as `training_step` with the rest bound.
+    """
+    images = corrupted
+    for _ in range(num_steps):
+        loss, restored, energies = step(images)
+        yield loss / num_steps, restored, energies
+        del loss
+        images = restored

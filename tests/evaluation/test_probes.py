@@ -1,0 +1,124 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from backfold.errors import UserError
+from backfold.evaluation.probes import (
+    REGULARISATION_GRID,
+    linear_probe_accuracy,
+    select_regularisation,
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    features, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    return features[order], labels[order]
+
+
+def reference(train_x, train_y, folds):
+    """scikit-learn's own grid search: every fit on its own and to a tighter tolerance."""
+    scaled = StandardScaler().fit_transform(train_x)
+    search = GridSearchCV(
+        LogisticRegression(max_iter=20_000, tol=1e-6), {"C": REGULARISATION_GRID}, cv=folds
+    )
+    return search.fit(scaled, train_y)
+
+
+def few_per_class(labels, count):
+    return np.concatenate([np.flatnonzero(labels == label)[:count] for label in np.unique(labels)])
+
+
+def test_many_labels_use_one_held_out_fifth_as_scikit_learn_would(digits):
+    features, labels = digits
+    train_x, train_y = features[:1300], labels[:1300]
+    folds = list(StratifiedKFold(5, shuffle=True, random_state=3).split(train_x, train_y))
+    best = reference(train_x, train_y, folds[:1]).best_params_["C"]
+    scaled = StandardScaler().fit_transform(train_x)
+    assert select_regularisation(scaled, train_y, seed=3) == best
+    pipeline = make_pipeline(
+        StandardScaler(), LogisticRegression(C=best, max_iter=20_000, tol=1e-6)
+    )
+    expected = pipeline.fit(train_x, train_y).score(features[1300:], labels[1300:])
+    actual = linear_probe_accuracy(
+        *map(torch.from_numpy, (train_x, train_y, features[1300:], labels[1300:])), seed=3
+    )
+    assert actual == pytest.approx(expected, abs=2.1 / 497)  # two test images
+    assert expected > 0.9
+
+
+def test_few_labels_use_all_five_folds_as_scikit_learn_would(digits):
+    features, labels = digits
+    few = few_per_class(labels, 10)
+    train_x, train_y = features[few], labels[few]
+    folds = list(StratifiedKFold(5, shuffle=True, random_state=3).split(train_x, train_y))
+    search = reference(train_x, train_y, folds)
+    scaled = StandardScaler().fit_transform(train_x)
+    chosen = select_regularisation(scaled, train_y, seed=3)
+    # Exact ties between penalties can fall either way by one held-out image of 100.
+    scores = dict(zip(REGULARISATION_GRID, search.cv_results_["mean_test_score"], strict=True))
+    assert scores[chosen] >= search.best_score_ - 0.0101
+    assert search.best_score_ - min(scores.values()) > 0.03
+    actual = linear_probe_accuracy(
+        *map(torch.from_numpy, (train_x, train_y, features[1300:], labels[1300:])), seed=3
+    )
+    assert actual > 0.75
+
+
+def test_features_of_any_scale_and_constant_ones_do_not_matter(digits):
+    features, labels = digits
+    few = few_per_class(labels, 20)
+    scales = np.logspace(-6, 6, features.shape[1])
+    plain = [features[few], labels[few], features[1300:], labels[1300:]]
+    scaled = [plain[0] * scales + 3 * scales, labels[few], plain[2] * scales + 3 * scales, plain[3]]
+    first = linear_probe_accuracy(*map(torch.from_numpy, plain))
+    second = linear_probe_accuracy(*map(torch.from_numpy, scaled))
+    assert first == pytest.approx(second, abs=2.1 / 497)
+    assert (features[few].std(axis=0) == 0).any()
+
+
+def test_labels_need_not_count_from_zero(digits):
+    features, labels = digits
+    pair = np.isin(labels, (3, 8))
+    data = features[pair], 100 * labels[pair]
+    accuracy = linear_probe_accuracy(
+        *map(torch.from_numpy, (data[0][:200], data[1][:200], data[0][200:], data[1][200:]))
+    )
+    assert accuracy > 0.9
+
+
+def test_shuffled_labels_are_at_chance(digits):
+    features, labels = digits
+    shuffled = np.random.default_rng(1).permutation(labels[:600])
+    accuracy = linear_probe_accuracy(
+        *map(torch.from_numpy, (features[:600], shuffled, features[1000:], labels[1000:]))
+    )
+    assert accuracy < 0.25
+
+
+def test_two_images_a_class_are_enough():
+    train, labels = torch.tensor([[0.0], [0.1], [1.0], [1.1]]), torch.tensor([0, 0, 1, 1])
+    test = torch.tensor([[-0.2], [1.3]])
+    assert linear_probe_accuracy(train, labels, test, torch.tensor([0, 1])) == 1.0
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 1], [2, 2, 2, 2]])
+def test_too_few_images_or_classes(labels):
+    with pytest.raises(UserError, match="needs two classes and two images of each"):
+        linear_probe_accuracy(
+            torch.randn(4, 2), torch.tensor(labels), torch.randn(2, 2), torch.tensor([0, 1])
+        )
+
+
+def test_embeddings_that_are_not_finite():
+    train = torch.randn(4, 2)
+    train[1, 0] = torch.nan
+    labels = torch.tensor([0, 0, 1, 1])
+    with pytest.raises(UserError, match="1 of 4 embeddings are not finite"):
+        linear_probe_accuracy(train, labels, torch.randn(4, 2), labels)

@@ -1,0 +1,155 @@
+import itertools
+
+import pytest
+import torch
+
+from backfold.errors import UserError
+from backfold.pretext import Sorting, patches_placed_right
+from backfold.pretext.patches import patchify, unpatchify
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    ("share", "num_patches", "count"),
+    [(0.5, 24, 12), (1.0, 24, 24), (0.01, 24, 2), (0.3, 2, 2), (0.9, 7, 6)],
+)
+def test_exactly_the_share_of_patches_moves(share, num_patches, count):
+    sources = Sorting(share=share).draw_sources(200, num_patches, seeded(0))
+    assert torch.equal(sources.sort(dim=1).values, torch.arange(num_patches).expand(200, -1))
+    assert ((sources != torch.arange(num_patches)).sum(dim=1) == count).all()
+
+
+def test_every_patch_moves_equally_often_and_anywhere():
+    sources = Sorting(share=0.5).draw_sources(8000, 6, seeded(0))
+    shares = torch.stack([(sources == source).double().mean(dim=0) for source in range(6)])
+    # Half of the time a patch stays; else it comes from one of the five others.
+    expected = torch.full((6, 6), 0.1, dtype=torch.float64).fill_diagonal_(0.5)
+    assert (shares - expected).abs().max() < 5 * (0.25 / 8000) ** 0.5
+
+
+def test_putting_the_patches_back_gives_the_clean_image(photographs):
+    task = Sorting(sorting_patch_size=8, share=0.7)
+    corruption = task(photographs, seeded(5))
+    sources = task.draw_sources(8, 96, seeded(5))
+    patches = patchify(corruption.corrupted, 8)
+    back = torch.stack(
+        [image[order.argsort()] for image, order in zip(patches, sources, strict=True)]
+    )
+    assert not torch.equal(corruption.corrupted, photographs)
+    assert torch.equal(unpatchify(back, 8), photographs)
+
+
+def test_loss_counts_on_displaced_patches_only(photographs_of):
+    clean = photographs_of(5, 59, 90)
+    corruption = Sorting(sorting_patch_size=16)(clean, seeded(0))
+    changed = (corruption.corrupted != clean).any(dim=1)
+    displaced = patchify(corruption.loss_mask, 16).flatten(2)
+    assert torch.equal(displaced.any(dim=2), displaced.all(dim=2))
+    assert torch.equal(displaced.any(dim=2), patchify(changed[:, None], 16).flatten(2).any(dim=2))
+    assert (displaced.any(dim=2).sum(dim=1) == 8).all()  # round(0.5 x 3 x 5), halves to even
+    # The remainder at the edges stays where it is.
+    assert not corruption.loss_mask[:, :, 48:].any()
+    assert not corruption.loss_mask[:, :, :, 80:].any()
+
+
+@pytest.mark.parametrize("patch_size", [8, 16])
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_placed_right_of_corrupted_is_the_untouched_share(photographs, share, patch_size):
+    corruption = Sorting(patch_size, share)(photographs, seeded(0))
+    # Some photographs hold equal patches in flat areas; where they do, more than these are right.
+    distinct = torch.tensor(
+        [
+            len(torch.unique(patches, dim=0)) == len(patches)
+            for patches in patchify(photographs, patch_size).flatten(2)
+        ]
+    )
+    assert distinct.sum() >= 4
+    right = patches_placed_right(corruption.corrupted, photographs, patch_size)
+    torch.testing.assert_close(right[distinct], torch.full((int(distinct.sum()),), 1 - share))
+
+
+def test_placed_right_of_clean_is_one(photographs):
+    assert torch.equal(patches_placed_right(photographs, photographs, 8), torch.ones(8))
+
+
+def test_placed_right_survives_small_errors(photographs):
+    noisy = photographs + 0.01 * torch.randn(photographs.shape, generator=seeded(0))
+    assert patches_placed_right(noisy, photographs, 16).min() == 1.0
+
+
+def test_placed_right_tells_nearly_equal_patches_apart():
+    clean = 50 + 0.01 * torch.randn(4, 3, 64, 96, generator=seeded(0))
+    corrupted = Sorting(8, 0.5)(clean, seeded(0)).corrupted
+    assert patches_placed_right(clean, clean, 8).tolist() == [1.0] * 4
+    assert patches_placed_right(corrupted, clean, 8).tolist() == [0.5] * 4
+
+
+def test_placed_right_agrees_with_trying_all_permutations():
+    clean, restored = torch.randn(2, 20, 2, 6, 4, generator=seeded(0)).unbind()
+    restored = clean + 2 * restored
+    expected = []
+    for image, target in zip(patchify(restored, 2), patchify(clean, 2), strict=True):
+        orders = list(itertools.permutations(range(6)))
+        costs = [float((image - target[list(order)]).square().sum()) for order in orders]
+        best = orders[costs.index(min(costs))]
+        expected.append(sum(place == patch for place, patch in enumerate(best)) / 6)
+    assert 0 < sum(expected) < 20
+    torch.testing.assert_close(patches_placed_right(restored, clean, 2), torch.tensor(expected))
+
+
+def test_equal_patches_are_right_in_each_others_place():
+    clean = torch.zeros(1, 3, 8, 16)
+    clean[..., :4, :4] = 1.0
+    clean[..., 4:, 12:] = -1.0
+    assert patches_placed_right(clean, clean, 4).tolist() == [1.0]
+    # Moving the white patch leaves two patches wrong: the white one and one black one.
+    swapped = clean.clone()
+    swapped[..., :4, :4], swapped[..., :4, 4:8] = 0.0, 1.0
+    assert patches_placed_right(swapped, clean, 4).tolist() == [0.75]
+
+
+def test_an_image_without_content_scores_by_chance():
+    # One-hot patches are equally far from nothing, so every assignment costs the same.
+    clean = unpatchify(torch.eye(64).reshape(1, 64, 1, 8, 8), 8)
+    assert patches_placed_right(torch.zeros_like(clean), clean, 8).item() < 0.1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_an_image_out_of_range_scores_zero(photographs, value):
+    restored = photographs.clone()
+    restored[0, 0, 0, 0] = value
+    assert patches_placed_right(restored, photographs, 16).tolist() == [0.0] + [1.0] * 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"sorting_patch_size": 0}, "sorting_patch_size is 0"),
+        ({"share": 0.0}, "share is 0.0"),
+        ({"share": 1.1}, "share is 1.1"),
+        ({"share": float("nan")}, "share is nan"),
+    ],
+)
+def test_refuses_bad_fields(fields, shown):
+    with pytest.raises(UserError, match=shown):
+        Sorting(**fields)
+
+
+@pytest.mark.parametrize(("size", "whole"), [((31, 31), 1), ((64, 15), 0)])
+def test_refuses_images_of_fewer_than_two_patches(size, whole):
+    with pytest.raises(UserError, match=f"has {whole} whole patches"):
+        Sorting()(torch.zeros(1, 3, *size), seeded(0))
+
+
+@pytest.mark.parametrize("patch_size", [0, 65])
+def test_placed_right_refuses_patches_that_do_not_fit(photographs, patch_size):
+    with pytest.raises(UserError, match=f"patch_size is {patch_size} for 64x96"):
+        patches_placed_right(photographs, photographs, patch_size)
+
+
+def test_placed_right_refuses_other_shapes(photographs):
+    with pytest.raises(UserError, match="give both in one shape"):
+        patches_placed_right(photographs[:1], photographs, 16)
