@@ -9,6 +9,7 @@ import torch
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from backfold.errors import UserError
 
@@ -114,8 +115,21 @@ def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
     the last counts, a list of parallel branches of tokens, which are joined) and other modules that
     return a feature map or one vector an image.
     """
+    if _needs_company(backbone, images):
+        return feature_map(backbone, images.repeat(2, 1, 1, 1))[:1]
     forward = getattr(backbone, "forward_features", backbone)
     return as_positions(backbone, forward(images))
+
+
+def _needs_company(backbone: nn.Module, images: Tensor) -> bool:
+    """Whether PyTorch may get this batch's gradient wrong, because it is of one image.
+
+    On the CPU the backward pass of batch normalisation (seen in torch 2.15) reads a gradient that
+    comes from tokens in the wrong memory order if the batch size is 1, and says nothing.
+    """
+    if len(images) != 1 or images.device.type != "cpu" or not torch.is_grad_enabled():
+        return False
+    return any(isinstance(module, _BatchNorm) for module in backbone.modules())
 
 
 def as_positions(backbone: nn.Module, features: object) -> Tensor:

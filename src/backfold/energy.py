@@ -11,7 +11,6 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from backfold.backbone import (
     ImageSize,
@@ -20,6 +19,7 @@ from backfold.backbone import (
     default_image_size,
     feature_map,
 )
+from backfold.batch_norm import batch_norms, measure_batch_norm
 from backfold.restoration import energy_gradient
 
 HeadName = Literal["linear", "quadratic"]
@@ -115,9 +115,8 @@ class EnergyModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, but batch normalisation stays in eval mode."""
         super().train(mode)
-        for module in self.backbone.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
+        for norm in batch_norms(self.backbone):
+            norm.eval()
         return self
 
     def calibrate(self, images: Tensor, batch_norm: bool = True) -> None:
@@ -138,18 +137,3 @@ class EnergyModel(nn.Module):
                 self.head.weight.div_(scale)
         self.train(was_training)
 
-
-@torch.no_grad()
-def measure_batch_norm(backbone: nn.Module, images: Tensor) -> None:
-    """Set the running statistics of all batch normalisations to those of these images."""
-    modules = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
-    momenta = [module.momentum for module in modules]
-    for module in modules:
-        module.reset_running_stats()
-        module.momentum = None  # a cumulative average: one batch sets the statistics
-        module.train()
-    if modules:
-        feature_map(backbone, images)
-    for module, momentum in zip(modules, momenta, strict=True):
-        module.momentum = momentum
-        module.eval()

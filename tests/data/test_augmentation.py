@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from backfold.data.augmentation import Augmentation, Augmenter, cover
 from backfold.errors import UserError
@@ -29,6 +30,19 @@ def test_crops_lie_within_the_asked_scale():
     assert 0.26 < min(areas) < 0.34
     assert 0.52 < max(areas) < 0.62
     assert abs(np.mean(areas) - 0.44) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_crops_are_torchvisions(dtype):
+    image = torch.rand(3, 40, 60) if dtype.is_floating_point else torch.arange(7200) % 251
+    image = image.to(dtype).view(3, 40, 60)
+    augment = Augmenter(Augmentation(crop_scale=(0.1, 0.9), horizontal_flip=False), (16, 24))
+    reference = v2.RandomResizedCrop((16, 24), scale=(0.1, 0.9), antialias=True)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        view = augment(image)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(view, reference(image))
 
 
 def test_half_of_the_images_are_mirrored():

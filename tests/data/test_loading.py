@@ -120,6 +120,17 @@ def test_evaluation_of_some_indices(source):
     assert torch.equal(batches[1].images[0], as_float(cover(source.read(11), (8, 8))))
 
 
+def users_error(loader):
+    """The message of the UserError that iterating raises."""
+    try:
+        list(loader)
+    except UserError as error:
+        # torch's own frames tie the error and the loader's iterator into a cycle; left to the
+        # garbage collector, the iterator would wait five seconds for each worker.
+        return str(error.with_traceback(None))
+    pytest.fail("no UserError was raised")
+
+
 @pytest.fixture
 def partly_broken(tmp_path, make_folder):
     names = [f"{number}.png" for number in range(8)]
@@ -149,19 +160,17 @@ def test_nothing_readable_is_the_users_error_in_one_line(tmp_path, make_folder, 
     names = ["1.png", "2.png"]
     source = FolderSource(make_folder(tmp_path, names, broken=tuple(names)))
     loader = evaluation_loader(source, (8, 8), 3, batch_size=2, num_workers=num_workers)
-    with pytest.raises(UserError, match=r"^.*: 2 images in a row can't be read.*remove them$") as e:
-        list(loader)
-    assert str(e.value).startswith(str(tmp_path))
-    assert "\n" not in str(e.value)
+    reason = f"{source.describe(1)}: not an image in a known format"
+    assert users_error(loader) == (
+        f"{tmp_path}: 2 images in a row can't be read, the last is {reason}; mend or remove them"
+    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_unfit_channels_are_the_users_error_in_one_line(source, num_workers):
     loader = evaluation_loader(source, (8, 8), 2, batch_size=2, num_workers=num_workers)
-    with pytest.raises(UserError) as caught:
-        list(loader)
     expected = "an image of 3 channels can't be given 2; set --channels to 1 or 3"
-    assert str(caught.value) == f"{source.describe(0)}: {expected}"
+    assert users_error(loader) == f"{source.describe(0)}: {expected}"
 
 
 def test_too_few_images_are_the_users_error(source):
@@ -199,11 +208,11 @@ def test_dataset_and_error_can_be_pickled(source):
     assert str(pickle.loads(pickle.dumps(error))) == "x.png: too blue; paint it"
 
 
-def test_pinning_needs_an_accelerator_only(source):
+def test_pin_memory_keeps_the_contents(source, monkeypatch):
+    # Page-locked memory needs an accelerator: here each tensor's pinning is made visible instead.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
     batch = train(source, total_steps=1)[0]
-    if torch.cuda.is_available():
-        pinned = batch.pin_memory()
-        assert pinned.images.is_pinned()
-        assert torch.equal(pinned.images, batch.images)
-    else:
-        assert not batch.images.is_pinned()
+    pinned = batch.pin_memory()
+    assert torch.equal(pinned.images, batch.images + 1)
+    assert torch.equal(pinned.indices, batch.indices + 1)
+    assert pinned.broken == batch.broken

@@ -111,14 +111,20 @@ def test_file_is_a_list_of_rows_and_comes_back(tmp_path):
     assert read_rows(path) == ROWS
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+def test_a_write_that_can_not_be_serialised_leaves_the_old_file(tmp_path):
     path = tmp_path / "evaluation.json"
     write_rows(path, ROWS)
-    broken = EvaluationRow("knn", "all", "pretrained", torch.tensor(1.0), 0.0)
     with pytest.raises(TypeError):
-        write_rows(path, [broken])
+        write_rows(path, [EvaluationRow("knn", "all", "pretrained", torch.tensor(1.0), 0.0)])
     assert read_rows(path) == ROWS
-    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_no_rubbish(tmp_path):
+    directory_in_the_way = tmp_path / "evaluation.json"
+    directory_in_the_way.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_rows(directory_in_the_way, ROWS)
+    assert list(tmp_path.iterdir()) == [directory_in_the_way]
 
 
 @pytest.mark.parametrize("content", ["", "3", '[{"protocol": "knn"}]', '["knn"]'])

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -54,9 +55,10 @@ class Augmenter:
     def __call__(self, image: Tensor) -> Tensor:
         """From (channels, any height, any width) to (channels, *image_size); same dtype."""
         if self._augmentation.random_crop:
-            # The transform's own forward takes three times as long on small images.
-            box = self._crop.make_params([image])
-            image = TF.resized_crop(image, **box, size=list(self._image_size), antialias=True)
+            # The same bits as the transform's own call, in a third of the time on small images.
+            top, left, height, width = self._crop.make_params([image]).values()
+            part = image[None, :, top : top + height, left : left + width]
+            image = F.interpolate(part, self._image_size, mode="bilinear", antialias=True)[0]
         else:
             image = cover(image, self._image_size)
         if self._augmentation.horizontal_flip and torch.rand(()).item() < 0.5:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment  # type: ignore[attr-defined]
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from backfold.errors import UserError

@@ -1,0 +1,107 @@
+"""Batch normalisation without a batch: fixed statistics while an energy is trained.
+
+In train mode batch normalisation ties the images of a batch together, and the gradient of the
+summed energy is then no longer each image's own. Here it always runs on its running statistics:
+they are measured once before training and stay fixed, while weights and biases learn. Afterwards
+they have drifted from what the activations have become, so `refresh_batch_norm` measures them anew
+and moves the difference into weight and bias: the function stays the same, and fine-tuning in train
+mode starts near it.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from backfold.backbone import feature_map
+
+
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """All batch normalisations that keep running statistics."""
+    return [
+        part
+        for part in module.modules()
+        if isinstance(part, _BatchNorm) and part.running_mean is not None
+    ]
+
+
+@torch.no_grad()
+def measure_batch_norm(backbone: nn.Module, images: Tensor) -> None:
+    """Set all running statistics to those of these images; leaves batch norms in eval mode."""
+    norms = batch_norms(backbone)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average: one batch sets the statistics
+        norm.train()
+    if norms:
+        feature_map(backbone, images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+@torch.no_grad()
+def refresh_batch_norm(backbone: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Measure running statistics anew without changing the backbone's function in eval mode.
+
+    With running mean m and deviation s, measured m' and s' (both with epsilon), the weight becomes
+    w s' / s and the bias b + w (m' - m) / s. Channels that do not vary keep what they have.
+
+    Args:
+        backbone: in eval mode, on the batches' device.
+        batches: normalised images, (batch, channels, height, width) each.
+    """
+    norms = [norm for norm in batch_norms(backbone) if norm.affine]
+    moments = {norm: _Moments() for norm in norms}
+    hooks = [norm.register_forward_pre_hook(moments[norm].add) for norm in norms]
+    try:
+        if norms:
+            for images in batches:
+                feature_map(backbone, images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for norm in norms:
+        if moments[norm].count:
+            _reparametrise(norm, *moments[norm].mean_and_variance())
+
+
+class _Moments:
+    """Running sums of a batch norm's inputs, by channel, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sum: Tensor | None = None
+        self.sum_of_squares: Tensor | None = None
+
+    def add(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].detach().double().transpose(0, 1).flatten(1)
+        totals, squares = values.sum(dim=1), values.square().sum(dim=1)
+        self.count += values.shape[1]
+        self.sum = totals if self.sum is None else self.sum + totals
+        self.sum_of_squares = (
+            squares if self.sum_of_squares is None else self.sum_of_squares + squares
+        )
+
+    def mean_and_variance(self) -> tuple[Tensor, Tensor]:
+        assert self.sum is not None
+        assert self.sum_of_squares is not None
+        mean = self.sum / self.count
+        return mean, (self.sum_of_squares / self.count - mean.square()).clamp(min=0.0)
+
+
+def _reparametrise(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    old_mean, old_variance = norm.running_mean.double(), norm.running_var.double()
+    varies = variance > norm.eps
+    mean = torch.where(varies, mean, old_mean)
+    variance = torch.where(varies, variance, old_variance)
+    old_deviation = (old_variance + norm.eps).sqrt()
+    weight = norm.weight.double()
+    norm.bias.copy_(norm.bias.double() + weight * (mean - old_mean) / old_deviation)
+    norm.weight.copy_(weight * (variance + norm.eps).sqrt() / old_deviation)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)

@@ -1,0 +1,206 @@
+"""The settings of a pretraining run, and what can be said about them before it starts."""
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from backfold.backbone import ImageSize
+from backfold.data.augmentation import Augmentation
+from backfold.embedding import EmbeddingChoice
+from backfold.energy import HeadName
+from backfold.errors import UserError
+from backfold.pretext import (
+    Colorization,
+    Denoising,
+    Masking,
+    Mixture,
+    PretextTask,
+    Sorting,
+    SuperResolution,
+)
+
+TASK_NAMES = ("masking", "sorting", "superresolution", "denoising", "colorization")
+MIXTURE = "mixture"
+Precision = Literal["auto", "32-true", "bf16-mixed"]
+
+
+@dataclass
+class TaskSettings:
+    """The pretext tasks' own settings.
+
+    Args:
+        masking: hide random squares.
+        sorting: permute patches.
+        superresolution: scale down and up.
+        denoising: add noise.
+        mixture: weight of each task where the pretext is "mixture", by the tasks' names; tasks that
+            are not named are left out (default: all that the images allow, equally).
+    """
+
+    masking: Masking = field(default_factory=Masking)
+    sorting: Sorting = field(default_factory=Sorting)
+    superresolution: SuperResolution = field(default_factory=SuperResolution)
+    denoising: Denoising = field(default_factory=Denoising)
+    mixture: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW with a linear warm-up and a cosine by step.
+
+    Args:
+        base_lr: learning rate for a global batch of 256; the rate used is base_lr x batch / 256.
+        weight_decay: of all weights but norms and biases (default: 0.05).
+        betas: of AdamW (default: 0.9 and 0.95).
+        warmup_epochs: epochs of linear warm-up, fractions allowed; at most a third of the run.
+        final_lr_share: the last step's learning rate as a share of the highest.
+        max_gradient_norm: gradients are scaled down to this norm; 0 switches that off.
+    """
+
+    base_lr: float = 1.5e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup_epochs: float = 5.0
+    final_lr_share: float = 0.0
+    max_gradient_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.base_lr <= 0:
+            raise UserError(f"base_lr is {self.base_lr:g}; give a positive number")
+        if min(self.weight_decay, self.warmup_epochs, self.max_gradient_norm) < 0:
+            raise UserError("weight_decay, warmup_epochs and max_gradient_norm can't be negative")
+
+
+@dataclass
+class PretrainConfig:
+    """Everything that a pretraining run depends on, but for the machine.
+
+    Args:
+        data: folder of images (any depth) or parquet file; none takes the embedded images.
+        out: the run's folder.
+        backbone: name of a timm model.
+        backbone_options: further keyword arguments of the timm model, such as patch_size.
+        image_size: N or HxW in pixels; none takes the backbone's own.
+        channels: channels of the images; none counts them in the data.
+        head: the energy's head: "linear", the paper's, or "quadratic" in the features.
+        pretext: masking, sorting, superresolution, denoising, colorization or mixture.
+        tasks: the pretext tasks' own settings.
+        num_steps: restoration steps K in training.
+        step_size: factor of the energy gradient in a restoration step.
+        epochs: passes over the training images.
+        batch_size: images in an optimizer step, over all devices.
+        accumulate: parts in which each device handles its share of a batch, to save memory.
+        optimizer: learning rate and its schedule.
+        augmentation: random crop and flip.
+        precision: "32-true", "bf16-mixed", or "auto": bf16 where the hardware has it.
+        accelerator: Lightning's name of the hardware: auto, cpu, cuda, mps.
+        devices: how many devices, or auto.
+        num_workers: processes that load images; none takes up to 8, one core left free.
+        seed: of weights, order, augmentation and corruption.
+        held_out: images kept from training to watch the run; at most a tenth of the data.
+        watch_every: epochs between looks at the held-out images.
+        max_broken_share: share of unreadable files at which the run stops.
+        embedding: layer and pooling of the embeddings that are watched.
+    """
+
+    data: Path | None = None
+    out: Path = Path("runs/pretrain")
+    backbone: str = "vit_small_patch16_224"
+    backbone_options: dict[str, Any] = field(default_factory=dict)
+    image_size: int | str | None = None
+    channels: int | None = None
+    head: HeadName = "linear"
+    pretext: str = "masking"
+    tasks: TaskSettings = field(default_factory=TaskSettings)
+    num_steps: int = 1
+    step_size: float = 1.0
+    epochs: float = 100.0
+    batch_size: int = 256
+    accumulate: int = 1
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    precision: Precision = "auto"
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    num_workers: int | None = None
+    seed: int = 0
+    held_out: int = 512
+    watch_every: float = 1.0
+    max_broken_share: float = 0.01
+    embedding: EmbeddingChoice = field(default_factory=EmbeddingChoice)
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "accumulate", "epochs", "watch_every"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name):g}; give a positive number")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; give 0 or more")
+        task_names(self)
+        parse_image_size(self.image_size)
+
+
+def parse_image_size(value: int | str | None) -> ImageSize | None:
+    """(height, width) of ``N`` or ``HxW``.
+
+    Raises:
+        UserError: anything else.
+    """
+    if value is None:
+        return None
+    sides = str(value).lower().split("x")
+    if len(sides) in (1, 2) and all(side.isdecimal() and int(side) > 0 for side in sides):
+        return int(sides[0]), int(sides[-1])
+    raise UserError(f"image size {value!r} is neither N nor HxW; give for instance 224 or 192x320")
+
+
+def task_names(config: PretrainConfig) -> tuple[str, ...]:
+    """The tasks that the pretext names, before the data's channels are known.
+
+    Raises:
+        UserError: an unknown task, or weights that are not positive.
+    """
+    weights = config.tasks.mixture
+    for name in (config.pretext, *weights):
+        known = TASK_NAMES if name in weights else (*TASK_NAMES, MIXTURE)
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
+            hint = f"nearest: {', '.join(nearest)}; " if nearest else ""
+            raise UserError(f"unknown pretext task {name!r}; {hint}choose from {', '.join(known)}")
+    if any(weight < 0 for weight in weights.values()) or (weights and not any(weights.values())):
+        raise UserError(f"mixture weights are {weights}; give numbers of 0 or more, not all 0")
+    if config.pretext != MIXTURE:
+        return (config.pretext,)
+    return tuple(name for name in TASK_NAMES if not weights or weights.get(name, 0) > 0)
+
+
+def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]:
+    """The pretext tasks by name; one-channel images have no colorization.
+
+    Raises:
+        UserError: colorization is asked for by name, and the images have one channel.
+    """
+    made: dict[str, PretextTask] = {
+        "masking": config.tasks.masking,
+        "sorting": config.tasks.sorting,
+        "superresolution": config.tasks.superresolution,
+        "denoising": config.tasks.denoising,
+        "colorization": Colorization(),
+    }
+    names = task_names(config)
+    if channels == 1 and "colorization" in names:
+        if config.pretext == "colorization" or config.tasks.mixture:
+            raise UserError(
+                "colorization needs more than 1 channel, and the images have 1; "
+                "choose another pretext, or leave colorization out of the mixture"
+            )
+        names = tuple(name for name in names if name != "colorization")
+    return {name: made[name] for name in names}
+
+
+def combine_tasks(config: PretrainConfig, tasks: dict[str, PretextTask]) -> PretextTask:
+    """The one task that training calls: the only one, or their weighted mixture."""
+    if len(tasks) == 1:
+        return next(iter(tasks.values()))
+    weights = config.tasks.mixture or dict.fromkeys(tasks, 1.0)
+    return Mixture(tuple(tasks.values()), tuple(weights[name] for name in tasks))

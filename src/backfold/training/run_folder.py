@@ -1,0 +1,205 @@
+"""The folder that a run leaves: what lies where, and who may write there."""
+
+import fcntl
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save
+
+from backfold.errors import UserError
+from backfold.version import __version__
+
+FORMAT = "backfold-checkpoint"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths in a run's folder."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def facts(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.root / "checkpoints" / "last.ckpt"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        return self.root / "checkpoints" / "best.ckpt"
+
+    @property
+    def backbone(self) -> Path:
+        return self.root / "backbone.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.csv"
+
+    @property
+    def health(self) -> Path:
+        return self.root / "health.json"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation.json"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "train.log"
+
+    @property
+    def previews(self) -> Path:
+        return self.root / "previews"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside the path, sync, rename: a reader sees the old file or the new one.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written; the old file is intact.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+        raise UserError(
+            f"can't write {path}: {error.strerror or error}; free space or choose another --out"
+        ) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_atomically` for JSON."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    """`write_atomically` for YAML, in the mapping's order."""
+    write_atomically(path, yaml.safe_dump(dict(content), sort_keys=False).encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """`write_atomically` for safetensors."""
+    write_atomically(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+
+
+@contextmanager
+def claim(root: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+    """Make or enter a run's folder, and hold it until the block ends.
+
+    The claim is a file lock, which the system drops when a process dies.
+
+    Raises:
+        UserError: the folder exists and neither flag is given, is in use, is missing though a
+            resumption is asked for, or can't be written.
+    """
+    folder = RunFolder(root)
+    if resume and not folder.config.exists():
+        raise UserError(f"{root} holds no run to resume; check --out or leave --resume out")
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root} is a file; choose another --out")
+    occupied = root.is_dir() and any(path.name != ".lock" for path in root.iterdir())
+    if occupied and not (resume or overwrite):
+        raise UserError(
+            f"{root} exists; give --resume to go on, --overwrite to replace it, or another --out"
+        )
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"can't write to {root}: {error.strerror or error}; choose another --out"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{root} is in use by another process; wait for it or choose another --out"
+            ) from error
+        if occupied and overwrite and not resume:
+            _empty(folder)
+        yield folder
+
+
+def _empty(folder: RunFolder) -> None:
+    # Only what a run writes: a mistyped --out must not cost anybody their files.
+    ours = {
+        "config.yaml", "run.json", "checkpoints", "backbone.safetensors", "metrics.csv", "previews",
+        "health.json", "evaluation.json", "train.log", "tensorboard", "report.html", ".lock",
+    }  # fmt: skip
+    foreign = sorted(path.name for path in folder.root.iterdir() if path.name not in ours)
+    if foreign:
+        raise UserError(
+            f"{folder.root} holds files that are no run's ({', '.join(foreign[:3])}); "
+            "choose another --out"
+        )
+    for path in folder.root.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write tensors and plain values, marked as ours, atomically."""
+    buffer = io.BytesIO()
+    marked = {"format": FORMAT, "format_version": FORMAT_VERSION, "backfold": __version__, **content}
+    torch.save(marked, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; only tensors and plain values are ever unpickled.
+
+    Args:
+        path: the file, or a run's folder, of which the last checkpoint is taken.
+
+    Raises:
+        UserError: missing, truncated, not ours, or of another version.
+    """
+    if path.is_dir():
+        path = RunFolder(path).last_checkpoint
+    if not path.exists():
+        raise UserError(f"there is no checkpoint at {path}; give a run's folder or a .ckpt file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path} can't be read as a checkpoint ({type(error).__name__}): truncated or not "
+            "written by backfold; take another, such as checkpoints/best.ckpt"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} was not written by backfold; give a run's folder or a .ckpt of one")
+    if content["format_version"] != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {content['format_version']}, this backfold reads "
+            f"{FORMAT_VERSION}; use backfold {content.get('backfold', 'of that version')}"
+        )
+    return content
