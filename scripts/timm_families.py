@@ -1,4 +1,4 @@
-"""Check the smallest member of every timm family as an energy function; write the compatibility page.
+"""Check the smallest member of every timm family as an energy function, and write the page.
 
     python scripts/timm_families.py                    # continue the sweep, then write the page
     python scripts/timm_families.py --families vgg,eva # check these again
@@ -8,7 +8,6 @@ Rows are written as they are done; delete docs/timm-families.json to start anew.
 """
 
 import argparse
-import dataclasses
 import datetime
 import json
 import math
@@ -179,7 +178,9 @@ def _isolated(
         process.join()
 
 
-def _call_and_send(sender: Connection, function: Callable[..., Row], arguments: Any) -> None:
+def _call_and_send(
+    sender: Connection, function: Callable[..., Row], arguments: tuple[Any, ...]
+) -> None:
     warnings.simplefilter("ignore")
     try:
         sender.send(function(*arguments))
@@ -236,7 +237,7 @@ def _number(value: float) -> float | None:
 
 
 def legal_sizes(name: str, device: str) -> Iterator[tuple[int, int]]:
-    """(pixels a side, positions of the feature map), rising, up to the first with enough of them."""
+    """(pixels a side, positions of the feature map), rising, up to the first with enough."""
     default = default_image_size(timm.get_pretrained_cfg(name))[0]
     for side in sorted({*SIZES, default}):
         try:

@@ -6,4 +6,3 @@ from backfold.restoration import RestorationResult, restore
 from backfold.version import __version__
 
 __all__ = ["EnergyModel", "RestorationResult", "UserError", "__version__", "restore"]
-

@@ -42,13 +42,27 @@ def create_backbone(
     size = image_size or default_image_size(timm.get_pretrained_cfg(name))
     try:
         backbone = _create(name, size, arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except Exception as error:
         raise UserError(
             f"backbone {name!r} can't be built for {_describe(size)} pixels with "
             f"{arguments}: {_first_line(error)}; change the image size or the backbone options"
         ) from error
+    make_twice_differentiable(backbone)
     check_image_size(backbone, size, channels, name)
     return backbone
+
+
+def make_twice_differentiable(backbone: nn.Module) -> None:
+    """Replace, in place, the layers that PyTorch can differentiate only once by equivalent ones."""
+    for parent in list(backbone.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Hardsigmoid):
+                setattr(parent, name, _HardSigmoid())
+
+
+class _HardSigmoid(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.relu6(inputs + 3.0) / 6.0
 
 
 def _create(name: str, size: ImageSize, arguments: dict[str, Any]) -> nn.Module:

@@ -19,10 +19,10 @@ from backfold.restoration import energy_gradient, restoration_step, training_ste
 
 INDEPENDENCE_TOLERANCE = 1e-4
 DERIVATIVE_TOLERANCE = 2e-3
-INFLUENCE_TOLERANCE = 1e-4
-# A kink (ReLU) within the step spoils a finite difference and rounding spoils a tiny step: of these
-# steps, relative to the parameters, the best one counts.
-STEPS = (1e-6, 1e-7, 1e-5, 1e-8, 1e-4, 1e-3)
+INFLUENCE_TOLERANCE = 1e-3
+# A kink (ReLU) within the step spoils a finite difference, and deep networks have one within tiny
+# steps; rounding spoils the tiniest. Of these steps, relative to the parameters, the best counts.
+STEPS = (1e-8, 1e-10, 1e-12, 1e-6, 1e-5, 1e-4, 1e-3)
 # All tolerances are this many times wider for a model that computes in float32 regardless.
 FLOAT32_SLACK = 25.0
 

@@ -20,6 +20,7 @@ from backfold.backbone import (
     feature_map,
 )
 from backfold.batch_norm import batch_norms, measure_batch_norm
+from backfold.errors import UserError
 from backfold.restoration import energy_gradient
 
 HeadName = Literal["linear", "quadratic"]
@@ -89,12 +90,15 @@ class EnergyModel(nn.Module):
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         if isinstance(backbone, str):
             self.backbone = create_backbone(backbone, size, channels, backbone_options)
-            size = size or default_image_size(self.backbone.pretrained_cfg)
+            size = size or default_image_size(getattr(self.backbone, "pretrained_cfg", None))
         else:
+            self.backbone = backbone
             size = size or default_image_size(getattr(backbone, "pretrained_cfg", None))
             check_image_size(backbone, size, channels, type(backbone).__name__)
-            self.backbone = backbone
-        heads = {"linear": LinearHead, "quadratic": QuadraticHead}
+        heads: dict[str, type[LinearHead | QuadraticHead]] = {
+            "linear": LinearHead,
+            "quadratic": QuadraticHead,
+        }
         if head not in heads:
             raise UserError(f"unknown head {head!r}; choose from {', '.join(heads)}")
         parameter = next(self.backbone.parameters())
@@ -103,7 +107,7 @@ class EnergyModel(nn.Module):
             images = torch.randn(CALIBRATION_BATCH, channels, *size).to(parameter)
             with torch.no_grad():
                 num_features = feature_map(self.backbone, images[:2]).shape[-1]
-            self.head = heads[head](num_features).to(parameter)
+            self.head: LinearHead | QuadraticHead = heads[head](num_features).to(parameter)
             self.calibrate(images, batch_norm=isinstance(backbone, str))
         self.train()
 
@@ -134,6 +138,5 @@ class EnergyModel(nn.Module):
         scale = gradient.float().square().mean().sqrt()
         if torch.isfinite(scale) and scale > 0:
             with torch.no_grad():
-                self.head.weight.div_(scale)
+                self.head.weight.copy_(self.head.weight / scale)
         self.train(was_training)
-

@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Input that the user can mend: one line with what was wrong, the value received and the remedy.
+    """Input that the user can mend: one line with what was wrong, the value received, the remedy.
 
     The command line prints it without a traceback and exits with code 2.
     """

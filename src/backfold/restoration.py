@@ -60,6 +60,7 @@ class RestorationStatus:
 
     @property
     def ok(self) -> bool:
+        """Whether no image diverged."""
         return not bool(self.diverged.any())
 
 
@@ -173,7 +174,8 @@ def restoration_loss(restored: Tensor, clean: Tensor, loss_mask: Tensor) -> Tens
     """Smooth L1 distance where ``loss_mask`` is true, averaged in each image, then over images.
 
     Args:
-        restored, clean: (batch, channels, height, width).
+        restored: (batch, channels, height, width).
+        clean: as ``restored``.
         loss_mask: bool, (batch, 1, height, width) or broadcastable to the images.
     """
     distance = F.smooth_l1_loss(restored.float(), clean.float(), reduction="none")
@@ -204,6 +206,8 @@ def restoration_losses(
 
     Args:
         step: images -> (loss, restored, energies), as `training_step` with the rest bound.
+        corrupted: (batch, channels, height, width).
+        num_steps: K.
     """
     images = corrupted
     for _ in range(num_steps):

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -84,8 +83,12 @@ def read_columns(path: Path) -> dict[str, Series]:
         raise UserError(f"{path} has the columns {', '.join(names)}, and no step; train again")
     rows: dict[float, list[float]] = {}
     for row in reader:
-        values = [_cell(row[name], f"{path} line {reader.line_num}") for name in names]
-        rows[values[names.index("step")]] = values
+        where = f"{path} line {reader.line_num}"
+        values = [_cell(row[name], where) for name in names]
+        step = values[names.index("step")]
+        if not math.isfinite(step):
+            raise UserError(f"{where} has the step {row['step']!r}; restore the file")
+        rows[step] = values
     table = np.array([rows[step] for step in sorted(rows)], dtype=np.float64)
     return {name: table[:, column] for column, name in enumerate(names)} if rows else {}
 
@@ -112,8 +115,7 @@ def read_record(
         UserError: a value of another type than the field's.
     """
     hints = get_type_hints(record_type)
-    names = {field.name for field in fields(record_type)} - given.keys()  # type: ignore[arg-type]
-    read = {name: _READERS[hints[name]](values, name, where) for name in names}
+    read = {name: _READERS[hints[name]](values, name, where) for name in hints.keys() - given}
     return record_type(**read, **given)
 
 

@@ -107,7 +107,7 @@ class Preview:
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class Run:
     """All that a report is made from. ``metrics`` are columns over the same steps."""
 
     path: Path

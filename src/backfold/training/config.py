@@ -100,6 +100,11 @@ class PretrainConfig:
         seed: of weights, order, augmentation and corruption.
         held_out: images kept from training to watch the run; at most a tenth of the data.
         watch_every: epochs between looks at the held-out images.
+        watch_labels: take class folders or a label column, where the data have them, to watch the
+            accuracy of kNN on held-out images; labels never train.
+        checkpoint_minutes: a checkpoint is written after each look at the held-out images, and
+            when this many minutes have passed since the last.
+        max_steps: stop after this many optimizer steps, if the epochs come to more.
         max_broken_share: share of unreadable files at which the run stops.
         embedding: layer and pooling of the embeddings that are watched.
     """
@@ -127,6 +132,9 @@ class PretrainConfig:
     seed: int = 0
     held_out: int = 512
     watch_every: float = 1.0
+    watch_labels: bool = True
+    checkpoint_minutes: float = 10.0
+    max_steps: int | None = None
     max_broken_share: float = 0.01
     embedding: EmbeddingChoice = field(default_factory=EmbeddingChoice)
 

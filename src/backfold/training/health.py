@@ -100,7 +100,9 @@ def _in_the_task_s_own_terms(
             for name, images in pairs.items()
         }
     if clean.shape[1] > 1:
-        return {f"chroma_error_{name}": chroma_error(images, clean) for name, images in pairs.items()}
+        return {
+            f"chroma_error_{name}": chroma_error(images, clean) for name, images in pairs.items()
+        }
     return {}
 
 
@@ -163,3 +165,16 @@ def _knn(
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def describe_health(entry: dict[str, Any]) -> str:
+    """An entry of the health history in one line."""
+    tasks = ", ".join(
+        f"{name} {row['psnr_restored_db'] - row['psnr_corrupted_db']:+.2f} dB"
+        for name, row in entry["tasks"].items()
+    )
+    knn = "" if entry["knn"] is None else f"; kNN {entry['knn']:.1f} %"
+    return (
+        f"held out: {tasks}; AUROC {entry['auroc']:.3f}; "
+        f"effective rank {entry['rank_me']:.1f} of {entry['embedding_size']}{knn}"
+    )

@@ -30,46 +30,57 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
+        """All settings, enough to repeat the run."""
         return self.root / "config.yaml"
 
     @property
     def facts(self) -> Path:
+        """What was run, on what."""
         return self.root / "run.json"
 
     @property
     def last_checkpoint(self) -> Path:
+        """The newest checkpoint."""
         return self.root / "checkpoints" / "last.ckpt"
 
     @property
     def best_checkpoint(self) -> Path:
+        """The checkpoint with the highest held-out PSNR gain."""
         return self.root / "checkpoints" / "best.ckpt"
 
     @property
     def backbone(self) -> Path:
+        """The backbone's weights under timm's names."""
         return self.root / "backbone.safetensors"
 
     @property
     def metrics(self) -> Path:
+        """Training numbers by step."""
         return self.root / "metrics.csv"
 
     @property
     def health(self) -> Path:
+        """Held-out measures by step."""
         return self.root / "health.json"
 
     @property
     def evaluation(self) -> Path:
+        """What the evaluation found."""
         return self.root / "evaluation.json"
 
     @property
     def log(self) -> Path:
+        """All messages."""
         return self.root / "train.log"
 
     @property
     def previews(self) -> Path:
+        """Pictures of restorations."""
         return self.root / "previews"
 
     @property
     def tensorboard(self) -> Path:
+        """TensorBoard's events."""
         return self.root / "tensorboard"
 
 
@@ -106,7 +117,9 @@ def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """`write_atomically` for safetensors."""
-    write_atomically(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+    write_atomically(
+        path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    )
 
 
 @contextmanager
@@ -170,7 +183,12 @@ def _empty(folder: RunFolder) -> None:
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors and plain values, marked as ours, atomically."""
     buffer = io.BytesIO()
-    marked = {"format": FORMAT, "format_version": FORMAT_VERSION, "backfold": __version__, **content}
+    marked = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "backfold": __version__,
+        **content,
+    }
     torch.save(marked, buffer)
     write_atomically(path, buffer.getvalue())
 
@@ -196,7 +214,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "written by backfold; take another, such as checkpoints/best.ckpt"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} was not written by backfold; give a run's folder or a .ckpt of one")
+        raise UserError(
+            f"{path} was not written by backfold; give a run's folder or a .ckpt of one"
+        )
     if content["format_version"] != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {content['format_version']}, this backfold reads "

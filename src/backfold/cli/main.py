@@ -1,0 +1,213 @@
+"""The command line: parsing, and one line for whatever the user can mend."""
+
+import re
+import sys
+from argparse import ArgumentError
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from backfold.cli import commands
+from backfold.errors import UserError
+from backfold.training.config import PretrainConfig
+from backfold.version import __version__
+
+RECIPES = files("backfold") / "recipes"
+# What may differ between a run and its continuation without changing its result.
+FREE_ON_RESUME = {"out", "num_workers", "accelerator", "devices", "checkpoint_minutes"}
+
+
+class Parser(ArgumentParser):
+    """Options with dashes in the help; either dashes or underscores are taken."""
+
+    def format_help(self) -> str:
+        """The help text."""
+        return re.sub(
+            r"--(?!print_config)[a-z][\w.]*",
+            lambda match: match[0].replace("_", "-"),
+            super().format_help(),
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        _run(argv)
+    except (UserError, ArgumentError) as error:
+        print(f"backfold: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "backfold: interrupted; `backfold pretrain --resume --out RUN` goes on", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return re.sub(r'^Parser key "([^"]+)":', lambda match: f"--{match[1].replace('_', '-')}:", text)
+
+
+def _run(argv: list[str]) -> None:
+    parser, parsers = build_parsers()
+    argv = [_with_underscores(argument) for argument in argv]
+    if argv[:1] == ["pretrain"]:
+        argv = ["pretrain", *_base_config(argv[1:]), *argv[1:]]
+    elif argv[:1] == ["demo"]:
+        argv = ["demo", f"--config={recipe_path('demo')}", "--out=runs/demo", *argv[1:]]
+    values = parser.parse_args(argv)
+    name = values.subcommand
+    given = parsers[name].instantiate(values[name])
+    command = "backfold " + " ".join(sys.argv[1:])
+    if name in ("pretrain", "demo"):
+        config = PretrainConfig(**_fields(given, PretrainConfig))
+        if name == "demo":
+            commands.run_demo(config, command)
+            return
+        if given.resume:
+            _refuse_changes(config)
+        commands.run_pretrain(config, given.resume, given.overwrite, command)
+    elif name == "evaluate":
+        commands.run_evaluate(
+            commands.EvaluateSettings(**_fields(given, commands.EvaluateSettings))
+        )
+    elif name == "restore":
+        commands.run_restore(
+            commands.RestoreSettings(**_fields(given, commands.RestoreSettings)), given.images
+        )
+    else:
+        commands.run_report(given.run, given.out)
+
+
+def build_parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of `backfold`, and those of its commands by name."""
+    parser = Parser(
+        prog="backfold",
+        description="Pretrain vision backbones on unlabelled images, as energy functions.",
+        exit_on_error=False,
+        version=__version__,
+    )
+    commands_group = parser.add_subcommands(required=True)
+    parsers = {
+        "pretrain": _pretrain_parser(),
+        "evaluate": _class_parser(commands.EvaluateSettings, "measure a frozen backbone"),
+        "restore": _class_parser(commands.RestoreSettings, "corrupt and restore image files"),
+        "report": Parser(exit_on_error=False, description="write one HTML file on a run"),
+        "demo": _demo_parser(),
+    }
+    parsers["restore"].add_argument("images", type=Path, nargs="+", help="image files")
+    parsers["report"].add_argument("run", type=Path, help="a run's folder")
+    parsers["report"].add_argument(
+        "--out", type=Path | None, default=None, help="the file; none takes RUN/report.html"
+    )
+    for name, child in parsers.items():
+        commands_group.add_subcommand(name, child, help=child.description)
+    return parser, parsers
+
+
+def _class_parser(settings: type, description: str) -> Parser:
+    parser = Parser(exit_on_error=False, description=description)
+    parser.add_class_arguments(settings)
+    return parser
+
+
+def _pretrain_parser() -> Parser:
+    parser = Parser(exit_on_error=False, description="pretrain a backbone on unlabelled images")
+    parser.add_argument("--config", action="config", help="YAML file; flags override it")
+    parser.add_argument(
+        "--recipe", type=str | None, default=None, help=f"shipped YAML: {', '.join(recipe_names())}"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    parser.add_class_arguments(PretrainConfig)
+    return parser
+
+
+def _demo_parser() -> Parser:
+    parser = Parser(
+        exit_on_error=False,
+        description="pretrain, evaluate and report on the embedded images, in minutes",
+    )
+    parser.add_argument("--config", action="config", help="YAML file; flags override it")
+    parser.add_class_arguments(PretrainConfig)
+    return parser
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes."""
+    return sorted(
+        item.name.removesuffix(".yaml") for item in RECIPES.iterdir() if item.name.endswith(".yaml")
+    )
+
+
+def recipe_path(name: str) -> Path:
+    """A shipped recipe's file.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in recipe_names():
+        raise UserError(f"unknown recipe {name!r}; choose from {', '.join(recipe_names())}")
+    return Path(str(RECIPES / f"{name}.yaml"))
+
+
+def _base_config(arguments: list[str]) -> list[str]:
+    """The config that comes before all flags: the run's own, a recipe, or the demo's."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    if given & {"-h", "--help"}:
+        return []
+    if "--resume" in given:
+        return [f"--config={_value(arguments, '--out', 'runs/pretrain')}/config.yaml"] * (
+            Path(_value(arguments, "--out", "runs/pretrain"), "config.yaml").is_file()
+        )
+    if "--recipe" in given:
+        return [f"--config={recipe_path(_value(arguments, '--recipe', ''))}"]
+    if not given & {"--config", "--data", "--backbone"}:
+        print("no --data and no --backbone: the demo's recipe on the embedded images",
+              file=sys.stderr)  # fmt: skip
+        return [f"--config={recipe_path('demo')}", "--out=runs/pretrain"]
+    return []
+
+
+def _value(arguments: list[str], option: str, default: str) -> str:
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            return value if equals else "".join(arguments[position + 1 : position + 2])
+    return default
+
+
+def _with_underscores(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _refuse_changes(config: PretrainConfig) -> None:
+    from backfold.training.config_file import config_to_dict
+    from backfold.training.run_folder import RunFolder, load_checkpoint
+
+    checkpoint = RunFolder(config.out).last_checkpoint
+    if not checkpoint.exists():
+        return
+    before, now = load_checkpoint(checkpoint)["config"], config_to_dict(config)
+    changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
+    if changed:
+        raise UserError(
+            f"--resume goes on with the run's own settings, and {', '.join(changed)} differ(s); "
+            "leave them out, or start a new run with another --out"
+        )
+
+
+def _fields(given: Namespace, settings: type) -> dict[str, Any]:
+    names = settings.__dataclass_fields__  # type: ignore[attr-defined]
+    return {name: given[name] for name in names}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Corrupting and restoring single image files, as pictures and numbers."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+
+from backfold.data.augmentation import cover
+from backfold.data.decode import BrokenImage, as_float, decode, to_channels
+from backfold.errors import UserError
+from backfold.metrics import psnr_db, ssim
+from backfold.pretext import PretextTask
+from backfold.restoration import RestorationResult, restore
+from backfold.training.pretrained import Pretrained
+from backfold.training.previews import png_bytes, restoration_grid, to_display
+from backfold.training.run_folder import write_atomically
+
+FRAME_MILLISECONDS = 500
+
+
+@dataclass(frozen=True)
+class RestoredImage:
+    """One image's numbers: before (corrupted) and after (restored)."""
+
+    name: str
+    psnr_db: tuple[float, float]
+    ssim: tuple[float, float]
+    energies: tuple[float, float]
+    clean_energy: float
+    message: str
+
+
+def read_images(paths: list[Path], run: Pretrained) -> Tensor:
+    """Decode, scale and normalise image files to (images, channels, height, width).
+
+    Raises:
+        UserError: a file is missing or no image.
+    """
+    images = []
+    for path in paths:
+        try:
+            decoded = decode(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"can't read {path}: {error.strerror}; check the path") from error
+        except BrokenImage as error:
+            raise UserError(f"{path} is no image: {error}; give image files") from error
+        images.append(cover(as_float(to_channels(decoded, run.channels)), run.image_size))
+    return run.statistics.normalize(torch.stack(images))
+
+
+def restore_images(
+    run: Pretrained,
+    paths: list[Path],
+    task: PretextTask,
+    out: Path,
+    *,
+    num_steps: int,
+    step_size: float,
+    seed: int = 0,
+) -> list[RestoredImage]:
+    """Write ``NAME.png`` (corrupted, restored, clean) and ``NAME.gif`` (the trajectory) a file.
+
+    Raises:
+        UserError: what reading, the task or writing raises.
+    """
+    clean = read_images(paths, run)
+    corrupted = task(clean, torch.Generator().manual_seed(seed)).corrupted
+    result = restore(run.energy, corrupted, num_steps, step_size)
+    names = _distinct_names(paths)
+    for number, name in enumerate(names):
+        ends = result.trajectory[[0, -1], number : number + 1]
+        picture = restoration_grid(ends, clean[number : number + 1], run.statistics)
+        write_atomically(out / f"{name}.png", png_bytes(picture))
+        write_atomically(out / f"{name}.gif", _animation(result.trajectory[:, number], run))
+    return _describe(names, run, clean, corrupted, result)
+
+
+def _distinct_names(paths: list[Path]) -> list[str]:
+    stems = [path.stem for path in paths]
+    return [
+        stem if stems.count(stem) == 1 else f"{stem}-{number}" for number, stem in enumerate(stems)
+    ]
+
+
+def _animation(trajectory: Tensor, run: Pretrained) -> bytes:
+    frames: list[Image.Image] = [
+        to_pil_image(frame) for frame in to_display(trajectory, run.statistics)
+    ]
+    buffer = io.BytesIO()
+    frames[0].save(
+        buffer,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=FRAME_MILLISECONDS,
+        loop=0,
+    )
+    return buffer.getvalue()
+
+
+def _describe(
+    names: list[str], run: Pretrained, clean: Tensor, corrupted: Tensor, result: RestorationResult
+) -> list[RestoredImage]:
+    mean, std = torch.tensor(run.statistics.mean), torch.tensor(run.statistics.std)
+    pairs = (corrupted, result.restored)
+    psnr = torch.stack([psnr_db(images, clean, std) for images in pairs], dim=1).tolist()
+    similarity = torch.stack([ssim(images, clean, mean, std) for images in pairs], dim=1).tolist()
+    with torch.no_grad():
+        clean_energies = run.energy(clean).tolist()
+    return [
+        RestoredImage(
+            name,
+            tuple(psnr[number]),
+            tuple(similarity[number]),
+            (float(result.energies[0, number]), float(result.energies[-1, number])),
+            clean_energies[number],
+            "diverged: lower --step-size" if result.status.diverged[number] else "ok",
+        )
+        for number, name in enumerate(names)
+    ]

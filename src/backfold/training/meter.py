@@ -1,0 +1,80 @@
+"""What is measured while training steps run."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backfold.energy import EnergyModel
+from backfold.metrics import energy_gap, psnr_db
+from backfold.pretext import Corruption
+
+GAP_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A part of a batch after its last restoration step."""
+
+    clean: Tensor
+    corruption: Corruption
+    restored: Tensor
+    corrupted_energies: Tensor
+
+    def psnr_gain_db(self, std: Tensor) -> float:
+        """Mean gain over the corrupted images, where the loss counts."""
+        mask, clean = self.corruption.loss_mask, self.clean
+        restored, corrupted = (
+            psnr_db(torch.where(mask, images, clean), clean, std)
+            for images in (self.restored.float(), self.corruption.corrupted)
+        )
+        return float((restored - corrupted).mean())
+
+    @torch.no_grad()
+    def energy_gap(self, energy: EnergyModel) -> float:
+        """Mean energy of corrupted minus clean images."""
+        clean = energy(self.clean[:GAP_IMAGES])
+        return energy_gap(clean, self.corrupted_energies[:GAP_IMAGES])
+
+
+class Meter:
+    """Seconds of training, images a second and the share of time spent waiting for data."""
+
+    def __init__(self, seconds_before: float) -> None:
+        self._before, self._start = seconds_before, time.monotonic()
+        self._paused = 0.0
+        self._mark = self._start
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since, self._images, self._waited = time.monotonic(), 0, 0.0
+
+    def before_batch(self) -> None:
+        """A batch is asked for."""
+        self._mark = time.monotonic()
+
+    def before_step(self, images: int) -> None:
+        """The batch is there, with this many images over all devices."""
+        self._waited += time.monotonic() - self._mark
+        self._images += images
+
+    def pause(self) -> None:
+        """Something else than training begins."""
+        self._mark = time.monotonic()
+
+    def resume(self) -> None:
+        """It is over."""
+        self._paused += time.monotonic() - self._mark
+        self._reset()
+
+    def seconds(self) -> float:
+        """Seconds of training, looks at the held-out images left out."""
+        return self._before + time.monotonic() - self._start - self._paused
+
+    def read(self) -> tuple[float, float]:
+        """(images a second, share of waiting) since the last reading."""
+        elapsed = max(time.monotonic() - self._since, 1e-9)
+        result = self._images / elapsed, self._waited / elapsed
+        self._reset()
+        return result

@@ -1,0 +1,74 @@
+"""A run's numbers by step, as CSV and as TensorBoard events."""
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from backfold.training.run_folder import RunFolder, write_atomically
+
+COLUMNS = (
+    "step", "epoch", "seconds", "images_per_second", "data_wait", "lr", "loss", "gradient_norm",
+    "psnr_gain_db", "energy_gap",
+)  # fmt: skip
+
+
+class MetricsLog:
+    """Appends rows to ``metrics.csv`` and to TensorBoard.
+
+    Lightning's CSVLogger deletes an existing file where a run goes on, hence these few lines.
+
+    Args:
+        folder: the run's.
+        first_step: rows of this step and later are dropped: a resumed run writes them again.
+    """
+
+    def __init__(self, folder: RunFolder, first_step: int) -> None:
+        kept = _rows_before(folder.metrics, first_step) if first_step else []
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept)
+        write_atomically(folder.metrics, text.getvalue().encode())
+        self._file = folder.metrics.open("a", newline="")
+        self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
+        self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step or None)
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """One row; its keys are `COLUMNS`."""
+        self._writer.writerow(
+            {name: f"{row[name]:.6g}" for name in COLUMNS} | {"step": row["step"]}
+        )
+        self._file.flush()
+        for name in COLUMNS[3:]:
+            self._board.add_scalar(f"train/{name}", row[name], int(row["step"]))
+
+    def add_health(self, entry: Mapping[str, Any]) -> None:
+        """An entry of the health history, to TensorBoard only; ``health.json`` has it whole."""
+        for name in ("psnr_gain_db", "energy_gap", "auroc", "rank_me", "knn"):
+            if entry[name] is not None:
+                self._board.add_scalar(f"held_out/{name}", entry[name], int(entry["step"]))
+        for task, measures in entry["tasks"].items():
+            for name, value in measures.items():
+                self._board.add_scalar(f"held_out_{task}/{name}", value, int(entry["step"]))
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._board.close()
+
+
+def _rows_before(path: Path, step: int) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    # A killed run can leave half a row.
+    return [
+        row
+        for row in rows
+        if set(row) == set(COLUMNS) and None not in row.values() and int(row["step"]) < step
+    ]

@@ -1,0 +1,70 @@
+"""The optimizer, its schedule, and which parameters it can train at all."""
+
+from typing import cast
+
+import torch
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from backfold.energy import EnergyModel
+from backfold.restoration import training_step
+from backfold.training.config import OptimizerSettings
+
+LARGEST_WARMUP_SHARE = 1 / 3
+
+
+def freeze_unreachable(energy: EnergyModel, images: Tensor) -> list[str]:
+    """Freeze the parameters that the energy's gradient does not depend on; returns their names.
+
+    The last norm's bias, biases before piecewise linear activations and unused heads get no
+    gradient from restoration; DistributedDataParallel would wait for them.
+
+    Args:
+        energy: with all of its parameters trainable.
+        images: a few normalised images, (batch, channels, height, width).
+    """
+    mask = torch.ones_like(images[:, :1], dtype=torch.bool)
+    loss, _, _ = training_step(energy, images, torch.zeros_like(images), mask)
+    named = list(energy.named_parameters())
+    gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    frozen: list[str] = []
+    for (name, parameter), gradient in zip(named, gradients, strict=True):
+        if cast(Tensor | None, gradient) is None:
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    return frozen
+
+
+def build_optimizer(module: nn.Module, settings: OptimizerSettings, batch_size: int) -> AdamW:
+    """AdamW over the trainable parameters; norms, biases and the linear head do not decay.
+
+    Args:
+        module: what is trained.
+        settings: learning rate, decay, betas.
+        batch_size: the global batch, by which base_lr is scaled (lr = base_lr x batch / 256).
+    """
+    named_by_timm = getattr(getattr(module, "backbone", None), "no_weight_decay", set)
+    exempt: set[str] = named_by_timm()
+    groups = param_groups_weight_decay(
+        module, settings.weight_decay, no_weight_decay_list=[f"backbone.{name}" for name in exempt]
+    )
+    return AdamW(groups, lr=settings.base_lr * batch_size / 256, betas=settings.betas)
+
+
+def build_schedule(
+    optimizer: AdamW, settings: OptimizerSettings, total_steps: int, steps_per_epoch: int
+) -> CosineLRScheduler:
+    """Linear warm-up, then a cosine; ``step_update(step)`` depends on the step alone."""
+    longest = int(total_steps * LARGEST_WARMUP_SHARE)
+    warmup = min(round(settings.warmup_epochs * steps_per_epoch), longest)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(1, total_steps - warmup),
+        lr_min=optimizer.defaults["lr"] * settings.final_lr_share,
+        warmup_t=warmup,
+        warmup_lr_init=optimizer.defaults["lr"] * 1e-3,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )

@@ -1,0 +1,52 @@
+"""A finished or running pretraining, read back from its checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from backfold.backbone import ImageSize
+from backfold.data.statistics import ChannelStatistics
+from backfold.energy import EnergyModel
+from backfold.errors import UserError
+from backfold.training.config import PretrainConfig
+from backfold.training.config_file import config_from_dict
+from backfold.training.run_folder import load_checkpoint
+from backfold.training.setup import build_energy
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """An energy with what is needed to use it: eval mode, on the CPU."""
+
+    energy: EnergyModel
+    config: PretrainConfig
+    statistics: ChannelStatistics
+    channels: int
+    image_size: ImageSize
+    step: int
+
+
+def load_pretrained(path: Path) -> Pretrained:
+    """Read a run's folder (its last checkpoint) or one checkpoint file.
+
+    Raises:
+        UserError: missing, truncated, not ours, of another version, or weights that do not fit.
+    """
+    content = load_checkpoint(path)
+    try:
+        config = config_from_dict(content["config"])
+        energy = build_energy(config, content["channels"])
+        energy.load_state_dict(content["model"])
+        return Pretrained(
+            energy.eval(),
+            config,
+            ChannelStatistics(tuple(content["mean"]), tuple(content["std"])),
+            content["channels"],
+            (content["image_size"][0], content["image_size"][1]),
+            content["state"]["step"],
+        )
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path} does not fit this version of backfold or timm: {reason}; "
+            "use the versions in the run's run.json"
+        ) from error

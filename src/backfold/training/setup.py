@@ -1,0 +1,197 @@
+"""What a run needs before its first step: images, statistics, the energy, and the run's facts."""
+
+import importlib.metadata
+import logging
+import platform
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backfold.backbone import ImageSize
+from backfold.data.broken import BrokenFiles
+from backfold.data.loading import evaluation_loader
+from backfold.data.source import ImageSource, SubsetSource, open_source, stratified_split
+from backfold.data.statistics import ChannelStatistics, count_channels, measure_statistics
+from backfold.energy import EnergyModel
+from backfold.errors import UserError
+from backfold.pretext import PretextTask
+from backfold.training.config import PretrainConfig, parse_image_size
+from backfold.training.health import HeldOut
+
+LOGGER = logging.getLogger("backfold")
+LARGEST_HELD_OUT_SHARE = 0.1
+KNN_IMAGES = 2000
+CALIBRATION_IMAGES = 32
+WATCHED_BYTES = 2**28  # of held-out and of labelled images each, kept on the device
+
+
+@dataclass(frozen=True)
+class Images:
+    """The training images, and what was found out about them."""
+
+    training: ImageSource
+    held_out: ImageSource
+    statistics: ChannelStatistics
+    channels: int
+
+
+def open_images(config: PretrainConfig) -> Images:
+    """Open the data, split off the held-out images, count channels and measure statistics.
+
+    Raises:
+        UserError: no data, too few images, or too many unreadable ones.
+    """
+    source = open_source(config.data, "train", config.watch_labels)
+    if len(source) < 2:
+        raise UserError(f"{source.name} holds {len(source)} image; give at least 2")
+    held_out = min(config.held_out, max(1, int(LARGEST_HELD_OUT_SHARE * len(source))))
+    try:
+        labels = len(source) if source.labels is None else source.labels
+        training, kept = stratified_split(labels, held_out / len(source), config.seed)
+    except UserError:  # fewer held-out images than classes
+        training, kept = stratified_split(len(source), held_out / len(source), config.seed)
+    channels = config.channels or count_channels(source)
+    statistics = measure_statistics(SubsetSource(source, training), channels, seed=config.seed)
+    LOGGER.info(
+        f"{source.name}: {len(training)} images to train, {len(kept)} held out, {channels} "
+        f"channel(s), mean {_rounded(statistics.mean)}, deviation {_rounded(statistics.std)}"
+    )
+    if source.labels is not None:
+        LOGGER.info(
+            "labels of %d classes are there: used to watch kNN, never to train",
+            len(source.class_names) or len(np.unique(source.labels)),
+        )
+    return Images(SubsetSource(source, training), SubsetSource(source, kept), statistics, channels)
+
+
+def _rounded(values: tuple[float, ...]) -> str:
+    return "[" + ", ".join(f"{value:.3f}" for value in values) + "]"
+
+
+def build_energy(config: PretrainConfig, channels: int) -> EnergyModel:
+    """The energy with random weights; the seed alone decides them.
+
+    Raises:
+        UserError: what `EnergyModel` raises.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return EnergyModel(
+            config.backbone,
+            image_size=parse_image_size(config.image_size),
+            channels=channels,
+            head=config.head,
+            backbone_options=config.backbone_options,
+            seed=config.seed,
+        )
+
+
+def check_tasks(tasks: dict[str, PretextTask], channels: int, image_size: ImageSize) -> None:
+    """Try every task on one black image.
+
+    Raises:
+        UserError: a task can't take such images.
+    """
+    image = torch.zeros(1, channels, *image_size)
+    for task in tasks.values():
+        task(image, torch.Generator().manual_seed(0))
+
+
+def load_images(
+    source: ImageSource, image_size: ImageSize, images: Images, count: int, broken: BrokenFiles
+) -> tuple[Tensor, Tensor | None]:
+    """Up to ``count`` images spread over the source, normalised, and their labels if any."""
+    bytes_each = 4 * images.channels * image_size[0] * image_size[1]
+    count = max(1, min(count, len(source), WATCHED_BYTES // bytes_each))
+    indices = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
+    parts, positions = [], []
+    for batch in evaluation_loader(source, image_size, images.channels, 64, indices=indices):
+        broken.add(batch.broken)
+        parts.append(images.statistics.normalize(batch.images))
+        positions.append(batch.indices)
+    labels = source.labels
+    chosen = None if labels is None else torch.from_numpy(labels[torch.cat(positions).numpy()])
+    return torch.cat(parts), chosen
+
+
+def load_held_out(
+    images: Images, image_size: ImageSize, device: torch.device, broken: BrokenFiles
+) -> HeldOut:
+    """The held-out images, and labelled training images for kNN where there are labels."""
+    watched, labels = load_images(images.held_out, image_size, images, len(images.held_out), broken)
+    if labels is None:
+        return HeldOut(watched.to(device), None)
+    bank, bank_labels = load_images(images.training, image_size, images, KNN_IMAGES, broken)
+    return HeldOut(watched.to(device), labels, bank.to(device), bank_labels)
+
+
+def calibrate(energy: EnergyModel, tasks: dict[str, PretextTask], images: Tensor) -> None:
+    """Fit batch norms and the head's scale to real images, corrupted as training will have them."""
+    generator = torch.Generator(images.device).manual_seed(0)
+    parts = images[: CALIBRATION_IMAGES * len(tasks)].tensor_split(len(tasks))
+    corrupted = [
+        task(part, generator).corrupted
+        for task, part in zip(tasks.values(), parts, strict=True)
+        if len(part)
+    ]
+    energy.calibrate(torch.cat(corrupted))
+
+
+def describe_run(
+    config: PretrainConfig,
+    energy: EnergyModel,
+    images: Images,
+    tasks: dict[str, PretextTask],
+    image_size: ImageSize,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What was run, on what: for ``run.json``."""
+    on_gpu = device.type == "cuda"
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                name: importlib.metadata.version(name)
+                for name in ("backfold", "torch", "timm", "lightning")
+            },
+        },
+        "hardware": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "device": device.type,
+        "backbone": config.backbone,
+        "parameters": sum(p.numel() for p in energy.backbone.parameters()),
+        "image_size": list(image_size),
+        "channels": images.channels,
+        "mean": list(images.statistics.mean),
+        "std": list(images.statistics.std),
+        "data": images.training.name,
+        "training_images": len(images.training),
+        "held_out_images": len(images.held_out),
+        "tasks": list(tasks),
+    }
+
+
+def _processor() -> str:
+    name = torch.cpu.get_capabilities().get("cpu_name", "") if _tells_capabilities() else ""
+    return f"{name or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _tells_capabilities() -> bool:
+    return hasattr(torch.cpu, "get_capabilities")
+
+
+def choose_precision(
+    config: PretrainConfig, device: torch.device
+) -> Literal["32-true", "bf16-mixed"]:
+    """Lightning's name of the precision: bf16 autocast where the hardware computes in bf16."""
+    if config.precision != "auto":
+        return config.precision
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu" and _tells_capabilities():
+        has_bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+    else:
+        has_bf16 = False
+    return "bf16-mixed" if has_bf16 else "32-true"

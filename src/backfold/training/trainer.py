@@ -1,0 +1,470 @@
+"""The training loop.
+
+Lightning Fabric, not its Trainer, runs devices, precision and distribution: each of the K
+restoration steps has a backward pass of its own, of which only the last may reduce gradients
+between processes, and a run must go on in mid-epoch with the same bits. Both are a plain loop here,
+and would be overridden hooks there.
+"""
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from backfold.backbone import default_image_size
+from backfold.batch_norm import batch_norms, refresh_batch_norm
+from backfold.data.broken import BrokenFiles
+from backfold.data.loading import Batch, training_loader
+from backfold.data.sampling import steps_per_epoch
+from backfold.energy import EnergyModel
+from backfold.errors import UserError
+from backfold.pretext import Corruption
+from backfold.restoration import restoration_losses, training_step
+from backfold.training import setup
+from backfold.training.config import (
+    PretrainConfig,
+    build_tasks,
+    combine_tasks,
+    parse_image_size,
+)
+from backfold.training.config_file import config_to_dict
+from backfold.training.health import HeldOut, describe_health, watch
+from backfold.training.meter import Meter, Restored
+from backfold.training.metrics_log import MetricsLog
+from backfold.training.optimizer import build_optimizer, build_schedule, freeze_unreachable
+from backfold.training.previews import write_preview
+from backfold.training.progress import TrainingBar, describe_row, log_to, terminal
+from backfold.training.run_folder import (
+    RunFolder,
+    claim,
+    load_checkpoint,
+    save_checkpoint,
+    write_json,
+    write_tensors,
+    write_yaml,
+)
+
+LOGGER = logging.getLogger("backfold")
+LOG_EVERY = 20
+PREVIEW_IMAGES = 6
+
+
+class RestorationTraining(nn.Module):
+    """One restoration step with its loss, as one forward: what DistributedDataParallel may wrap."""
+
+    def __init__(self, energy: EnergyModel, step_size: float) -> None:
+        super().__init__()
+        self.energy = energy
+        self.step_size = step_size
+
+    def forward(
+        self, images: Tensor, clean: Tensor, loss_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `backfold.restoration.training_step`."""
+        return training_step(self.energy, images, clean, loss_mask, self.step_size)
+
+
+@dataclass
+class State:
+    """What a run carries from step to step, and its checkpoints keep beside the tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_gain_db: float = -math.inf
+    started: str = ""
+
+
+def pretrain(
+    config: PretrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    command: str = "",
+    console: Console | None = None,
+) -> RunFolder:
+    """Pretrain a backbone; everything is left in ``config.out``.
+
+    Args:
+        config: all settings.
+        resume: go on from the folder's last checkpoint.
+        overwrite: replace an existing run.
+        command: what the user typed, for the record.
+        console: where messages go; the standard error by default.
+
+    Raises:
+        UserError: bad settings or data, a folder that can't be used, a loss that is not finite.
+    """
+    console = console or terminal()
+    # What can be refused is refused before the folder is touched.
+    build_tasks(config, config.channels or 3)
+    with claim(config.out, resume=resume, overwrite=overwrite) as folder:
+        if not resume:
+            with log_to(None, console):
+                run = Run(config, folder, command)
+        with log_to(folder.log, console):
+            if resume:
+                run = Run(config, folder, command)
+                run.load()
+            run.train(console)
+    return folder
+
+
+class Run:
+    """A run's parts, made from its settings."""
+
+    def __init__(self, config: PretrainConfig, folder: RunFolder, command: str) -> None:
+        self.config, self.folder, self.command = config, folder, command
+        self.state = State(started=datetime.now(UTC).isoformat(timespec="seconds"))
+        images = self.images = setup.open_images(config)
+        self.tasks = build_tasks(config, images.channels)
+        self.task = combine_tasks(config, self.tasks)
+        energy = setup.build_energy(config, images.channels)
+        self.image_size = parse_image_size(config.image_size) or default_image_size(
+            getattr(energy.backbone, "pretrained_cfg", None)
+        )
+        setup.check_tasks(self.tasks, images.channels, self.image_size)
+        self.broken = BrokenFiles.for_source(images.training, config.max_broken_share)
+        self.fabric = _fabric(config)
+        device = self.fabric.device
+        self.steps_per_epoch = steps_per_epoch(len(images.training), config.batch_size)
+        total = max(1, round(config.epochs * self.steps_per_epoch))
+        self.total_steps = min(total, config.max_steps or total)
+        self.watch_steps = max(1, round(config.watch_every * self.steps_per_epoch))
+        energy = energy.to(device)
+        self.held_out = setup.load_held_out(images, self.image_size, device, self.broken)
+        setup.calibrate(energy, self.tasks, self.held_out.images)
+        frozen = freeze_unreachable(energy, self.held_out.images[:2])
+        if frozen:
+            LOGGER.info(
+                "%d parameter(s) get no gradient from restoration and stay as they are: %s",
+                len(frozen),
+                ", ".join(frozen[:4]) + (", ..." if len(frozen) > 4 else ""),
+            )
+        training = RestorationTraining(energy, config.step_size)
+        optimizer = build_optimizer(energy, config.optimizer, config.batch_size)
+        self.schedule = build_schedule(
+            optimizer, config.optimizer, self.total_steps, self.steps_per_epoch
+        )
+        self.training, self.optimizer = self.fabric.setup(training, optimizer)
+        self.energy = energy
+        self.history: list[dict[str, Any]] = []
+        self.energies: dict[str, dict[str, list[float]]] = {}
+
+    def load(self) -> None:
+        """Take up the last checkpoint.
+
+        Raises:
+            UserError: it can't be read.
+        """
+        if not self.folder.last_checkpoint.exists():
+            LOGGER.info("no checkpoint yet in %s: starting from step 0", self.folder.root)
+            return
+        content = load_checkpoint(self.folder.last_checkpoint)
+        self.energy.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.state = State(**content["state"])
+        self.history, self.energies = content["history"], content["energies"]
+        LOGGER.info("resuming at step %d of %d", self.state.step, self.total_steps)
+
+    def train(self, console: Console) -> None:
+        """Go on to the last step, and leave the weights."""
+        if self.fabric.is_global_zero:
+            write_yaml(self.folder.config, config_to_dict(self.config))
+        metrics = MetricsLog(self.folder, self.state.step) if self.fabric.is_global_zero else None
+        try:
+            with TrainingBar(console, self.state.step, self.total_steps) as bar:
+                self._loop(bar, metrics)
+        finally:
+            if metrics is not None:
+                metrics.close()
+        self._export()
+
+    def _loop(self, bar: TrainingBar, metrics: MetricsLog | None) -> None:
+        meter = Meter(self.state.seconds)
+        batches = self._batches()
+        self.energy.train()
+        saved = time.monotonic()
+        if self.state.step == 0 and self.fabric.is_global_zero:
+            self._watch(metrics)
+            self._save()
+            meter.resume()
+        while self.state.step < self.total_steps:
+            meter.before_batch()
+            batch: Batch = next(batches)
+            meter.before_step(len(batch.images) * self.fabric.world_size)
+            for line in self.broken.add(batch.broken):
+                LOGGER.warning("skipped: %s", line)
+            losses, norm, last = self._step(batch.images)
+            self.state.step += 1
+            bar.advance()
+            done = self.state.step
+            if (
+                done % LOG_EVERY == 0
+                or done in (1, self.total_steps)
+                or done % self.watch_steps == 0
+            ):
+                row = self._row(losses, norm, last, meter)
+                bar.show(row)
+                if metrics is not None:
+                    metrics.add(row)
+            self.state.seconds = meter.seconds()
+            watched = done % self.watch_steps == 0 or done == self.total_steps
+            if watched and self.fabric.is_global_zero:
+                LOGGER.info("epoch %.1f: %s", self._epoch(), describe_row(row))
+                meter.pause()
+                self._watch(metrics)
+                meter.resume()
+            if watched or time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
+                if self.fabric.is_global_zero:
+                    self._check_finite(float(losses))
+                    self._save()
+                self.fabric.barrier()
+                saved = time.monotonic()
+
+    def _batches(self) -> Iterator[Batch]:
+        workers = self.config.num_workers
+        loader: DataLoader[Batch] = training_loader(
+            self.images.training,
+            self.image_size,
+            self.images.channels,
+            self.config.augmentation,
+            self._local_batch(),
+            self.config.seed,
+            self.state.step,
+            self.total_steps,
+            self.fabric.global_rank,
+            self.fabric.world_size,
+            default_workers() if workers is None else workers,
+        )
+        return iter(
+            cast(
+                "Iterable[Batch]",
+                self.fabric.setup_dataloaders(loader, use_distributed_sampler=False),
+            )
+        )
+
+    def _local_batch(self) -> int:
+        size, ranks = self.config.batch_size, self.fabric.world_size
+        if size % (ranks * self.config.accumulate):
+            raise UserError(
+                f"batch_size {size} does not divide into {ranks} device(s) x "
+                f"{self.config.accumulate} part(s); change batch_size or accumulate"
+            )
+        return size // ranks
+
+    def _step(self, images: Tensor) -> tuple[Tensor, Tensor, Restored]:
+        """One optimizer step; returns the mean loss, the gradient's norm and the last part."""
+        seed = step_seed(self.config.seed, self.state.step, self.fabric.global_rank)
+        torch.manual_seed(seed)  # dropout and drop path
+        clean = self.images.statistics.normalize(images)
+        corruption = self.task(clean, torch.Generator(clean.device).manual_seed(seed))
+        self.schedule.step_update(self.state.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=clean.device)
+        parts = list(_split(clean, corruption, self.config.accumulate))
+        for number, part in enumerate(parts):
+            loss, restored = self._restore_part(part, last_part=number == len(parts) - 1)
+            total += loss
+        norm = self.fabric.clip_gradients(
+            self.training,
+            self.optimizer,
+            max_norm=self.config.optimizer.max_gradient_norm or math.inf,
+            error_if_nonfinite=False,
+        )
+        assert norm is not None
+        self.optimizer.step()
+        return total, norm, restored
+
+    def _restore_part(
+        self, part: tuple[Tensor, Corruption], last_part: bool
+    ) -> tuple[Tensor, Restored]:
+        """K restoration steps on one part of the batch, a backward pass after each."""
+        clean, corruption = part
+        total = torch.zeros((), device=clean.device)
+        first_energies: Tensor | None = None
+        final = corruption.corrupted
+        num_steps = self.config.num_steps
+        number = 0
+
+        def step(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            result: tuple[Tensor, Tensor, Tensor] = self.training(
+                points, clean, corruption.loss_mask
+            )
+            return result
+
+        steps = restoration_losses(step, corruption.corrupted, num_steps)
+        for number in range(1, num_steps + 1):
+            reduces = last_part and number == num_steps
+            with self.fabric.no_backward_sync(self.training, enabled=not reduces):
+                loss, final, energies = next(steps)
+                scaled = loss / self.config.accumulate
+                self.fabric.backward(scaled)
+            total += scaled.detach()
+            first_energies = energies if first_energies is None else first_energies
+        assert first_energies is not None
+        return total, Restored(clean, corruption, final, first_energies)
+
+    def _row(self, loss: Tensor, norm: Tensor, last: Restored, meter: Meter) -> dict[str, float]:
+        """A row of ``metrics.csv``; stops the run if the loss is not finite."""
+        mean_loss = float(cast(Tensor, self.fabric.all_reduce(loss.detach(), reduce_op="mean")))
+        self._check_finite(mean_loss)
+        speed, wait = meter.read()
+        return {
+            "step": self.state.step,
+            "epoch": self._epoch(),
+            "seconds": meter.seconds(),
+            "images_per_second": speed,
+            "data_wait": wait,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": mean_loss,
+            "gradient_norm": float(norm),
+            "psnr_gain_db": last.psnr_gain_db(torch.tensor(self.images.statistics.std)),
+            "energy_gap": last.energy_gap(self.energy),
+        }
+
+    def _epoch(self) -> float:
+        return self.state.step / self.steps_per_epoch
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {self.state.step}; the last good checkpoint is kept "
+                f"in {self.folder.last_checkpoint}; lower optimizer.base_lr (now "
+                f"{self.config.optimizer.base_lr:g}) or step_size, or set precision to 32-true"
+            )
+
+    def _watch(self, metrics: MetricsLog | None) -> None:
+        """Look at the held-out images: health, previews."""
+        config = self.config
+        entry, self.energies = watch(
+            self.energy,
+            self.tasks,
+            self.held_out,
+            self.images.statistics,
+            config.embedding,
+            num_steps=config.num_steps,
+            step_size=config.step_size,
+            batch_size=max(1, config.batch_size // config.accumulate),
+        )
+        entry = {"step": self.state.step, "epoch": self._epoch(), **entry}
+        self.history.append(entry)
+        if metrics is not None:
+            metrics.add_health(entry)
+        LOGGER.info("%s", describe_health(entry))
+        for name, task in self.tasks.items():
+            write_preview(
+                self.folder.previews / f"step-{self.state.step:07d}-{name}.png",
+                self.energy,
+                task,
+                _spread(self.held_out, PREVIEW_IMAGES),
+                self.images.statistics,
+                num_steps=config.num_steps,
+                step_size=config.step_size,
+            )
+
+    def _save(self) -> None:
+        """A checkpoint, and beside it what the report reads."""
+        gain = self.history[-1]["psnr_gain_db"] if self.history else -math.inf
+        is_best = bool(self.history) and self.history[-1]["step"] == self.state.step
+        is_best = is_best and gain > self.state.best_gain_db
+        if is_best:
+            self.state.best_gain_db = gain
+        content = {
+            "state": vars(self.state).copy(),
+            "config": config_to_dict(self.config),
+            "channels": self.images.channels,
+            "image_size": list(self.image_size),
+            "mean": list(self.images.statistics.mean),
+            "std": list(self.images.statistics.std),
+            "model": self.energy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+            "energies": self.energies,
+        }
+        save_checkpoint(self.folder.last_checkpoint, content)
+        if is_best:
+            save_checkpoint(self.folder.best_checkpoint, content)
+        write_json(self.folder.health, {"history": self.history, "energies": self.energies})
+        write_json(self.folder.facts, self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        described = setup.describe_run(
+            self.config, self.energy, self.images, self.tasks, self.image_size, self.fabric.device
+        )
+        return {
+            "command": self.command,
+            "started": self.state.started,
+            "seconds": self.state.seconds,
+            **described,
+            "precision": str(self.fabric.strategy.precision.precision),
+            "steps": self.state.step,
+            "total_steps": self.total_steps,
+            "epochs": self._epoch(),
+        }
+
+    def _export(self) -> None:
+        """The backbone's weights under timm's names, batch norms refreshed."""
+        if not self.fabric.is_global_zero:
+            return
+        backbone = self.energy.backbone
+        if batch_norms(backbone):
+            backbone = copy.deepcopy(backbone).eval()
+            refresh_batch_norm(backbone, self.held_out.images.split(self.config.batch_size))
+        write_tensors(self.folder.backbone, backbone.state_dict())
+        LOGGER.info("backbone written to %s", self.folder.backbone)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of all that is random in one step on one process, apart from loading."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def default_workers() -> int:
+    """One core is left to the training process; up to 8 load images."""
+    return min(8, max(0, (torch.multiprocessing.cpu_count() or 1) - 1))
+
+
+def _fabric(config: PretrainConfig) -> Fabric:
+    try:
+        probe = Fabric(accelerator=config.accelerator, devices=config.devices)
+        fabric = Fabric(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            precision=setup.choose_precision(config, probe.device),
+        )
+    except Exception as error:
+        raise UserError(
+            f"can't use accelerator {config.accelerator!r} with devices {config.devices!r}: "
+            f"{str(error).splitlines()[0]}; try --accelerator auto --devices auto"
+        ) from error
+    fabric.launch()
+    return fabric
+
+
+def _split(
+    clean: Tensor, corruption: Corruption, parts: int
+) -> Iterator[tuple[Tensor, Corruption]]:
+    pieces = zip(
+        clean.chunk(parts),
+        corruption.corrupted.chunk(parts),
+        corruption.loss_mask.chunk(parts),
+        strict=True,
+    )
+    for piece, corrupted, mask in pieces:
+        yield piece, Corruption(corrupted, mask)
+
+
+def _spread(held_out: HeldOut, count: int) -> Tensor:
+    indices = np.linspace(0, len(held_out.images) - 1, min(count, len(held_out.images)))
+    return held_out.images[torch.from_numpy(indices.round().astype(np.int64))]
