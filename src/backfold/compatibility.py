@@ -4,7 +4,7 @@ Meant for a model that is thrown away afterwards: the check makes it float64 and
 parameter that starts at zero (the last scale of a residual branch) hides the ones behind it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,16 +15,19 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from backfold.backbone import ImageSize
 from backfold.energy import EnergyModel
+from backfold.finite_difference import (
+    DERIVATIVE_TOLERANCE,
+    FLOAT32,
+    FLOAT64,
+    Direction,
+    Precision,
+    distance_from_difference,
+    perturb,
+)
 from backfold.restoration import energy_gradient, restoration_step, training_step
 
 INDEPENDENCE_TOLERANCE = 1e-4
-DERIVATIVE_TOLERANCE = 2e-3
 INFLUENCE_TOLERANCE = 1e-3
-# A kink (ReLU) within the step spoils a finite difference, and deep networks have one within tiny
-# steps; rounding spoils the tiniest. Of these steps, relative to the parameters, the best counts.
-STEPS = (1e-8, 1e-10, 1e-12, 1e-6, 1e-5, 1e-4, 1e-3)
-# All tolerances are this many times wider for a model that computes in float32 regardless.
-FLOAT32_SLACK = 25.0
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,14 @@ def check_compatibility(
     images = _random_images((3, channels, *image_size), seed)
     perturb(list(model.backbone.parameters()), 0.1, seed)
     energies = _attempt(lambda: _calibrate(model, images) or check_energies(model, images))
-    slack = FLOAT32_SLACK if not energies and _computes_in_float32(model, images) else 1.0
-    gradient = _attempt(lambda: check_gradient(model, images, seed, slack))
+    in_float32 = not energies and _computes_in_float32(model, images)
+    precision = FLOAT32 if in_float32 else FLOAT64
+    gradient = _attempt(lambda: check_gradient(model, images, seed, precision))
     try:
-        second = check_second_order(model, images[:2], seed, slack)
+        second = check_second_order(model, images[:2], seed, precision)
     except Exception as error:
         second = SecondOrder(_one_line(error))
-    independent = _attempt(lambda: check_independence(model, images, slack))
+    independent = _attempt(lambda: check_independence(model, images, precision))
     complaints = (energies, gradient, second.complaint, independent)
     return Compatibility(
         finite_energies=not energies,
@@ -103,7 +107,7 @@ def check_compatibility(
         reason=next((complaint for complaint in complaints if complaint), ""),
         without_gradient=second.without_gradient,
         derivative_error=second.derivative_error,
-        float32_inside=slack > 1.0,
+        float32_inside=in_float32,
     )
 
 
@@ -151,39 +155,6 @@ def switch_off_dropout(model: nn.Module) -> None:
             module.drop_prob = 0.0
 
 
-def perturb(parameters: Sequence[Tensor], step: float, seed: int) -> None:
-    """Add noise of ``step`` times each tensor's root mean square, in place.
-
-    Tensors that are all but zero get noise as if their root mean square were 0.2.
-    """
-    _Direction(parameters, seed).move(step)
-
-
-class _Direction:
-    """A random direction in the space of parameters, drawn anew at each use to save its memory."""
-
-    def __init__(self, parameters: Sequence[Tensor], seed: int) -> None:
-        self.parameters = parameters
-        self.seed = seed
-        sizes = [float(p.detach().square().mean().sqrt()) for p in parameters]
-        self.scales = [size if size > 1e-3 else 0.2 for size in sizes]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        for parameter, scale in zip(self.parameters, self.scales, strict=True):
-            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            yield noise.mul_(scale).to(parameter.device)
-
-    @torch.no_grad()
-    def move(self, step: float) -> None:
-        for parameter, noise in zip(self.parameters, self, strict=True):
-            parameter.add_(noise, alpha=step)
-
-    def times_gradient(self) -> float:
-        pairs = zip(self.parameters, self, strict=True)
-        return sum(float((p.grad * noise).sum()) for p, noise in pairs if p.grad is not None)
-
-
 def check_energies(model: EnergyModel, images: Tensor) -> str:
     """Complains unless there is one finite energy for each image."""
     energies = model(images)
@@ -192,7 +163,9 @@ def check_energies(model: EnergyModel, images: Tensor) -> str:
     return "" if bool(energies.isfinite().all()) else "an energy is not finite"
 
 
-def check_gradient(model: EnergyModel, images: Tensor, seed: int = 0, slack: float = 1.0) -> str:
+def check_gradient(
+    model: EnergyModel, images: Tensor, seed: int = 0, precision: Precision = FLOAT64
+) -> str:
     """Complains unless the energy gradient is finite, not zero, and equal to a finite difference.
 
     The difference is taken of the summed energies, along one random direction.
@@ -208,27 +181,27 @@ def check_gradient(model: EnergyModel, images: Tensor, seed: int = 0, slack: flo
     def energy_at(step: float) -> float:
         return float(model(images + step * direction).sum())
 
-    tolerance = slack * DERIVATIVE_TOLERANCE
-    error = _distance_from_difference(float((gradient * direction).sum()), energy_at, tolerance)
-    if error < tolerance:
+    derivative = float((gradient * direction).sum())
+    error = distance_from_difference(derivative, energy_at, precision)
+    if error < precision.slack * DERIVATIVE_TOLERANCE:
         return ""
     return f"the energy's gradient is off its finite difference by {error:.0e}"
 
 
-def check_independence(model: EnergyModel, images: Tensor, slack: float = 1.0) -> str:
+def check_independence(model: EnergyModel, images: Tensor, precision: Precision = FLOAT64) -> str:
     """Complains if the first image's energy or gradient changes with the other images."""
     energies, gradient = energy_gradient(model, images)
     energy_alone, gradient_alone = energy_gradient(model, images[:1])
     pairs = {"energy": (energies[:1], energy_alone), "gradient": (gradient[:1], gradient_alone)}
     for name, (together, alone) in pairs.items():
         change = _relative_distance(together, alone)
-        if not change < slack * INDEPENDENCE_TOLERANCE:
+        if not change < precision.slack * INDEPENDENCE_TOLERANCE:
             return f"an image's {name} changes by {change:.0e} with the other images of its batch"
     return ""
 
 
 def check_second_order(
-    model: EnergyModel, images: Tensor, seed: int = 0, slack: float = 1.0
+    model: EnergyModel, images: Tensor, seed: int = 0, precision: Precision = FLOAT64
 ) -> SecondOrder:
     """Check the gradient of a training step's loss with respect to the backbone's parameters.
 
@@ -240,7 +213,7 @@ def check_second_order(
         model: in float64; its parameters are moved and put back.
         images: (batch, channels, height, width), float64.
         seed: of the clean images and the directions.
-        slack: factor on the tolerances.
+        precision: of the model's arithmetic.
     """
     clean = _random_images(tuple(images.shape), seed + 1)
     model.zero_grad()
@@ -253,41 +226,40 @@ def check_second_order(
             return SecondOrder(f"the second-order gradient of {name} is not finite")
     if len(without) == len(named):
         return SecondOrder("no parameter gets a second-order gradient", tuple(without))
-    tolerance = slack * INFLUENCE_TOLERANCE
-    influence = _influence(model, images, _Direction(list(without.values()), seed), tolerance)
-    direction = _Direction(list(named.values()), seed)
-    error = _derivative_error(model, images, clean, direction, slack * DERIVATIVE_TOLERANCE)
+    influence = _influence(model, images, Direction(list(without.values()), seed), precision)
+    direction = Direction(list(named.values()), seed)
+    error = _derivative_error(model, images, clean, direction, precision)
     complaint = ""
-    if not influence < tolerance:
+    if not influence < precision.slack * INFLUENCE_TOLERANCE:
         complaint = (
             f"{next(iter(without))} or another of {len(without)} parameters gets no gradient, "
             f"though the energy's gradient depends on it (relative slope {influence:.0e})"
         )
-    elif not error < slack * DERIVATIVE_TOLERANCE:
+    elif not error < precision.slack * DERIVATIVE_TOLERANCE:
         complaint = f"the loss's derivative is off its finite difference by {error:.0e}"
     return SecondOrder(complaint, tuple(without), error)
 
 
 def _influence(
-    model: EnergyModel, images: Tensor, direction: _Direction, tolerance: float
+    model: EnergyModel, images: Tensor, direction: Direction, precision: Precision
 ) -> float:
     """How much the energy's gradient changes along the direction, both relative: a slope."""
     if not direction.parameters:
         return 0.0
     _, before = energy_gradient(model, images)
     slope = float("inf")
-    for step in STEPS:
+    for step in precision.steps:
         direction.move(step)
         _, after = energy_gradient(model, images)
         direction.move(-step)
         slope = min(slope, _relative_distance(after, before) / step)
-        if slope < tolerance:
+        if slope < precision.slack * INFLUENCE_TOLERANCE:
             break
     return slope
 
 
 def _derivative_error(
-    model: EnergyModel, images: Tensor, clean: Tensor, direction: _Direction, tolerance: float
+    model: EnergyModel, images: Tensor, clean: Tensor, direction: Direction, precision: Precision
 ) -> float:
     """Relative distance of the loss's derivative along the direction from a finite difference."""
 
@@ -297,24 +269,7 @@ def _derivative_error(
         direction.move(-step)
         return loss
 
-    return _distance_from_difference(direction.times_gradient(), loss_at, tolerance)
-
-
-def _distance_from_difference(
-    derivative: float, function: Callable[[float], float], tolerance: float
-) -> float:
-    """Relative distance of a derivative from a central difference, the first within tolerance.
-
-    From the nearest, if none is.
-    """
-    best = float("inf")
-    for step in STEPS:
-        difference = (function(step) - function(-step)) / (2 * step)
-        scale = max(abs(derivative), abs(difference))
-        best = min(best, abs(derivative - difference) / scale if scale > 0 else 0.0)
-        if best < tolerance:
-            break
-    return best
+    return distance_from_difference(direction.times_gradient(), loss_at, precision)
 
 
 def _loss(model: EnergyModel, images: Tensor, clean: Tensor) -> float:

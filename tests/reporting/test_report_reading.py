@@ -33,7 +33,8 @@ FACTS = {
     "total_steps": 1200,
     "epochs": 5.4,
 }
-METRICS = """step,epoch,seconds,images_per_second,data_wait,lr,loss,gradient_norm,psnr_gain_db,energy_gap
+METRICS = """\
+step,epoch,seconds,images_per_second,data_wait,lr,loss,gradient_norm,psnr_gain_db,energy_gap
 400,1.8,10,250,0.01,0.001,0.6,2,1.5,3
 800,3.6,20,260,0.02,0.0005,0.4,1.5,2.5,4
 1200,5.4,30,270,0.03,0,0.2,1,3.5,5
@@ -132,7 +133,9 @@ def test_the_latest_preview_of_each_task_in_the_order_of_the_tasks(run_folder):
     (run_folder / "previews" / "step-10000000-denoising.png").write_bytes(png(33, (5, 7)))
     (run_folder / "previews" / "else.png").write_bytes(b"no preview")
     run = read_run(run_folder)
-    found = [(preview.task, preview.step, preview.width, preview.height) for preview in run.previews]
+    found = [
+        (preview.task, preview.step, preview.width, preview.height) for preview in run.previews
+    ]
     assert found == [("masking", 1200, 12, 8), ("denoising", 10000000, 5, 7)]
     assert run.broken_previews == ()
 
@@ -179,7 +182,11 @@ def test_a_folder_without_them_is_no_run(run_folder, name):
         ("health.json", '{"energies": {"masking": {"clean": 1}}}', "'clean' .* not a list"),
         ("evaluation.json", "[{", "no list of evaluation rows"),
         ("evaluation.json", json.dumps([EVALUATION[0] | {"accuracy_mean": "x"}]), "not a number"),
-        ("evaluation.json", json.dumps([EVALUATION[0] | {"labels": []}]), "'labels' .* not a number"),
+        (
+            "evaluation.json",
+            json.dumps([EVALUATION[0] | {"labels": []}]),
+            "'labels' .* not a number",
+        ),
         ("metrics.csv", "epoch,loss\n1,2\n", "has the columns epoch, loss, and no step"),
         ("metrics.csv", "step,loss\n1,2\n2,low\n", "line 3 holds 'low', which is no number"),
         ("metrics.csv", "step,loss\nnan,2\n", "line 2 has the step 'nan'"),

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from argparse import ArgumentError
+from argparse import ArgumentError, HelpFormatter
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ FREE_ON_RESUME = {"out", "num_workers", "accelerator", "devices", "checkpoint_mi
 class Parser(ArgumentParser):
     """Options with dashes in the help; either dashes or underscores are taken."""
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
         """The help text."""
         return re.sub(
             r"--(?!print_config)[a-z][\w.]*",
             lambda match: match[0].replace("_", "-"),
-            super().format_help(),
+            super().format_help(formatter),
         )
 
 

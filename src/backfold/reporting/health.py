@@ -17,7 +17,8 @@ from backfold.reporting.records import HealthEntry, Run
 # Area under the ROC curve of telling corrupted from clean images by energy: 0.5 is chance. With a
 # few hundred images, chance alone stays below 0.6.
 AUROC_CHANCE, AUROC_GOOD = 0.5, 0.6
-# Effective rank by number of features: a collapsed backbone uses a handful of directions.
+# Effective rank by the largest possible one, the number of features (or of images, if fewer): a
+# collapsed backbone uses a handful of directions.
 RANK_SHARE_WATCH, RANK_SHARE_GOOD = 0.02, 0.1
 # kNN accuracy in points below its best so far, or below where it began.
 KNN_FALL_POINTS = 2.0
@@ -49,7 +50,7 @@ def measure_health(run: Run) -> list[Measure]:
         _gain(latest),
         _gain_over_mean_fill(latest),
         _auroc(latest),
-        _rank(latest),
+        _rank(latest, run.facts.held_out_images),
         _loss(run.metrics.get("loss")),
         _gradient_norm(run.metrics.get("gradient_norm")),
         _data_wait(run.metrics.get("data_wait")),
@@ -79,7 +80,7 @@ def _gain_measure(name: str, good: str, gains: dict[str, float | None]) -> Measu
     measured = {task: gain for task, gain in gains.items() if gain is not None}
     if not measured:
         return Measure(name, wording.ABSENT, good, "unknown")
-    mean = float(np.mean(list(measured.values())))
+    mean = sum(measured.values()) / len(measured)
     losing = [task for task, gain in measured.items() if not gain > 0]
     state: State = "good" if not losing else "watch" if mean > 0 else "bad"
     value = f"{wording.signed(mean, 1, 'dB')}{' on average' if len(measured) > 1 else ''}"
@@ -99,16 +100,19 @@ def _auroc(latest: HealthEntry | None) -> Measure:
     )
 
 
-def _rank(latest: HealthEntry | None) -> Measure:
+def _rank(latest: HealthEntry | None, images: float | None) -> Measure:
     rank, size = (None, None) if latest is None else (latest.rank_me, latest.embedding_size)
-    share = None if rank is None or not size else rank / size
-    of_size = "" if share is None else f" of {wording.whole(size)} ({wording.percent(share)})"
+    # A few images can't span more directions than there are images.
+    largest = min(size, images) if size and images else size
+    share = None if rank is None or not largest else rank / largest
+    of_largest = f" of {wording.whole(largest)} ({wording.percent(share)})" if share else ""
     return Measure(
         "Effective rank of the embeddings (RankMe)",
-        f"{wording.decimals(rank, 1)}{of_size if wording.is_finite(rank) else ''}",
-        f"{wording.percent(RANK_SHARE_GOOD, 0)} of the features or more; below {wording.percent(RANK_SHARE_WATCH, 0)} they have "
-        "collapsed",
+        wording.decimals(rank, 1) + (of_largest if wording.is_finite(rank) else ""),
+        f"{wording.percent(RANK_SHARE_GOOD, 0)} of the largest possible or more; "
+        f"below {wording.percent(RANK_SHARE_WATCH, 0)} the embeddings have collapsed",
         _rising(share, RANK_SHARE_WATCH, RANK_SHARE_GOOD),
+        "" if largest == size else f"limited by the {wording.whole(images)} held-out images",
     )
 
 

@@ -79,7 +79,8 @@ def health_verdict(run: Run, measures: Sequence[Measure]) -> Verdict:
     if measured == 0:
         return Verdict("unknown", "Not known: nothing was measured", tuple(sentences))
     if names["bad"]:
-        headline = f"No: {len(names['bad'])} of {measured} measures are bad"
+        verb = "is" if len(names["bad"]) == 1 else "are"
+        headline = f"No: {len(names['bad'])} of {measured} measures {verb} bad"
         return Verdict("bad", headline, tuple(sentences))
     if names["watch"]:
         headline = f"Yes, but watch {len(names['watch'])} of {measured} measures"

@@ -53,14 +53,17 @@ def percent(share: float | None, digits: int = 1) -> str:
 def duration(seconds: float | None) -> str:
     """A duration in its two largest units."""
     if seconds is None or not math.isfinite(seconds):
-        return ABSENT
-    if seconds < 60:
+        return decimals(seconds, 1)
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
-    minutes = round(seconds / 60) if seconds >= 3600 else int(seconds // 60)
-    if seconds < 3600:
-        return f"{minutes} min {int(seconds % 60)} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    days, hours = divmod(round(seconds / 3600), 24)
+    return f"{days} d {hours} h"
 
 
 def counted(count: int, singular: str, plural: str) -> str:

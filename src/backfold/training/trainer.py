@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from backfold.backbone import default_image_size
@@ -27,10 +27,7 @@ from backfold.batch_norm import batch_norms, refresh_batch_norm
 from backfold.data.broken import BrokenFiles
 from backfold.data.loading import Batch, training_loader
 from backfold.data.sampling import steps_per_epoch
-from backfold.energy import EnergyModel
 from backfold.errors import UserError
-from backfold.pretext import Corruption
-from backfold.restoration import restoration_losses, training_step
 from backfold.training import setup
 from backfold.training.config import (
     PretrainConfig,
@@ -42,7 +39,7 @@ from backfold.training.config_file import config_to_dict
 from backfold.training.health import HeldOut, describe_health, watch
 from backfold.training.meter import Meter, Restored
 from backfold.training.metrics_log import MetricsLog
-from backfold.training.optimizer import build_optimizer, build_schedule, freeze_unreachable
+from backfold.training.optimizer import freeze_unreachable
 from backfold.training.previews import write_preview
 from backfold.training.progress import TrainingBar, describe_row, log_to, terminal
 from backfold.training.run_folder import (
@@ -54,25 +51,11 @@ from backfold.training.run_folder import (
     write_tensors,
     write_yaml,
 )
+from backfold.training.stepper import Stepper
 
 LOGGER = logging.getLogger("backfold")
 LOG_EVERY = 20
 PREVIEW_IMAGES = 6
-
-
-class RestorationTraining(nn.Module):
-    """One restoration step with its loss, as one forward: what DistributedDataParallel may wrap."""
-
-    def __init__(self, energy: EnergyModel, step_size: float) -> None:
-        super().__init__()
-        self.energy = energy
-        self.step_size = step_size
-
-    def forward(
-        self, images: Tensor, clean: Tensor, loss_mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `backfold.restoration.training_step`."""
-        return training_step(self.energy, images, clean, loss_mask, self.step_size)
 
 
 @dataclass
@@ -128,7 +111,6 @@ class Run:
         self.state = State(started=datetime.now(UTC).isoformat(timespec="seconds"))
         images = self.images = setup.open_images(config)
         self.tasks = build_tasks(config, images.channels)
-        self.task = combine_tasks(config, self.tasks)
         energy = setup.build_energy(config, images.channels)
         self.image_size = parse_image_size(config.image_size) or default_image_size(
             getattr(energy.backbone, "pretrained_cfg", None)
@@ -151,12 +133,15 @@ class Run:
                 len(frozen),
                 ", ".join(frozen[:4]) + (", ..." if len(frozen) > 4 else ""),
             )
-        training = RestorationTraining(energy, config.step_size)
-        optimizer = build_optimizer(energy, config.optimizer, config.batch_size)
-        self.schedule = build_schedule(
-            optimizer, config.optimizer, self.total_steps, self.steps_per_epoch
+        self.stepper = Stepper(
+            config,
+            energy,
+            combine_tasks(config, self.tasks),
+            images.statistics,
+            self.fabric,
+            self.total_steps,
+            self.steps_per_epoch,
         )
-        self.training, self.optimizer = self.fabric.setup(training, optimizer)
         self.energy = energy
         self.history: list[dict[str, Any]] = []
         self.energies: dict[str, dict[str, list[float]]] = {}
@@ -172,7 +157,7 @@ class Run:
             return
         content = load_checkpoint(self.folder.last_checkpoint)
         self.energy.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        self.stepper.optimizer.load_state_dict(content["optimizer"])
         self.state = State(**content["state"])
         self.history, self.energies = content["history"], content["energies"]
         LOGGER.info("resuming at step %d of %d", self.state.step, self.total_steps)
@@ -205,7 +190,7 @@ class Run:
             meter.before_step(len(batch.images) * self.fabric.world_size)
             for line in self.broken.add(batch.broken):
                 LOGGER.warning("skipped: %s", line)
-            losses, norm, last = self._step(batch.images)
+            losses, norm, last = self.stepper(batch.images, self.state.step)
             self.state.step += 1
             bar.advance()
             done = self.state.step
@@ -263,58 +248,6 @@ class Run:
             )
         return size // ranks
 
-    def _step(self, images: Tensor) -> tuple[Tensor, Tensor, Restored]:
-        """One optimizer step; returns the mean loss, the gradient's norm and the last part."""
-        seed = step_seed(self.config.seed, self.state.step, self.fabric.global_rank)
-        torch.manual_seed(seed)  # dropout and drop path
-        clean = self.images.statistics.normalize(images)
-        corruption = self.task(clean, torch.Generator(clean.device).manual_seed(seed))
-        self.schedule.step_update(self.state.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=clean.device)
-        parts = list(_split(clean, corruption, self.config.accumulate))
-        for number, part in enumerate(parts):
-            loss, restored = self._restore_part(part, last_part=number == len(parts) - 1)
-            total += loss
-        norm = self.fabric.clip_gradients(
-            self.training,
-            self.optimizer,
-            max_norm=self.config.optimizer.max_gradient_norm or math.inf,
-            error_if_nonfinite=False,
-        )
-        assert norm is not None
-        self.optimizer.step()
-        return total, norm, restored
-
-    def _restore_part(
-        self, part: tuple[Tensor, Corruption], last_part: bool
-    ) -> tuple[Tensor, Restored]:
-        """K restoration steps on one part of the batch, a backward pass after each."""
-        clean, corruption = part
-        total = torch.zeros((), device=clean.device)
-        first_energies: Tensor | None = None
-        final = corruption.corrupted
-        num_steps = self.config.num_steps
-        number = 0
-
-        def step(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            result: tuple[Tensor, Tensor, Tensor] = self.training(
-                points, clean, corruption.loss_mask
-            )
-            return result
-
-        steps = restoration_losses(step, corruption.corrupted, num_steps)
-        for number in range(1, num_steps + 1):
-            reduces = last_part and number == num_steps
-            with self.fabric.no_backward_sync(self.training, enabled=not reduces):
-                loss, final, energies = next(steps)
-                scaled = loss / self.config.accumulate
-                self.fabric.backward(scaled)
-            total += scaled.detach()
-            first_energies = energies if first_energies is None else first_energies
-        assert first_energies is not None
-        return total, Restored(clean, corruption, final, first_energies)
-
     def _row(self, loss: Tensor, norm: Tensor, last: Restored, meter: Meter) -> dict[str, float]:
         """A row of ``metrics.csv``; stops the run if the loss is not finite."""
         mean_loss = float(cast(Tensor, self.fabric.all_reduce(loss.detach(), reduce_op="mean")))
@@ -326,7 +259,7 @@ class Run:
             "seconds": meter.seconds(),
             "images_per_second": speed,
             "data_wait": wait,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.stepper.optimizer.param_groups[0]["lr"],
             "loss": mean_loss,
             "gradient_norm": float(norm),
             "psnr_gain_db": last.psnr_gain_db(torch.tensor(self.images.statistics.std)),
@@ -388,7 +321,7 @@ class Run:
             "mean": list(self.images.statistics.mean),
             "std": list(self.images.statistics.std),
             "model": self.energy.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.stepper.optimizer.state_dict(),
             "history": self.history,
             "energies": self.energies,
         }
@@ -425,11 +358,6 @@ class Run:
         LOGGER.info("backbone written to %s", self.folder.backbone)
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of all that is random in one step on one process, apart from loading."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
-
-
 def default_workers() -> int:
     """One core is left to the training process; up to 8 load images."""
     return min(8, max(0, (torch.multiprocessing.cpu_count() or 1) - 1))
@@ -450,19 +378,6 @@ def _fabric(config: PretrainConfig) -> Fabric:
         ) from error
     fabric.launch()
     return fabric
-
-
-def _split(
-    clean: Tensor, corruption: Corruption, parts: int
-) -> Iterator[tuple[Tensor, Corruption]]:
-    pieces = zip(
-        clean.chunk(parts),
-        corruption.corrupted.chunk(parts),
-        corruption.loss_mask.chunk(parts),
-        strict=True,
-    )
-    for piece, corrupted, mask in pieces:
-        yield piece, Corruption(corrupted, mask)
 
 
 def _spread(held_out: HeldOut, count: int) -> Tensor:

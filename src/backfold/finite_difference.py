@@ -1,0 +1,82 @@
+"""Derivatives held against finite differences, in any direction of a space of parameters."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DERIVATIVE_TOLERANCE = 2e-3
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What finite differences a model's arithmetic allows.
+
+    A kink (ReLU) within the step spoils a difference, and deep networks have one within tiny steps;
+    rounding spoils the tiniest. So the best of several steps counts.
+
+    Args:
+        slack: factor on all tolerances.
+        steps: relative to the parameters, or to the images' unit deviation; in the order tried.
+    """
+
+    slack: float
+    steps: tuple[float, ...]
+
+
+FLOAT64 = Precision(1.0, (1e-8, 1e-10, 1e-12, 1e-6, 1e-5, 1e-4, 1e-3))
+FLOAT32 = Precision(25.0, (1e-4, 1e-3, 1e-5, 1e-2))
+
+
+class Direction:
+    """A random direction in the space of parameters, drawn anew at each use to save its memory.
+
+    Each tensor's part is as large as the tensor (root mean square); 0.2 for one that is all but
+    zero.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], seed: int) -> None:
+        self.parameters = parameters
+        self.seed = seed
+        sizes = [float(p.detach().square().mean().sqrt()) for p in parameters]
+        self.scales = [size if size > 1e-3 else 0.2 for size in sizes]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for parameter, scale in zip(self.parameters, self.scales, strict=True):
+            noise = torch.randn(parameter.shape, generator=generator)
+            yield noise.mul_(scale).to(parameter)
+
+    @torch.no_grad()
+    def move(self, step: float) -> None:
+        """Add ``step`` times the direction to the parameters, in place."""
+        for parameter, noise in zip(self.parameters, self, strict=True):
+            parameter.add_(noise, alpha=step)
+
+    def times_gradient(self) -> float:
+        """The derivative along the direction, by the parameters' ``grad``; a missing one is 0."""
+        pairs = zip(self.parameters, self, strict=True)
+        return sum(float((p.grad * noise).sum()) for p, noise in pairs if p.grad is not None)
+
+
+def perturb(parameters: Sequence[Tensor], step: float, seed: int) -> None:
+    """Add noise of ``step`` times each tensor's root mean square, in place; see `Direction`."""
+    Direction(parameters, seed).move(step)
+
+
+def distance_from_difference(
+    derivative: float, function: Callable[[float], float], precision: Precision
+) -> float:
+    """Relative distance of a derivative from a central difference, the first within tolerance.
+
+    From the nearest, if none is.
+    """
+    best = float("inf")
+    for step in precision.steps:
+        difference = (function(step) - function(-step)) / (2 * step)
+        scale = max(abs(derivative), abs(difference))
+        best = min(best, abs(derivative - difference) / scale if scale > 0 else 1.0)
+        if best < precision.slack * DERIVATIVE_TOLERANCE:
+            break
+    return best
