@@ -101,7 +101,7 @@ def main() -> None:
 def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--families", default="", help="check only these, again; comma-separated")
-    parser.add_argument("--time-limit", type=float, default=180.0, help="seconds for a family")
+    parser.add_argument("--time-limit", type=float, default=300.0, help="seconds for a family")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write to")
     return parser.parse_args()
 

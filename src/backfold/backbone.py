@@ -87,6 +87,11 @@ def check_image_size(backbone: nn.Module, size: ImageSize, channels: int, name: 
 
     Patches that do not tile the image are refused too: the border would never be restored.
     """
+    if len(size) != 2 or min(size) < 1:
+        raise UserError(
+            f"image size {_describe(size)} is not a height and a width in pixels; "
+            "give two numbers of 1 or more"
+        )
     patch = _tiling_patch(backbone)
     if patch is not None and (size[0] % patch[0] or size[1] % patch[1]):
         raise UserError(
@@ -120,6 +125,29 @@ def _tiling_patch(backbone: nn.Module) -> ImageSize | None:
     patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
     stride = getattr(getattr(embedding, "proj", None), "stride", patch)
     return None if tuple(stride) != patch else (patch[0], patch[1])
+
+
+@torch.no_grad()
+def balance_positions(backbone: nn.Module, images: Tensor) -> None:
+    """Scale learned absolute positions to the loudness of the patches that they are added to.
+
+    timm starts them at a deviation of 0.02, some thirty times below the patches. The first norm
+    then makes the energy all but blind to an image's contrast and to where a hidden patch lies, and
+    restoration takes long to start (measured: `docs/method.md`). Fixed sines, as masked
+    autoencoders have them, are as loud as this.
+
+    Args:
+        backbone: with random weights; one without ``pos_embed`` and ``patch_embed`` is left alone.
+        images: of unit variance, (batch, channels, height, width).
+    """
+    positions = getattr(backbone, "pos_embed", None)
+    patch_embed = getattr(backbone, "patch_embed", None)
+    if not isinstance(positions, nn.Parameter) or not isinstance(patch_embed, nn.Module):
+        return
+    patches = patch_embed(images)
+    loudness = positions.square().mean().sqrt()
+    if isinstance(patches, Tensor) and loudness > 0:
+        positions.mul_(patches.square().mean().sqrt() / loudness)
 
 
 def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Embeddings: one vector an image, pooled from one layer of a backbone."""
 
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from backfold.backbone import feature_map
 from backfold.errors import UserError
+from backfold.restoration import eval_mode
 
 Pooling = Literal["average", "max", "class_token"]
 
@@ -83,7 +83,7 @@ def embed_batches(
     Raises:
         UserError: no images, or as `embed`.
     """
-    with _eval_mode(backbone), torch.inference_mode():
+    with eval_mode(backbone), torch.inference_mode():
         parts = [
             embed(backbone, batch.to(device, non_blocking=True), choice).float().cpu()
             for batch in batches
@@ -91,17 +91,6 @@ def embed_batches(
     if not parts:
         raise UserError("there are no images to embed: 0 batches; give a data set with images")
     return torch.cat(parts)
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 def _positions(backbone: nn.Module, images: Tensor, layer: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from backfold.backbone import (
     ImageSize,
+    balance_positions,
     check_image_size,
     create_backbone,
     default_image_size,
@@ -21,7 +22,7 @@ from backfold.backbone import (
 )
 from backfold.batch_norm import batch_norms, measure_batch_norm
 from backfold.errors import UserError
-from backfold.restoration import energy_gradient
+from backfold.restoration import at_least_float32, energy_gradient, eval_mode
 
 HeadName = Literal["linear", "quadratic"]
 CALIBRATION_BATCH = 8
@@ -36,7 +37,8 @@ class LinearHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(batch, positions, features) -> (batch,), in float32 or better."""
-        return (_at_least_float32(features) @ self.weight).sum(dim=1)
+        # Not a matrix product: autocast would bring that back to half precision.
+        return (at_least_float32(features) * self.weight).sum(dim=(1, 2))
 
 
 class QuadraticHead(nn.Module):
@@ -48,13 +50,9 @@ class QuadraticHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(batch, positions, features) -> (batch,), in float32 or better."""
-        features = _at_least_float32(features)
-        return (features @ self.weight[0] + features.square() @ self.weight[1] / 2).sum(dim=1)
-
-
-def _at_least_float32(features: Tensor) -> Tensor:
-    # Under bf16 autocast a sum over hundreds of positions keeps two or three digits.
-    return features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
+        features = at_least_float32(features)
+        terms = features * self.weight[0] + features.square() * self.weight[1] / 2
+        return terms.sum(dim=(1, 2))
 
 
 class EnergyModel(nn.Module):
@@ -101,10 +99,13 @@ class EnergyModel(nn.Module):
         }
         if head not in heads:
             raise UserError(f"unknown head {head!r}; choose from {', '.join(heads)}")
-        parameter = next(self.backbone.parameters())
+        parameter = next(self.backbone.parameters(), torch.zeros(()))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # torch.manual_seed would seed CUDA too, which fork_rng does not put back here.
+            torch.default_generator.manual_seed(seed)
             images = torch.randn(CALIBRATION_BATCH, channels, *size).to(parameter)
+            if isinstance(backbone, str):
+                balance_positions(self.backbone, images)
             with torch.no_grad():
                 num_features = feature_map(self.backbone, images[:2]).shape[-1]
             self.head: LinearHead | QuadraticHead = heads[head](num_features).to(parameter)
@@ -130,13 +131,11 @@ class EnergyModel(nn.Module):
             images: normalised (zero mean, unit deviation), as the energy will see them.
             batch_norm: also set the running statistics of batch normalisation to these images'.
         """
-        was_training = self.training
-        self.eval()
-        if batch_norm:
-            measure_batch_norm(self.backbone, images)
-        _, gradient = energy_gradient(self, images)
+        with eval_mode(self):
+            if batch_norm:
+                measure_batch_norm(self.backbone, images)
+            _, gradient = energy_gradient(self, images)
         scale = gradient.float().square().mean().sqrt()
         if torch.isfinite(scale) and scale > 0:
             with torch.no_grad():
                 self.head.weight.copy_(self.head.weight / scale)
-        self.train(was_training)

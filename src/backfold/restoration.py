@@ -10,6 +10,7 @@ and training asks that each x_{k+1} be close to the clean image. Every function 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -104,12 +105,23 @@ def restore(
         ValueError: a negative ``num_steps``, or images that are not four-dimensional floats.
     """
     _check_restore_input(corrupted, num_steps)
+    with eval_mode(energy_fn):
+        return _descend(energy_fn, corrupted, num_steps, step_size, callback)
+
+
+@contextmanager
+def eval_mode(energy_fn: EnergyFn) -> Iterator[None]:
+    """Eval mode within; afterwards each part of a module has its own mode again.
+
+    Args:
+        energy_fn: a module; for any other callable nothing happens.
+    """
     modules = list(energy_fn.modules()) if isinstance(energy_fn, nn.Module) else []
     modes = [module.training for module in modules]
     try:
         for module in modules:
             module.training = False
-        return _descend(energy_fn, corrupted, num_steps, step_size, callback)
+        yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
@@ -157,7 +169,7 @@ def _descend(
 
 
 def _rms(images: Tensor) -> Tensor:
-    return images.float().square().mean(dim=(1, 2, 3)).sqrt()
+    return at_least_float32(images).square().mean(dim=(1, 2, 3)).sqrt()
 
 
 def _status_message(diverged: Tensor, step_size: float) -> str:
@@ -178,10 +190,17 @@ def restoration_loss(restored: Tensor, clean: Tensor, loss_mask: Tensor) -> Tens
         clean: as ``restored``.
         loss_mask: bool, (batch, 1, height, width) or broadcastable to the images.
     """
-    distance = F.smooth_l1_loss(restored.float(), clean.float(), reduction="none")
+    distance = F.smooth_l1_loss(
+        at_least_float32(restored), at_least_float32(clean), reduction="none"
+    )
     mask = loss_mask.to(distance.dtype).expand_as(distance)
     per_image = (distance * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3)).clamp(min=1.0)
     return per_image.mean()
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision as float32, all else as it is: sums of many bf16 values keep two digits."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 def training_step(

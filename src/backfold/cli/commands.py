@@ -17,7 +17,7 @@ from backfold.evaluation.table import render_table
 from backfold.reporting.report import write_report
 from backfold.training.config import PretrainConfig, build_tasks
 from backfold.training.pretrained import load_pretrained
-from backfold.training.progress import log_to, terminal
+from backfold.training.progress import is_first_process, log_to, terminal
 from backfold.training.run_folder import RunFolder
 from backfold.training.trainer import default_workers, pretrain
 
@@ -77,7 +77,8 @@ class RestoreSettings:
 def run_pretrain(config: PretrainConfig, resume: bool, overwrite: bool, command: str) -> None:
     """`backfold pretrain`."""
     pretrain(config, resume=resume, overwrite=overwrite, command=command)
-    print(f"run: {config.out}")
+    if is_first_process():
+        print(f"run: {config.out}")
 
 
 def run_evaluate(settings: EvaluateSettings) -> None:
@@ -194,6 +195,8 @@ def run_demo(config: PretrainConfig, command: str) -> None:
     """`backfold demo`: pretrain, evaluate, report; the table and the report's path come last."""
     console = terminal()
     pretrain(config, overwrite=True, command=command, console=console)
+    if not is_first_process():
+        return
     with log_to(RunFolder(config.out).log, console):
         rows = evaluate(EvaluateSettings(checkpoint=config.out))
     report = write_report(config.out)

@@ -1,6 +1,8 @@
 """The command line: parsing, and one line for whatever the user can mend."""
 
+import errno
 import re
+import shlex
 import sys
 from argparse import ArgumentError, HelpFormatter
 from importlib.resources import files
@@ -15,6 +17,7 @@ from backfold.training.config import PretrainConfig
 from backfold.version import __version__
 
 RECIPES = files("backfold") / "recipes"
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 # What may differ between a run and its continuation without changing its result.
 FREE_ON_RESUME = {"out", "num_workers", "accelerator", "devices", "checkpoint_minutes"}
 
@@ -39,6 +42,14 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, ArgumentError) as error:
         print(f"backfold: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        print(
+            f"backfold: error: {_one_line(error)}; free space or choose another --out",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print(
             "backfold: interrupted; `backfold pretrain --resume --out RUN` goes on", file=sys.stderr
@@ -54,6 +65,7 @@ def _one_line(error: Exception) -> str:
 
 def _run(argv: list[str]) -> None:
     parser, parsers = build_parsers()
+    command = shlex.join(["backfold", *argv])
     argv = [_with_underscores(argument) for argument in argv]
     if argv[:1] == ["pretrain"]:
         argv = ["pretrain", *_base_config(argv[1:]), *argv[1:]]
@@ -62,7 +74,6 @@ def _run(argv: list[str]) -> None:
     values = parser.parse_args(argv)
     name = values.subcommand
     given = parsers[name].instantiate(values[name])
-    command = "backfold " + " ".join(sys.argv[1:])
     if name in ("pretrain", "demo"):
         config = PretrainConfig(**_fields(given, PretrainConfig))
         if name == "demo":

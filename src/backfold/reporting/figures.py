@@ -140,7 +140,7 @@ def plot_energies(task: str, energies: TaskEnergies) -> Plot | None:
         figure, axes = _new_figure("energy", "images")
         for name, values in shown.items():
             _, colour, line = groups[name]
-            clipped = values
+            clipped = np.clip(values, edges[0], edges[-1])
             counts, _ = np.histogram(clipped, edges)
             axes.stairs(counts, edges, fill=True, color=colour, alpha=0.12)
             axes.stairs(counts, edges, color=colour, linestyle=line, linewidth=1.6, label=name)

@@ -139,9 +139,19 @@ class PretrainConfig:
     embedding: EmbeddingChoice = field(default_factory=EmbeddingChoice)
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "accumulate", "epochs", "watch_every"):
+        for name in (
+            "num_steps",
+            "step_size",
+            "batch_size",
+            "accumulate",
+            "epochs",
+            "watch_every",
+            "held_out",
+        ):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name):g}; give a positive number")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise UserError(f"max_steps is {self.max_steps}; give 1 or more, or leave it out")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; give 0 or more")
         task_names(self)

@@ -23,11 +23,11 @@ class MetricsLog:
 
     Args:
         folder: the run's.
-        first_step: rows of this step and later are dropped: a resumed run writes them again.
+        steps_done: rows of later steps are dropped: a resumed run writes them again.
     """
 
-    def __init__(self, folder: RunFolder, first_step: int) -> None:
-        kept = _rows_before(folder.metrics, first_step) if first_step else []
+    def __init__(self, folder: RunFolder, steps_done: int) -> None:
+        kept = _rows_until(folder.metrics, steps_done) if steps_done else []
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -35,7 +35,9 @@ class MetricsLog:
         write_atomically(folder.metrics, text.getvalue().encode())
         self._file = folder.metrics.open("a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step or None)
+        self._board = SummaryWriter(
+            str(folder.tensorboard), purge_step=steps_done + 1 if steps_done else None
+        )
 
     def add(self, row: Mapping[str, float]) -> None:
         """One row; its keys are `COLUMNS`."""
@@ -61,7 +63,7 @@ class MetricsLog:
         self._board.close()
 
 
-def _rows_before(path: Path, step: int) -> list[dict[str, str]]:
+def _rows_until(path: Path, step: int) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -70,5 +72,5 @@ def _rows_before(path: Path, step: int) -> list[dict[str, str]]:
     return [
         row
         for row in rows
-        if set(row) == set(COLUMNS) and None not in row.values() and int(row["step"]) < step
+        if set(row) == set(COLUMNS) and None not in row.values() and int(row["step"]) <= step
     ]

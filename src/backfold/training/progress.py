@@ -2,10 +2,11 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from lightning.fabric.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -13,19 +14,27 @@ LOGGER = logging.getLogger("backfold")
 
 
 @contextmanager
-def log_to(path: Path | None, console: Console) -> Iterator[None]:
-    """Send the run's messages to the terminal and, given a path, append them to a file."""
-    handlers: list[logging.Handler] = [_ConsoleHandler(console)]
+def log_to(
+    path: Path | None, console: Console, earlier: Sequence[logging.LogRecord] = ()
+) -> Iterator[list[logging.LogRecord]]:
+    """Send the run's messages to the terminal and, given a path, append them to a file.
+
+    Yields the list in which the messages gather; ``earlier`` ones go to the file first.
+    """
+    kept = _Keeper()
+    handlers: list[logging.Handler] = [_ConsoleHandler(console), kept]
     if path is not None:
         file = logging.FileHandler(path)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
+        for record in earlier:
+            file.handle(record)
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False
     for handler in handlers:
         LOGGER.addHandler(handler)
     try:
-        yield
+        yield kept.records
     finally:
         for handler in handlers:
             LOGGER.removeHandler(handler)
@@ -42,6 +51,15 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         self._console.print(prefix + record.getMessage(), markup=False, highlight=False)
+
+
+class _Keeper(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
 
 
 class TrainingBar:
@@ -86,6 +104,11 @@ def describe_row(row: Mapping[str, float]) -> str:
         f"energy gap {row['energy_gap']:+.3g}  {row['images_per_second']:.0f} images/s  "
         f"data wait {row['data_wait']:.0%}"
     )
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all that a run was started in."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 def terminal() -> Console:

@@ -20,6 +20,11 @@ from backfold.version import __version__
 
 FORMAT = "backfold-checkpoint"
 FORMAT_VERSION = 1
+LOCK = ".lock"
+OURS = {
+    "config.yaml", "run.json", "checkpoints", "backbone.safetensors", "metrics.csv", "previews",
+    "health.json", "evaluation.json", "train.log", "tensorboard", "report.html", LOCK,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,29 +127,48 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     )
 
 
+def check_available(root: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse, without touching anything, a folder that a run could not claim.
+
+    Raises:
+        UserError: the folder exists and neither flag is given, holds files of others that would be
+            overwritten, or is missing though a resumption is asked for.
+    """
+    if resume and not RunFolder(root).config.exists():
+        raise UserError(f"{root} holds no run to resume; check --out or leave --resume out")
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root} is a file; choose another --out")
+    found = {path.name for path in root.iterdir()} if root.is_dir() else set()
+    if found - {LOCK} and not (resume or overwrite):
+        raise UserError(
+            f"{root} exists; give --resume to go on, --overwrite to replace it, or another --out"
+        )
+    # A mistyped --out must not cost anybody their files.
+    foreign = sorted(name for name in found if not _is_ours(name))
+    if foreign and not resume:
+        raise UserError(
+            f"{root} holds files that are no run's ({', '.join(foreign[:3])}); choose another --out"
+        )
+
+
+def _is_ours(name: str) -> bool:
+    # A run that was killed while it wrote leaves a temporary file.
+    return name in OURS or (name.startswith(".") and name.endswith(".tmp"))
+
+
 @contextmanager
 def claim(root: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
-    """Make or enter a run's folder, and hold it until the block ends.
+    """Make, empty or enter a run's folder, and hold it until the block ends.
 
     The claim is a file lock, which the system drops when a process dies.
 
     Raises:
-        UserError: the folder exists and neither flag is given, is in use, is missing though a
-            resumption is asked for, or can't be written.
+        UserError: as `check_available`; the folder is in use or can't be written.
     """
-    folder = RunFolder(root)
-    if resume and not folder.config.exists():
-        raise UserError(f"{root} holds no run to resume; check --out or leave --resume out")
-    if root.exists() and not root.is_dir():
-        raise UserError(f"{root} is a file; choose another --out")
-    occupied = root.is_dir() and any(path.name != ".lock" for path in root.iterdir())
-    if occupied and not (resume or overwrite):
-        raise UserError(
-            f"{root} exists; give --resume to go on, --overwrite to replace it, or another --out"
-        )
+    check_available(root, resume=resume, overwrite=overwrite)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("w")
+        lock = (root / LOCK).open("w")
     except OSError as error:
         raise UserError(
             f"can't write to {root}: {error.strerror or error}; choose another --out"
@@ -156,27 +180,16 @@ def claim(root: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
             raise UserError(
                 f"{root} is in use by another process; wait for it or choose another --out"
             ) from error
-        if occupied and overwrite and not resume:
-            _empty(folder)
-        yield folder
+        if not resume:
+            _empty(root)
+        yield RunFolder(root)
 
 
-def _empty(folder: RunFolder) -> None:
-    # Only what a run writes: a mistyped --out must not cost anybody their files.
-    ours = {
-        "config.yaml", "run.json", "checkpoints", "backbone.safetensors", "metrics.csv", "previews",
-        "health.json", "evaluation.json", "train.log", "tensorboard", "report.html", ".lock",
-    }  # fmt: skip
-    foreign = sorted(path.name for path in folder.root.iterdir() if path.name not in ours)
-    if foreign:
-        raise UserError(
-            f"{folder.root} holds files that are no run's ({', '.join(foreign[:3])}); "
-            "choose another --out"
-        )
-    for path in folder.root.iterdir():
+def _empty(root: Path) -> None:
+    for path in root.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != ".lock":
+        elif path.name != LOCK:
             path.unlink()
 
 

@@ -109,7 +109,8 @@ def load_images(
     indices = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
     parts, positions = [], []
     for batch in evaluation_loader(source, image_size, images.channels, 64, indices=indices):
-        broken.add(batch.broken)
+        for line in broken.add(batch.broken):
+            LOGGER.warning("skipped: %s", line)
         parts.append(images.statistics.normalize(batch.images))
         positions.append(batch.indices)
     labels = source.labels

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -41,9 +42,16 @@ from backfold.training.meter import Meter, Restored
 from backfold.training.metrics_log import MetricsLog
 from backfold.training.optimizer import freeze_unreachable
 from backfold.training.previews import write_preview
-from backfold.training.progress import TrainingBar, describe_row, log_to, terminal
+from backfold.training.progress import (
+    TrainingBar,
+    describe_row,
+    is_first_process,
+    log_to,
+    terminal,
+)
 from backfold.training.run_folder import (
     RunFolder,
+    check_available,
     claim,
     load_checkpoint,
     save_checkpoint,
@@ -89,18 +97,21 @@ def pretrain(
         UserError: bad settings or data, a folder that can't be used, a loss that is not finite.
     """
     console = console or terminal()
+    if not is_first_process():
+        console = Console(quiet=True)
     # What can be refused is refused before the folder is touched.
+    check_available(config.out, resume=resume, overwrite=overwrite)
     build_tasks(config, config.channels or 3)
-    with claim(config.out, resume=resume, overwrite=overwrite) as folder:
-        if not resume:
-            with log_to(None, console):
-                run = Run(config, folder, command)
-        with log_to(folder.log, console):
-            if resume:
-                run = Run(config, folder, command)
-                run.load()
-            run.train(console)
-    return folder
+    with log_to(None, console) as messages:
+        run = Run(config, RunFolder(config.out), command)
+    with ExitStack() as stack:
+        if run.fabric.is_global_zero:
+            stack.enter_context(claim(config.out, resume=resume, overwrite=overwrite))
+            stack.enter_context(log_to(run.folder.log, console, messages))
+        if resume:
+            run.load()
+        run.train(console)
+    return run.folder
 
 
 class Run:
@@ -118,6 +129,7 @@ class Run:
         setup.check_tasks(self.tasks, images.channels, self.image_size)
         self.broken = BrokenFiles.for_source(images.training, config.max_broken_share)
         self.fabric = _fabric(config)
+        self.local_batch = _local_batch(config, self.fabric.world_size)
         device = self.fabric.device
         self.steps_per_epoch = steps_per_epoch(len(images.training), config.batch_size)
         total = max(1, round(config.epochs * self.steps_per_epoch))
@@ -210,11 +222,11 @@ class Run:
                 meter.pause()
                 self._watch(metrics)
                 meter.resume()
-            if watched or time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
-                if self.fabric.is_global_zero:
-                    self._check_finite(float(losses))
-                    self._save()
-                self.fabric.barrier()
+            due = watched or time.monotonic() - saved > 60 * self.config.checkpoint_minutes
+            # No barrier: the clocks of the processes may disagree on when a checkpoint is due.
+            if due and self.fabric.is_global_zero:
+                self._check_finite(float(losses), float(norm))
+                self._save()
                 saved = time.monotonic()
 
     def _batches(self) -> Iterator[Batch]:
@@ -224,7 +236,7 @@ class Run:
             self.image_size,
             self.images.channels,
             self.config.augmentation,
-            self._local_batch(),
+            self.local_batch,
             self.config.seed,
             self.state.step,
             self.total_steps,
@@ -239,19 +251,10 @@ class Run:
             )
         )
 
-    def _local_batch(self) -> int:
-        size, ranks = self.config.batch_size, self.fabric.world_size
-        if size % (ranks * self.config.accumulate):
-            raise UserError(
-                f"batch_size {size} does not divide into {ranks} device(s) x "
-                f"{self.config.accumulate} part(s); change batch_size or accumulate"
-            )
-        return size // ranks
-
     def _row(self, loss: Tensor, norm: Tensor, last: Restored, meter: Meter) -> dict[str, float]:
         """A row of ``metrics.csv``; stops the run if the loss is not finite."""
         mean_loss = float(cast(Tensor, self.fabric.all_reduce(loss.detach(), reduce_op="mean")))
-        self._check_finite(mean_loss)
+        self._check_finite(mean_loss, float(norm))
         speed, wait = meter.read()
         return {
             "step": self.state.step,
@@ -269,10 +272,12 @@ class Run:
     def _epoch(self) -> float:
         return self.state.step / self.steps_per_epoch
 
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
+    def _check_finite(self, loss: float, norm: float) -> None:
+        # The norm too: where it is not finite, the weights are broken by now.
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
-                f"the loss is {loss} at step {self.state.step}; the last good checkpoint is kept "
+                f"the loss is {loss:g} and its gradient's norm {norm:g} at step "
+                f"{self.state.step}; the last good checkpoint is kept "
                 f"in {self.folder.last_checkpoint}; lower optimizer.base_lr (now "
                 f"{self.config.optimizer.base_lr:g}) or step_size, or set precision to 32-true"
             )
@@ -356,6 +361,16 @@ class Run:
             refresh_batch_norm(backbone, self.held_out.images.split(self.config.batch_size))
         write_tensors(self.folder.backbone, backbone.state_dict())
         LOGGER.info("backbone written to %s", self.folder.backbone)
+
+
+def _local_batch(config: PretrainConfig, ranks: int) -> int:
+    size = config.batch_size
+    if size % (ranks * config.accumulate):
+        raise UserError(
+            f"batch_size {size} does not divide into {ranks} device(s) x "
+            f"{config.accumulate} part(s); change batch_size or accumulate"
+        )
+    return size // ranks
 
 
 def default_workers() -> int:
