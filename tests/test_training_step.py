@@ -1,4 +1,4 @@
-"""One training step: its loss, its second-order gradients, its attention and its memory."""
+"""One training step: its second-order gradients, its attention and its memory."""
 
 import weakref
 from contextlib import contextmanager
@@ -56,33 +56,6 @@ def tiny(family):
 def images_for(family, count=2, dtype=torch.float32):
     side = TINY[family][1]
     return torch.randn(2, count, 3, side, side, dtype=dtype).unbind()
-
-
-def smooth_l1_in_plain_python(restored, clean, mask):
-    means = []
-    for image, target, hidden in zip(restored.tolist(), clean.tolist(), mask.tolist(), strict=True):
-        terms = []
-        for channel, wanted in zip(image, target, strict=True):
-            for y, row in enumerate(channel):
-                for x, value in enumerate(row):
-                    distance = abs(value - wanted[y][x])
-                    if hidden[0][y][x]:
-                        terms.append(distance**2 / 2 if distance < 1 else distance - 0.5)
-        means.append(sum(terms) / max(len(terms), 1))
-    return sum(means) / len(means)
-
-
-def test_the_loss_is_the_mean_smooth_l1_distance_of_the_masked_pixels():
-    restored, clean = (2 * torch.randn(4, *SHAPE, dtype=torch.float64) for _ in range(2))
-    mask = torch.rand(4, 1, 4, 4) < torch.tensor([0.2, 0.5, 0.9, -1.0])[:, None, None, None]
-    assert not mask[3].any()
-    expected = smooth_l1_in_plain_python(restored, clean, mask)
-    assert float(restoration_loss(restored, clean, mask)) == pytest.approx(expected, rel=1e-13)
-    whole = smooth_l1_in_plain_python(restored, clean, torch.ones(4, 1, 4, 4))
-    assert float(restoration_loss(restored, clean, EVERYWHERE)) == pytest.approx(whole, rel=1e-13)
-    halves = restoration_loss(restored.bfloat16(), clean.bfloat16(), mask)
-    assert halves.dtype == torch.float32
-    assert float(halves) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("family", TINY)

@@ -100,7 +100,7 @@ class EnergyModel(nn.Module):
         if head not in heads:
             raise UserError(f"unknown head {head!r}; choose from {', '.join(heads)}")
         parameter = next(self.backbone.parameters(), torch.zeros(()))
-        with torch.random.fork_rng(devices=[]):
+        with eval_mode(self.backbone), torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed CUDA too, which fork_rng does not put back here.
             torch.default_generator.manual_seed(seed)
             images = torch.randn(CALIBRATION_BATCH, channels, *size).to(parameter)

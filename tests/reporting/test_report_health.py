@@ -77,8 +77,15 @@ def test_gain_over_the_mean_fill_is_its_own_measure(measure):
 )
 def test_auroc(measure, auroc, state, value):
     found = measure(health_entry(auroc=auroc))[AUROC]
-    assert (found.state, found.value) == (state, value)
-    assert ("corrupted images have the lower energy" in found.note) == (auroc == 0.2)
+    assert (found.state, found.value, found.note) == (state, value, "")
+
+
+@pytest.mark.parametrize("auroc", [0.268, 0.5, math.nan])
+def test_a_task_at_chance_is_not_hidden_by_the_mean(measure, auroc):
+    entry = health_entry(auroc=0.664)
+    entry["tasks"]["denoising"]["auroc"] = auroc
+    found = measure(entry)[AUROC]
+    assert (found.state, found.note) == ("watch", "not above chance: denoising")
 
 
 @pytest.mark.parametrize(

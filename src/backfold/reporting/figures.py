@@ -144,7 +144,7 @@ def plot_energies(task: str, energies: TaskEnergies) -> Plot | None:
             counts, _ = np.histogram(clipped, edges)
             axes.stairs(counts, edges, fill=True, color=colour, alpha=0.12)
             axes.stairs(counts, edges, color=colour, linestyle=line, linewidth=1.6, label=name)
-        axes.legend(frameon=False, handlelength=2.5)
+        figure.legend(loc="outside upper left", ncols=3, frameon=False, handlelength=2.5)
         data_uri = _data_uri(figure)
     means = ", ".join(f"{name} {wording.significant(float(v.mean()))}" for name, v in shown.items())
     caption = f"mean energies: {means}"

@@ -88,15 +88,19 @@ def _gain_measure(name: str, good: str, gains: dict[str, float | None]) -> Measu
 
 
 def _auroc(latest: HealthEntry | None) -> Measure:
-    value = None if latest is None else latest.auroc
+    value, tasks = (None, {}) if latest is None else (latest.auroc, latest.tasks)
+    at_chance = [
+        task
+        for task, row in tasks.items()
+        if row.auroc is not None and not row.auroc > AUROC_CHANCE  # NaN too
+    ]
+    state = _rising(value, AUROC_CHANCE, AUROC_GOOD)
     return Measure(
         "Energy tells corrupted from clean (AUROC)",
         wording.decimals(value, 3),
-        f"above {AUROC_CHANCE}, which is chance; clear from {AUROC_GOOD}",
-        _rising(value, AUROC_CHANCE, AUROC_GOOD),
-        "corrupted images have the lower energy"
-        if value is not None and value < AUROC_CHANCE
-        else "",
+        f"above {AUROC_CHANCE}, which is chance, for every task; clear from {AUROC_GOOD}",
+        "watch" if state == "good" and at_chance else state,
+        f"not above chance: {', '.join(at_chance)}" if at_chance else "",
     )
 
 

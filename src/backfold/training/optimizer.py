@@ -18,8 +18,9 @@ LARGEST_WARMUP_SHARE = 1 / 3
 def freeze_unreachable(energy: EnergyModel, images: Tensor) -> list[str]:
     """Freeze the parameters that the energy's gradient does not depend on; returns their names.
 
-    The last norm's bias, biases before piecewise linear activations and unused heads get no
-    gradient from restoration; DistributedDataParallel would wait for them.
+    The last norm's bias and unused layers get no gradient from restoration, and
+    DistributedDataParallel would wait for them. Biases before piecewise linear activations are not
+    frozen: they have a gradient, of zeros.
 
     Args:
         energy: with all of its parameters trainable.

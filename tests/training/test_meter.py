@@ -1,0 +1,88 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio
+
+from backfold.pretext import Corruption
+from backfold.training.meter import GAP_IMAGES, Meter, Restored
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is moved."""
+    face = SimpleNamespace(now=1000.0)
+    fake = SimpleNamespace(monotonic=lambda: face.now)
+    monkeypatch.setattr("backfold.training.meter.time", fake)
+    return face
+
+
+def take_step(meter, clock, waiting, working, images=8):
+    meter.before_batch()
+    clock.now += waiting
+    meter.before_step(images)
+    clock.now += working
+
+
+def test_speed_and_share_of_waiting(clock):
+    meter = Meter(0.0)
+    take_step(meter, clock, waiting=1.0, working=3.0)
+    take_step(meter, clock, waiting=0.0, working=4.0)
+    assert meter.read() == pytest.approx((16 / 8, 1 / 8))
+    assert meter.seconds() == pytest.approx(8.0)
+
+
+def test_a_reading_starts_anew(clock):
+    meter = Meter(0.0)
+    take_step(meter, clock, waiting=5.0, working=5.0)
+    meter.read()
+    take_step(meter, clock, waiting=1.0, working=1.0, images=32)
+    assert meter.read() == pytest.approx((16.0, 0.5))
+
+
+def test_pauses_count_neither_as_training_nor_as_waiting(clock):
+    meter = Meter(0.0)
+    take_step(meter, clock, waiting=1.0, working=1.0)
+    meter.read()
+    meter.pause()
+    clock.now += 100.0
+    meter.resume()
+    take_step(meter, clock, waiting=1.0, working=3.0)
+    assert meter.read() == pytest.approx((2.0, 0.25))
+    assert meter.seconds() == pytest.approx(6.0)
+
+
+def test_a_resumed_run_goes_on_counting(clock):
+    meter = Meter(50.0)
+    take_step(meter, clock, waiting=0.5, working=1.5)
+    assert meter.seconds() == pytest.approx(52.0)
+
+
+def test_no_time_at_all_is_no_division_by_zero(clock):
+    assert Meter(0.0).read() == (0.0, 0.0)
+
+
+def test_psnr_gain_counts_only_where_the_loss_does():
+    generator = torch.Generator().manual_seed(0)
+    clean, corrupted, restored = torch.randn(3, 4, 2, 6, 6, generator=generator)
+    mask = torch.rand(4, 1, 6, 6, generator=generator) < 0.5
+    std = torch.tensor([0.2, 0.3])
+    last = Restored(clean, Corruption(corrupted, mask), restored, torch.zeros(4))
+
+    def psnr(images, index):
+        pixels = np.where(mask[index].numpy(), images[index].numpy(), clean[index].numpy())
+        scale = std.numpy()[:, None, None]
+        return peak_signal_noise_ratio(clean[index].numpy() * scale, pixels * scale, data_range=1)
+
+    gains = [psnr(restored, index) - psnr(corrupted, index) for index in range(4)]
+    assert last.psnr_gain_db(std) == pytest.approx(np.mean(gains), abs=1e-4)
+
+
+def test_energy_gap_compares_the_same_images():
+    count = GAP_IMAGES + 10
+    clean = torch.arange(float(count))[:, None, None, None]
+    corrupted_energies = torch.cat([torch.arange(GAP_IMAGES) + 3.0, torch.full((10,), 1e6)])
+    mask = torch.ones(count, 1, 1, 1, dtype=torch.bool)
+    last = Restored(clean, Corruption(clean, mask), clean, corrupted_energies)
+    assert last.energy_gap(lambda images: images.sum(dim=(1, 2, 3))) == pytest.approx(3.0)
