@@ -59,7 +59,8 @@ def test_a_resumed_run_goes_on_counting(clock):
     assert meter.seconds() == pytest.approx(52.0)
 
 
-def test_no_time_at_all_is_no_division_by_zero(clock):
+@pytest.mark.usefixtures("clock")
+def test_no_time_at_all_is_no_division_by_zero():
     assert Meter(0.0).read() == (0.0, 0.0)
 
 

@@ -8,7 +8,7 @@ from backfold.training.run_folder import RunFolder
 
 
 def row(step, loss=0.5):
-    return {name: 0.25 for name in COLUMNS} | {"step": step, "loss": loss}
+    return dict.fromkeys(COLUMNS, 0.25) | {"step": step, "loss": loss}
 
 
 def read(folder):
@@ -32,7 +32,7 @@ def test_rows_are_there_at_once(folder):
     log = MetricsLog(folder, 0)
     assert folder.metrics.read_text() == ",".join(COLUMNS) + "\n"
     log.add(row(1, loss=1 / 3))
-    assert read(folder) == [{name: "0.25" for name in COLUMNS} | {"step": "1", "loss": "0.333333"}]
+    assert read(folder) == [dict.fromkeys(COLUMNS, "0.25") | {"step": "1", "loss": "0.333333"}]
     log.close()
 
 

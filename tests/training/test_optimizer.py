@@ -34,7 +34,7 @@ def test_a_parameter_is_frozen_exactly_if_the_restored_image_does_not_depend_on_
     for name, parameter in energy.named_parameters():
         kept = parameter.detach().clone()
         with torch.no_grad():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         moved = (restore(energy, corrupted).restored - before).abs().max()
         with torch.no_grad():
             parameter.copy_(kept)
@@ -56,7 +56,9 @@ def test_biases_of_a_piecewise_linear_energy_never_move():
         optimizer.zero_grad()
         training_step(energy, 2 * clean, clean, torch.ones_like(clean) > 0)[0].backward()
         optimizer.step()
-    still = {name for name, value in energy.state_dict().items() if torch.equal(value, before[name])}
+    still = {
+        name for name, value in energy.state_dict().items() if torch.equal(value, before[name])
+    }
     assert still == {"backbone.0.bias", "backbone.2.bias"}
 
 

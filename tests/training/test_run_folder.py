@@ -164,7 +164,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     write_atomically(path, b"old")
 
-    def full(descriptor):
+    def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(run_folder.os, "fsync", full)
@@ -177,12 +177,13 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     write_atomically(path, b"old")
 
-    def killed(descriptor):
+    def killed(_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(run_folder.os, "fsync", killed)
-        write_atomically(path, b"new")
+        with pytest.raises(KeyboardInterrupt):
+            write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     write_atomically(path, b"newest")
     assert snapshot(tmp_path) == {"a.json": b"newest"}

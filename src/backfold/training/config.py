@@ -1,6 +1,7 @@
 """The settings of a pretraining run, and what can be said about them before it starts."""
 
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,9 @@ from backfold.pretext import (
 
 TASK_NAMES = ("masking", "sorting", "superresolution", "denoising", "colorization")
 MIXTURE = "mixture"
+POSITIVE = (
+    "num_steps", "step_size", "batch_size", "accumulate", "epochs", "watch_every", "held_out",
+)  # fmt: skip
 Precision = Literal["auto", "32-true", "bf16-mixed"]
 
 
@@ -66,7 +70,7 @@ class OptimizerSettings:
     max_gradient_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.base_lr <= 0:
+        if not 0 < self.base_lr < math.inf:
             raise UserError(f"base_lr is {self.base_lr:g}; give a positive number")
         if min(self.weight_decay, self.warmup_epochs, self.max_gradient_norm) < 0:
             raise UserError("weight_decay, warmup_epochs and max_gradient_norm can't be negative")
@@ -139,16 +143,8 @@ class PretrainConfig:
     embedding: EmbeddingChoice = field(default_factory=EmbeddingChoice)
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_steps",
-            "step_size",
-            "batch_size",
-            "accumulate",
-            "epochs",
-            "watch_every",
-            "held_out",
-        ):
-            if getattr(self, name) <= 0:
+        for name in POSITIVE:
+            if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name):g}; give a positive number")
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(f"max_steps is {self.max_steps}; give 1 or more, or leave it out")
