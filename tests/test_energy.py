@@ -42,15 +42,15 @@ class ConvNet(nn.Module):
 
 @pytest.mark.parametrize("head", ["linear", "quadratic"])
 def test_the_energy_is_the_sum_over_positions(head):
-    model = vit(head=head).eval()
-    images = torch.randn(3, 3, 32, 32)
+    model = vit(head=head).eval().double()
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     tokens = model.backbone.forward_features(images)[:, 1:]
     weight = model.head.weight
     assert tokens.shape == (3, 16, 24)
     assert weight.shape == ((24,) if head == "linear" else (2, 24))
     expected = []
     for image in tokens:
-        energy = torch.zeros(())
+        energy = torch.zeros((), dtype=torch.float64)
         for feature in image:
             if head == "linear":
                 energy = energy + (weight * feature).sum()

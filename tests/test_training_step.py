@@ -105,6 +105,7 @@ def parameters_without_gradient(model):
 def test_all_parameters_but_the_known_few_get_a_gradient(family):
     model = tiny(family)
     corrupted, clean = images_for(family, 4)
+    corrupted.requires_grad_()
     loss, restored, energies = training_step(model, corrupted, clean, EVERYWHERE)
     assert not restored.requires_grad
     assert not energies.requires_grad

@@ -1,32 +1,36 @@
 """Derivatives held against finite differences, in any direction of a space of parameters."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 DERIVATIVE_TOLERANCE = 2e-3
+# A kink (ReLU) within the step spoils a finite difference, and deep networks have one within tiny
+# steps; rounding spoils the tiniest. The best of these steps counts; they are relative.
+STEPS = (1e-8, 1e-10, 1e-12, 1e-6, 1e-5, 1e-4, 1e-3)
 
 
-@dataclass(frozen=True)
-class Precision:
-    """What finite differences a model's arithmetic allows.
+class Float64Throughout(TorchFunctionMode):
+    """Within, what asks for float32 gets float64: a model that casts keeps its digits too."""
 
-    A kink (ReLU) within the step spoils a difference, and deep networks have one within tiny steps;
-    rounding spoils the tiniest. So the best of several steps counts.
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        """Call the function with float64 for float32 among its arguments."""
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        named = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_widened, args), **named)
 
-    Args:
-        slack: factor on all tolerances.
-        steps: relative to the parameters, or to the images' unit deviation; in the order tried.
-    """
 
-    slack: float
-    steps: tuple[float, ...]
-
-
-FLOAT64 = Precision(1.0, (1e-8, 1e-10, 1e-12, 1e-6, 1e-5, 1e-4, 1e-3))
-FLOAT32 = Precision(25.0, (1e-4, 1e-3, 1e-5, 1e-2))
+def _widened(value: object) -> object:
+    return torch.float64 if value is torch.float32 else value
 
 
 class Direction:
@@ -65,18 +69,16 @@ def perturb(parameters: Sequence[Tensor], step: float, seed: int) -> None:
     Direction(parameters, seed).move(step)
 
 
-def distance_from_difference(
-    derivative: float, function: Callable[[float], float], precision: Precision
-) -> float:
+def distance_from_difference(derivative: float, function: Callable[[float], float]) -> float:
     """Relative distance of a derivative from a central difference, the first within tolerance.
 
     From the nearest, if none is.
     """
     best = float("inf")
-    for step in precision.steps:
+    for step in STEPS:
         difference = (function(step) - function(-step)) / (2 * step)
         scale = max(abs(derivative), abs(difference))
         best = min(best, abs(derivative - difference) / scale if scale > 0 else 1.0)
-        if best < precision.slack * DERIVATIVE_TOLERANCE:
+        if best < DERIVATIVE_TOLERANCE:
             break
     return best

@@ -47,9 +47,9 @@ def energy_gradient(
 def restoration_step(
     energy_fn: EnergyFn, images: Tensor, step_size: float = 1.0, create_graph: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """One descent step; returns the restored images and the energies of the images given."""
+    """One descent step from the images, detached; returns restored images, and energies before."""
     energies, gradient = energy_gradient(energy_fn, images, create_graph)
-    return images - step_size * gradient, energies
+    return images.detach() - step_size * gradient, energies
 
 
 @dataclass(frozen=True)

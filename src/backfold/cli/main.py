@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from backfold.cli import commands
@@ -17,6 +18,7 @@ from backfold.training.config import PretrainConfig
 from backfold.version import __version__
 
 RECIPES = files("backfold") / "recipes"
+COMMANDS = ("pretrain", "evaluate", "restore", "report", "demo")
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 # What may differ between a run and its continuation without changing its result.
 FREE_ON_RESUME = {"out", "num_workers", "accelerator", "devices", "checkpoint_minutes"}
@@ -39,8 +41,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         _run(argv)
-    except (UserError, ArgumentError) as error:
+    except UserError as error:
         print(f"backfold: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except ArgumentError as error:
+        command = f"backfold {argv[0]}" if argv[:1] and argv[0] in COMMANDS else "backfold"
+        print(f"backfold: error: {_one_line(error)}; see `{command} --help`", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in UNWRITABLE:
@@ -171,6 +177,8 @@ def _base_config(arguments: list[str]) -> list[str]:
     given = {argument.partition("=")[0] for argument in arguments}
     if given & {"-h", "--help"}:
         return []
+    if "--config" in given:
+        _check_settings_file(Path(_value(arguments, "--config", "")))
     if "--resume" in given:
         return [f"--config={_value(arguments, '--out', 'runs/pretrain')}/config.yaml"] * (
             Path(_value(arguments, "--out", "runs/pretrain"), "config.yaml").is_file()
@@ -182,6 +190,17 @@ def _base_config(arguments: list[str]) -> list[str]:
               file=sys.stderr)  # fmt: skip
         return [f"--config={recipe_path('demo')}", "--out=runs/pretrain"]
     return []
+
+
+def _check_settings_file(path: Path) -> None:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}; check --config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML: {error}; mend it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings; give lines such as `batch_size: 64`")
 
 
 def _value(arguments: list[str], option: str, default: str) -> str:

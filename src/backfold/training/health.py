@@ -56,10 +56,8 @@ def watch_task(
     for clean in images.split(batch_size):
         corruption = task(clean, generator)
         result = restore(energy, corruption.corrupted, num_steps, step_size)
-        with torch.no_grad():
-            clean_energies = energy(clean)
         found = {
-            "clean": clean_energies,
+            "clean": restore(energy, clean, num_steps=0).energies[0],
             "corrupted": result.energies[0],
             "restored": result.energies[-1],
         }

@@ -192,7 +192,7 @@ class Run:
         batches = self._batches()
         self.energy.train()
         saved = time.monotonic()
-        if self.state.step == 0 and self.fabric.is_global_zero:
+        if self.state.step == 0 and not self.history and self.fabric.is_global_zero:
             self._watch(metrics)
             self._save()
             meter.resume()

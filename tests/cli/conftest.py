@@ -1,0 +1,96 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from backfold.cli.main import main
+from backfold.data.source import EMBEDDED
+
+# A run that takes a second on grey or colour images of 28 x 28 pixels.
+TINY = [
+    "--backbone=vit_tiny_patch16_224", "--backbone-options.patch_size=7",
+    "--backbone-options.embed_dim=16", "--backbone-options.depth=1",
+    "--backbone-options.num_heads=2", "--image-size=28", "--batch-size=8", "--max-steps=2",
+    "--held-out=8", "--tasks.masking.mask-patch-size=7", "--tasks.sorting.sorting-patch-size=7",
+    "--accelerator=cpu", "--devices=1", "--precision=32-true", "--num-workers=0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def tiny() -> list[str]:
+    return list(TINY)
+
+
+@pytest.fixture
+def make_parquet(tmp_path) -> Callable[..., Path]:
+    def make(
+        name: str = "images.parquet", count: int = 60, first: int = 0, labelled: bool = True
+    ) -> Path:
+        """Grey images of 28 x 28 pixels in 10 classes, out of the embedded ones."""
+        table = pq.read_table(EMBEDDED / "fashion_mnist_train.parquet").slice(first, count)
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table if labelled else table.drop_columns(["label"]), path)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def make_folder(tmp_path) -> Callable[..., Path]:
+    def make(name: str = "images", count: int = 40, broken: int = 0) -> Path:
+        """Colour images of 30 x 32 pixels, the last ones of which are broken."""
+        folder = tmp_path / name
+        folder.mkdir()
+        random = np.random.default_rng(0)
+        for number in range(count):
+            coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+            coarse.resize((32, 30)).save(folder / f"{number:03}.png")
+        for number in range(count - broken, count):
+            (folder / f"{number:03}.png").write_bytes(b"no image")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def run_folder(tmp_path, make_parquet, tiny, capsys) -> Path:
+    """A finished run on 60 labelled grey images."""
+    folder = tmp_path / "finished"
+    assert main(["pretrain", f"--data={make_parquet()}", f"--out={folder}", *tiny]) == 0
+    capsys.readouterr()
+    return folder
+
+
+@pytest.fixture
+def refused(capsys) -> Callable[..., str]:
+    def run(arguments: list[str], *parts: str) -> str:
+        """The one line of a refused command, in which the parts occur."""
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        captured = capsys.readouterr()
+        lines = captured.err.splitlines()
+        assert captured.out == ""
+        assert "Traceback" not in captured.err
+        assert [line for line in lines if line.startswith("backfold: error: ")] == lines[-1:]
+        assert "; " in lines[-1]  # the remedy
+        for part in parts:
+            assert part in lines[-1]
+        return lines[-1]
+
+    return run
+
+
+@pytest.fixture
+def snapshot() -> Callable[[Path], dict[str, bytes | None]]:
+    def take(folder: Path) -> dict[str, bytes | None]:
+        """Every path below a folder with its content."""
+        return {
+            str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+            for path in folder.rglob("*")
+        }
+
+    return take

@@ -1,0 +1,357 @@
+"""Each mistake of a user gives one line with the remedy, exit code 2, and nothing half-written."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from backfold.cli.main import main, recipe_names
+from backfold.training import run_folder as run_folder_module
+from backfold.training.metrics_log import MetricsLog
+from backfold.training.pretrained import load_pretrained
+from backfold.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def pretrain_refused(refused, tiny, tmp_path):
+    """Refuse a pretraining, of which no folder may be left."""
+
+    def run(arguments, *parts, out=tmp_path / "out"):
+        line = refused(["pretrain", *tiny, f"--out={out}", *arguments], *parts)
+        assert not out.exists()
+        return line
+
+    return run
+
+
+def test_data_that_are_not_there(pretrain_refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("no image")
+    pretrain_refused([f"--data={tmp_path / 'missing'}"], "missing does not exist; give a folder")
+    pretrain_refused([f"--data={tmp_path / 'empty'}"], "empty holds no images; give a folder")
+    pretrain_refused([f"--data={texts}"], "texts holds no images", "*.png")
+    pretrain_refused([f"--data={texts / 'a.txt'}"], "is a single file; give a folder")
+    (texts / "a.parquet").write_bytes(b"PAR1")
+    pretrain_refused([f"--data={texts / 'a.parquet'}"], "no readable parquet file", "replace it")
+
+
+def test_a_broken_file_is_skipped_and_named(make_folder, tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    folder = make_folder(broken=1)
+    arguments = [f"--data={folder}", "--max-steps=9", f"--out={out}"]
+    assert main(["pretrain", *tiny, *arguments]) == 0
+    line = f"skipped: {folder / '039.png'}: not an image"
+    assert capsys.readouterr().err.count(line) == 1
+    assert (out / "train.log").read_text().count(line) == 1
+
+
+def test_too_many_broken_files(make_folder, refused, tiny, tmp_path):
+    arguments = [f"--data={make_folder(broken=6)}", "--max-steps=9", f"--out={tmp_path / 'out'}"]
+    refused(
+        ["pretrain", *tiny, *arguments], "images can't be read, 1 are allowed", "mend or remove"
+    )
+
+
+def test_nothing_but_broken_files(make_folder, pretrain_refused):
+    pretrain_refused([f"--data={make_folder(broken=40)}"], "none of 16 sampled images can be read")
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("--backbone=vit_smal_patch16_224", ("'vit_smal_patch16_224'", "vit_small_patch16_224")),
+        ("--pretext=maskin", ("'maskin'", "nearest: masking", "denoising")),
+        ("--tasks.mixture.sortin=1", ("'sortin'", "nearest: sorting")),
+        ("--image-size=30", ("30x30 is no multiple of the 7x7 patches", "give a multiple")),
+        ("--image-size=28x", ("'28x' is neither N nor HxW; give",)),
+        ("--image-size=0", ("neither N nor HxW",)),
+        ("--backbone-options.depht=1", ("depht", "change the image size or the backbone options")),
+        ("--tasks.masking.mask-patch-size=29", ("29, larger than the 28x28", "give 28 or less")),
+        ("--tasks.masking.mask-ratio=1.5", ("mask_ratio is 1.5; give a share",)),
+        ("--tasks.sorting.sorting-patch-size=20", ("1 whole patches",)),
+        ("--pretext=colorization", ("colorization needs more than 1 channel",)),
+        ("--batch-size=64", ("54 images are fewer than one global batch of 64", "--batch-size")),
+        ("--accumulate=3", ("batch_size 8 does not divide", "change batch_size or accumulate")),
+        ("--accelerator=abacus", ("can't use accelerator 'abacus'", "--accelerator auto")),
+        ("--max-steps=0", ("max_steps is 0; give 1 or more",)),
+        ("--epochs=-3", ("epochs is -3; give a positive number",)),
+        ("--head=cubic", ("--head", "linear", "quadratic")),
+        ("--precision=64", ("--precision", "32-true")),
+        ("--batch-size=many", ("--batch-size", "many")),
+        ("--batch-sise=8", ("batch", "sise")),
+        ("--recipe=mnist", ("unknown recipe 'mnist'; choose from", *recipe_names())),
+        ("--embedding.layer=0", ("embedding layer 0 is not negative", "-1")),
+        ("--config=nowhere.yaml", ("--config", "nowhere.yaml")),
+    ],
+)
+def test_settings_that_cannot_be(argument, parts, pretrain_refused, make_parquet):
+    task = ["--pretext=sorting"] if "sorting" in argument else []
+    task = ["--pretext=mixture"] if "mixture" in argument else task
+    line = pretrain_refused([f"--data={make_parquet()}", *task, argument])
+    for part in parts:
+        assert part in line.replace("_", "-") or part in line
+
+
+def test_colour_images_have_no_two_channels(pretrain_refused, make_folder):
+    arguments = [f"--data={make_folder()}", "--channels=2"]
+    pretrain_refused(arguments, "an image of 3 channels can't be given 2; set --channels to 1 or 3")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("batch_sise: 8\n", ("batch_sise",)),
+        ("optimizer: {base_lrr: 8}\n", ("base_lrr",)),
+        ("batch_size: many\n", ("batch", "size", "many")),
+        ("tasks: {masking: {mask_ratio: most}}\n", ("mask_ratio", "most")),
+        ("backbone: [a\nb: {\n", ("settings.yaml", "is no YAML", "line 2")),
+        ("just words\n", ("settings.yaml", "holds no settings", "batch_size: 64")),
+    ],
+)
+def test_broken_settings_files(text, parts, pretrain_refused, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    line = pretrain_refused([f"--config={path}"])
+    for part in parts:
+        assert part in line.replace("-", "_") or part in line
+
+
+def damage(run, kind):
+    """Damage the run's last checkpoint; returns what the message says of it."""
+    path = RunFolder(run).last_checkpoint
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+        return "truncated or not written by backfold; take another, such as checkpoints/best.ckpt"
+    if kind == "missing":
+        path.unlink()
+        return "there is no checkpoint at"
+    if kind == "foreign":
+        torch.save({"state_dict": {"w": torch.zeros(2)}}, path)
+        return "was not written by backfold; give a run's folder or a .ckpt of one"
+    if kind == "code":
+        torch.save({"format": "backfold-checkpoint", "model": Malice(run / "owned")}, path)
+        return "not written by backfold"
+    content = torch.load(path, weights_only=True)
+    if kind == "version":
+        torch.save(content | {"format_version": 99, "backfold": "9.9"}, path)
+        return "has format version 99, this backfold reads 1; use backfold 9.9"
+    content["model"].pop("backbone.patch_embed.proj.weight")
+    torch.save(content, path)
+    return "does not fit this version of backfold or timm"
+
+
+class Malice:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize(
+    "kind", ["truncated", "missing", "foreign", "code", "version", "incomplete"]
+)
+def test_bad_checkpoints(kind, run_folder, refused, tmp_path, snapshot):
+    message = damage(run_folder, kind)
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"")
+    before = snapshot(tmp_path)
+    refused(["evaluate", f"--checkpoint={run_folder}"], message)
+    out = tmp_path / "restored"
+    refused(["restore", f"--checkpoint={run_folder}", f"--out={out}", picture], message)
+    if kind not in ("missing", "incomplete"):
+        refused(["pretrain", "--resume", f"--out={run_folder}"], message)
+    assert snapshot(tmp_path) == before
+
+
+def test_an_existing_run_stays(run_folder, refused, tiny, snapshot, make_parquet):
+    before = snapshot(run_folder)
+    data = f"--data={make_parquet()}"
+    arguments = ["pretrain", *tiny, data, f"--out={run_folder}"]
+    refused(arguments, "exists; give --resume to go on, --overwrite to replace it")
+    # What is refused for another reason must not have emptied the folder first.
+    refused([*arguments, "--overwrite", "--backbone=no_such"], "unknown backbone")
+    refused([*arguments, "--overwrite", "--data=nowhere"], "nowhere does not exist")
+    refused([*arguments, "--overwrite", "--accumulate=3"], "does not divide")
+    (run_folder / "notes.txt").write_text("mine")
+    refused([*arguments, "--overwrite"], "notes.txt", "choose another --out")
+    (run_folder / "notes.txt").unlink()
+    assert snapshot(run_folder) == before
+
+
+def test_a_run_in_use(run_folder, refused, tiny, snapshot, make_parquet, tmp_path):
+    data = f"--data={make_parquet()}"
+    before = snapshot(run_folder)
+    with (run_folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for flag in ("--resume", "--overwrite"):
+            arguments = [] if flag == "--resume" else [*tiny, data]
+            refused(
+                ["pretrain", flag, f"--out={run_folder}", *arguments],
+                "is in use by another process; wait for it or choose another --out",
+            )
+    assert snapshot(run_folder) == before
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    with (fresh / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(["pretrain", *tiny, data, f"--out={fresh}"], "in use")
+    assert set(snapshot(fresh)) == {".lock"}
+
+
+@pytest.mark.parametrize("place", ["file/run", "/proc/run"])
+def test_a_folder_that_cannot_be_written(place, tiny, refused, make_parquet, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    arguments = ["pretrain", *tiny, f"--data={make_parquet()}", f"--out={tmp_path / place}"]
+    refused(arguments, "can't write to", "choose another --out")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def fill_disk_after(monkeypatch, writes):
+    """Let the disk be full after so many atomic writes."""
+    done = []
+    original = os.fsync
+
+    def sync(descriptor):
+        done.append(descriptor)
+        if len(done) > writes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(descriptor)
+
+    monkeypatch.setattr(run_folder_module.os, "fsync", sync)
+
+
+@pytest.mark.parametrize("writes", [5, 9, 11, 14, 17])
+def test_a_full_disk_keeps_the_last_checkpoint(
+    writes, monkeypatch, refused, tiny, make_parquet, tmp_path, capsys
+):
+    folder = RunFolder(tmp_path / "out")
+    arguments = [f"--data={make_parquet()}", f"--out={folder.root}", "--checkpoint-minutes=0"]
+    with monkeypatch.context() as patch:
+        fill_disk_after(patch, writes)
+        refused(
+            ["pretrain", *tiny, *arguments, "--max-steps=9"],
+            "No space left on device; free space or choose another --out",
+        )
+    assert load_pretrained(folder.root).step < 9
+    assert not list(folder.root.rglob(".*.tmp"))
+    assert main(["pretrain", "--resume", f"--out={folder.root}"]) == 0
+    assert load_pretrained(folder.root).step == 9
+    capsys.readouterr()
+
+
+def test_a_disk_that_fills_up_between_checkpoints(
+    monkeypatch, refused, tiny, make_parquet, tmp_path
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(MetricsLog, "add", full)
+    arguments = ["pretrain", *tiny, f"--data={make_parquet()}", f"--out={tmp_path / 'out'}"]
+    refused(arguments, "No space left on device; free space or choose another --out")
+    assert load_pretrained(tmp_path / "out").step == 0
+
+
+def test_nothing_to_resume(refused, tmp_path, snapshot):
+    (tmp_path / "empty").mkdir()
+    for name in ("missing", "empty"):
+        out = tmp_path / name
+        refused(["pretrain", "--resume", f"--out={out}"], "holds no run to resume; check --out")
+    assert snapshot(tmp_path) == {"empty": None}
+
+
+def test_changed_settings_of_a_resumed_run_are_named(run_folder, refused, snapshot):
+    before = snapshot(run_folder)
+    line = refused(
+        ["pretrain", "--resume", f"--out={run_folder}", "--seed=3", "--optimizer.base-lr=1"],
+        "seed", "optimizer", "leave them out",
+    )  # fmt: skip
+    assert "epochs" not in line
+    assert snapshot(run_folder) == before
+
+
+def test_evaluating_what_cannot_be(run_folder, refused, make_parquet, make_folder, snapshot):
+    before = snapshot(run_folder)
+    plain = make_parquet("plain.parquet", labelled=False)
+    evaluate = ["evaluate", f"--checkpoint={run_folder}", "--accelerator=cpu"]
+    refused([*evaluate, f"--data={plain}"], "plain.parquet has no labels; give a folder with one")
+    refused([*evaluate, f"--data={make_folder()}"], "images has no labels")
+    refused([*evaluate, "--data=nowhere"], "nowhere does not exist")
+    refused([*evaluate, "--protocol=knn,linaer"], "unknown protocol 'linaer'; choose from knn")
+    refused([*evaluate, "--protocol="], "unknown protocol ''")
+    refused([*evaluate, "--draws=0"], "draws is 0; give 1 or more")
+    refused([*evaluate, "--labels-per-class=1000"], "fewer than the 1000 labels a class")
+    refused(
+        [*evaluate, "--embedding.layer=-9"], "can't give layer -9", "choose a layer nearer to -1"
+    )
+    refused([*evaluate, "--accelerator=abacus"], "can't use accelerator 'abacus'", "try auto")
+    refused(["evaluate"], "checkpoint")
+    assert snapshot(run_folder) == before
+
+
+@pytest.mark.parametrize("place", ["file/run", "/proc/run"])
+def test_an_evaluation_that_cannot_be_written(place, run_folder, refused, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    arguments = ["evaluate", f"--checkpoint={run_folder}", f"--out={tmp_path / place}"]
+    arguments += ["--accelerator=cpu", "--protocol=knn", "--labels-per-class=1", "--draws=1"]
+    refused(arguments, "choose another --out")
+
+
+def test_restoring_what_cannot_be(run_folder, refused, make_folder, tmp_path):
+    good = make_folder() / "000.png"
+    (tmp_path / "text.png").write_text("no image")
+    out = tmp_path / "restored"
+    restore = ["restore", f"--checkpoint={run_folder}", f"--out={out}"]
+    refused([*restore, good, "missing.png"], "can't read missing.png: No such file", "check")
+    refused([*restore, tmp_path / "text.png"], "text.png is no image", "give image files")
+    refused([*restore, tmp_path], "can't read", "Is a directory")
+    refused([*restore, good, "--pretext=maskin"], "nearest: masking")
+    refused([*restore, good, "--pretext=colorization"], "colorization needs more than 1 channel")
+    refused([*restore, good, "--num-steps=-1"], "num_steps is -1; give 0 or more")
+    refused(restore, "images")
+    assert not out.exists()
+    unwritable = [restore[0], restore[1], "--out=/proc/restored", good]
+    refused(unwritable, "can't write /proc/restored", "choose another --out")
+
+
+def test_a_report_on_nothing(refused, tmp_path):
+    refused(["report", tmp_path / "missing"])
+    refused(["report", tmp_path])
+
+
+def test_no_command_and_unknown_commands(refused):
+    refused([])
+    refused(["pretrian"], "pretrian")
+
+
+def test_an_interrupted_run_says_how_to_go_on(monkeypatch, tiny, make_parquet, tmp_path, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("backfold.training.trainer.write_preview", interrupted)
+    arguments = ["pretrain", *tiny, f"--data={make_parquet()}", f"--out={tmp_path / 'out'}"]
+    assert main(arguments) == 130
+    assert "backfold pretrain --resume --out" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_real_process_gives_one_line_and_code_2(tmp_path):
+    finished = subprocess.run(
+        [sys.executable, "-m", "backfold.cli.main", "pretrain", "--data", "nowhere"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert finished.stderr == (
+        "backfold: error: nowhere does not exist; give a folder of images or a parquet file\n"
+    )
+    assert list(Path(tmp_path).iterdir()) == []

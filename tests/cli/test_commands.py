@@ -1,0 +1,333 @@
+"""What the commands print and leave when all is well."""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from backfold.cli.commands import EvaluateSettings, RestoreSettings
+from backfold.cli.main import main, recipe_names
+from backfold.training.config import PretrainConfig
+from backfold.training.pretrained import load_pretrained
+from backfold.training.run_folder import RunFolder
+
+EVALUATE = ["--labels-per-class=2", "--draws=2", "--accelerator=cpu"]
+
+# The evaluation's loaders may have worker processes. From Python 3.12 on, forking a process with
+# threads warns; torch has threads and forks workers.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_pretrain_names_the_run_on_stdout(tiny, make_parquet, tmp_path, capsys):
+    arguments = ["pretrain", f"--data={make_parquet()}", f"--out={tmp_path / 'a b'}", *tiny]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"run: {tmp_path / 'a b'}\n"
+    facts = json.loads((tmp_path / "a b" / "run.json").read_text())
+    assert shlex.split(facts["command"]) == ["backfold", *arguments]
+
+
+def test_overwriting_replaces_a_run(tiny, run_folder, tmp_path):
+    (run_folder / "report.html").write_text("old")
+    data = f"--data={tmp_path / 'images.parquet'}"
+    arguments = ["pretrain", data, f"--out={run_folder}", *tiny, "--overwrite", "--seed=4"]
+    assert main(arguments) == 0
+    assert not (run_folder / "report.html").exists()
+    assert yaml.safe_load((run_folder / "config.yaml").read_text())["seed"] == 4
+
+
+def test_dashes_and_underscores_both_work(tiny, make_parquet, tmp_path):
+    data = [f"--data={make_parquet()}"]
+    dashed = [
+        "--watch-labels=false", "--optimizer.base-lr=0.02", "--tasks.masking.mask-ratio", "0.3",
+        "--augmentation.crop-scale=[0.5,1.0]",
+    ]  # fmt: skip
+    configs = []
+    for name, style in (("a", lambda text: text), ("b", lambda text: text.replace("-", "_"))):
+        given = [
+            "--" + style(part[2:]) if part.startswith("--") and "=" not in part
+            else re.sub(r"^--([^=]*)", lambda match: "--" + style(match[1]), part)  # noqa: B023
+            for part in [*dashed, *tiny]
+        ]  # fmt: skip
+        assert main(["pretrain", *data, f"--out={tmp_path / name}", *given]) == 0
+        config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        configs.append(config | {"out": None})
+    assert configs[0] == configs[1]
+    assert configs[0]["optimizer"]["base_lr"] == 0.02
+    assert configs[0]["tasks"]["masking"]["mask_ratio"] == 0.3
+    assert configs[0]["watch_labels"] is False
+
+
+def test_flags_override_a_file_and_a_file_overrides_a_recipe(tiny, make_parquet, tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("seed: 7\nnum_steps: 2\n")
+    arguments = ["--recipe=demo", f"--config={settings}", "--num-steps=3", *tiny]
+    out = tmp_path / "out"
+    assert main(["pretrain", f"--data={make_parquet()}", f"--out={out}", *arguments]) == 0
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert (config["pretext"], config["seed"], config["num_steps"]) == ("mixture", 7, 3)
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["tasks"] == ["masking", "sorting", "superresolution", "denoising"]
+
+
+def test_without_data_and_backbone_the_demo_s_settings_are_used(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--max-steps=1", "--held-out=8", "--watch-labels=false", "--num-workers=0"]
+    arguments += ["--accelerator=cpu", "--devices=1", "--precision=32-true"]
+    assert main(["pretrain", *arguments]) == 0
+    captured = capsys.readouterr()
+    assert "the demo's recipe on the embedded images" in captured.err
+    assert captured.out == "run: runs/pretrain\n"
+    config = yaml.safe_load((tmp_path / "runs" / "pretrain" / "config.yaml").read_text())
+    assert config["pretext"] == "mixture"
+    assert config["data"] is None
+
+
+def help_text(capsys, *command):
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--help"])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def option_names(settings, prefix=""):
+    """Names of all settings, with dots where they are nested."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name, None)
+        if dataclasses.is_dataclass(value):
+            yield from option_names(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        ("pretrain", PretrainConfig()),
+        ("demo", PretrainConfig()),
+        ("evaluate", EvaluateSettings(None)),
+        ("restore", RestoreSettings(None)),
+    ],
+)
+def test_help_has_every_option_with_dashes_and_its_default(command, settings, capsys):
+    text = help_text(capsys, command)
+    assert not re.search(r"--[a-z.-]+_(?!config)", text.replace("--print_config", ""))
+    for name, default in option_names(settings):
+        option = "--" + name.replace("_", "-")
+        entry = re.search(rf"^\s+{re.escape(option)}[ ,\n](.*?)(?=^\s+--|\Z)", text, re.M | re.S)
+        assert entry, option
+        described = " ".join(entry[1].split())
+        assert re.search(r"[a-z]{3,}", described.partition("(")[0]), option
+        assert "default:" in described or "required" in described, (option, described)
+        if isinstance(default, (str, int, float)) and not isinstance(default, bool):
+            assert f"default: {default}" in described, (option, described)
+
+
+def test_help_of_the_whole_names_every_command(capsys):
+    text = help_text(capsys)
+    for command in ("pretrain", "evaluate", "restore", "report", "demo"):
+        assert re.search(rf"^\s+{command}\s+\w+", text, re.M), command
+    assert all(name in help_text(capsys, "pretrain") for name in recipe_names())
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+
+
+def test_printed_settings_can_be_fed_back(tiny, make_parquet, tmp_path, capsys):
+    data = make_parquet()
+    given = [f"--data={data}", *tiny, "--tasks.masking.mask-ratio=0.35"]
+    for flag in ("--print_config", "--print-config"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["pretrain", *given, flag])
+        assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(printed[: len(printed) // 2])
+    assert printed == 2 * printed[: len(printed) // 2]
+    runs = [["--config", str(tmp_path / "printed.yaml")], given]
+    for name, arguments in zip("ab", runs, strict=True):
+        assert main(["pretrain", *arguments, f"--out={tmp_path / name}"]) == 0
+    left, right = (load_file(tmp_path / name / "backbone.safetensors") for name in "ab")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    assert config["tasks"]["masking"]["mask_ratio"] == 0.35
+
+
+def test_evaluate_writes_rows_and_prints_them(run_folder, capsys):
+    arguments = ["evaluate", f"--checkpoint={run_folder}", *EVALUATE]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    path = RunFolder(run_folder).evaluation
+    rows = json.loads(path.read_text())
+    keys = [(row["backbone"], row["protocol"], row["labels"]) for row in rows]
+    assert sorted(keys, key=str) == sorted(
+        [
+            (backbone, protocol, labels)
+            for backbone in ("untrained", "pretrained")
+            for protocol in ("knn", "linear")
+            for labels in ("all", 2)
+        ],
+        key=str,
+    )
+    for row in rows:
+        assert set(row) == {"protocol", "labels", "backbone", "accuracy_mean", "accuracy_std"}
+        assert 0 <= row["accuracy_mean"] <= 100
+        assert row["accuracy_std"] >= 0
+        assert f"{row['accuracy_mean']:.1f}" in printed
+    assert printed.splitlines()[-1] == f"rows: {path}"
+    assert main(arguments) == 0
+    assert json.loads(path.read_text()) == rows
+    assert capsys.readouterr().out == printed
+
+
+def test_evaluate_takes_a_checkpoint_file_other_data_and_another_place(
+    run_folder, make_parquet, tmp_path
+):
+    data = make_parquet("other/train.parquet", count=50, first=100).parent
+    make_parquet("other/test.parquet", count=30, first=200)
+    out = tmp_path / "elsewhere"
+    arguments = ["evaluate", f"--checkpoint={run_folder / 'checkpoints' / 'best.ckpt'}", *EVALUATE]
+    assert main([*arguments, f"--data={data}", f"--out={out}", "--protocol=knn"]) == 0
+    rows = json.loads((out / "evaluation.json").read_text())
+    assert {row["protocol"] for row in rows} == {"knn"}
+    assert all(
+        (row["accuracy_mean"] * 30 / 100) % 1 < 1e-6 for row in rows if row["labels"] == "all"
+    )
+    assert not RunFolder(run_folder).evaluation.exists()
+    assert main([*arguments, f"--data={data}", "--protocol=knn"]) == 0
+    assert json.loads(RunFolder(run_folder).evaluation.read_text()) == rows
+
+
+def restoration(run, path, corrupt, num_steps, step_size):
+    """PSNR, SSIM and energies of one image, computed apart from the command."""
+    pixels = np.asarray(Image.open(path).convert("L"), dtype=np.float32)[None, None] / 255
+    mean, std = run.statistics.mean[0], run.statistics.std[0]
+    clean = (torch.from_numpy(pixels) - mean) / std
+    points = [corrupt(clean)]
+    energies = []
+    for _ in range(num_steps):
+        given = points[-1].detach().requires_grad_()
+        energy = run.energy(given)
+        (gradient,) = torch.autograd.grad(energy.sum(), given)
+        energies.append(energy.item())
+        points.append((given - step_size * gradient).detach())
+    with torch.no_grad():
+        energies += [run.energy(points[-1]).item(), run.energy(clean).item()]
+    shown = [(point * std + mean)[0, 0].numpy() for point in (*points, clean)]
+    psnr = [peak_signal_noise_ratio(shown[-1], image, data_range=1) for image in shown[:-1]]
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    ssim = [
+        structural_similarity(shown[-1], image, data_range=1, **options) for image in shown[:-1]
+    ]
+    return psnr, ssim, energies
+
+
+def test_restore_draws_and_measures(run_folder, tmp_path, capsys):
+    path = tmp_path / "picture.png"
+    random = np.random.default_rng(0).integers(0, 256, (7, 7), dtype=np.uint8)
+    Image.fromarray(random).resize((28, 28)).save(path)
+    out = tmp_path / "restored"
+    arguments = ["restore", f"--checkpoint={run_folder}", f"--out={out}", "--seed=5", str(path)]
+    assert main([*arguments, "--num-steps=3", "--step-size=0.2"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == f"pictures: {out}"
+    assert {file.name for file in out.iterdir()} == {"picture.png", "picture.gif"}
+    with Image.open(out / "picture.png") as picture:
+        assert picture.size == (3 * 112 + 4 * 4, 112 + 2 * 4)  # corrupted, restored, clean
+    with Image.open(out / "picture.gif") as picture:
+        assert picture.n_frames == 4
+        assert picture.size == (112, 112)
+    run = load_pretrained(run_folder)
+
+    def corrupt(clean):
+        return run.config.tasks.masking(clean, torch.Generator().manual_seed(5)).corrupted
+
+    psnr, ssim, energies = restoration(run, path, corrupt, num_steps=3, step_size=0.2)
+    (line,) = [line for line in printed.splitlines() if "picture" in line and "->" in line]
+    numbers = [float(number) for number in re.findall(r"-?\d+\.?\d*(?:e[+-]?\d+)?", line)]
+    expected = [psnr[0], psnr[-1], ssim[0], ssim[-1], energies[0], energies[3], energies[4]]
+    assert numbers[:2] == pytest.approx(expected[:2], abs=0.011)
+    assert numbers[2:4] == pytest.approx(expected[2:4], abs=0.0011)
+    assert numbers[4:] == pytest.approx(expected[4:], rel=2e-3, abs=2e-3)
+    assert "ok" in line
+    assert "masking" in printed
+
+
+def test_restore_with_other_tasks_names_and_steps(run_folder, tmp_path, capsys):
+    paths = [tmp_path / "a" / "same.png", tmp_path / "b" / "same.png"]
+    for shade, path in enumerate(paths):
+        path.parent.mkdir()
+        Image.effect_noise((40, 33), 30 + shade).save(path)
+    out = tmp_path / "restored"
+    arguments = ["restore", f"--checkpoint={run_folder}", f"--out={out}", *map(str, paths)]
+    assert main([*arguments, "--pretext=denoising", "--num-steps=0"]) == 0
+    assert "denoising" in capsys.readouterr().out
+    assert {file.name for file in out.iterdir()} == {
+        "same-0.png", "same-0.gif", "same-1.png", "same-1.gif",
+    }  # fmt: skip
+    with Image.open(out / "same-0.gif") as picture:
+        assert getattr(picture, "n_frames", 1) == 1
+    assert main([*arguments, "--step-size=1e6"]) == 0
+    assert "diverged: lower --step-size" in capsys.readouterr().out
+
+
+def test_report_writes_one_page(run_folder, tmp_path, capsys):
+    assert main(["report", str(run_folder)]) == 0
+    assert capsys.readouterr().out == f"report: {run_folder / 'report.html'}\n"
+    page = tmp_path / "page.html"
+    assert main(["report", str(run_folder), "--out", str(page)]) == 0
+    assert page.read_bytes() == (run_folder / "report.html").read_bytes()
+    assert b"<html" in page.read_bytes()
+
+
+def test_a_real_process_runs_and_resumes(tiny, make_parquet, tmp_path):
+    command = [sys.executable, "-m", "backfold.cli.main", "pretrain", "--out", "here"]
+    for arguments in (["--data", str(make_parquet()), *tiny], ["--resume"]):
+        finished = subprocess.run(
+            [*command, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONWARNINGS": "error::FutureWarning:backfold"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stdout == "run: here\n"
+    assert load_pretrained(tmp_path / "here").step == 2
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run(tiny, make_parquet, tmp_path):
+    arguments = [*tiny, "--devices=2", "--max-steps=4", "--data", str(make_parquet())]
+    finished = subprocess.run(
+        [sys.executable, "-m", "backfold.cli.main", "pretrain", "--out", "here", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == "run: here\n"
+    folder = RunFolder(tmp_path / "here")
+    assert [line.split(",")[0] for line in folder.metrics.read_text().splitlines()] == [
+        "step", "1", "4",
+    ]  # fmt: skip
+    assert folder.log.read_text().count("backbone written") == 1
+    assert load_pretrained(folder.root).step == 4

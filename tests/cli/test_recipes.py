@@ -1,0 +1,68 @@
+"""Every shipped recipe takes two steps on small random images."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from backfold.cli.main import main, recipe_names, recipe_path
+from backfold.training.config import PretrainConfig
+from backfold.training.config_file import config_from_dict
+
+# What makes a recipe's own kind of backbone small, by the start of the timm model's name.
+SMALLER = {
+    "vit": {"depth": 1},
+    "swin": {"depths": [1, 1], "num_heads": [1, 2], "embed_dim": 16, "window_size": 4},
+    "convnext": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]},
+    "resnet": {"layers": [1, 1, 1, 1]},
+}
+IMAGE_SIZES = {28: 28, 32: 32}  # of the recipes; larger ones shrink to 64
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """A folder of random images, (70, 70, 3)."""
+    folder = tmp_path_factory.mktemp("noise")
+    random = np.random.default_rng(0)
+    for number in range(24):
+        pixels = random.integers(0, 256, (70, 70, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_runs(name, noise, tmp_path):
+    recipe = yaml.safe_load(recipe_path(name).read_text())
+    kind = next(kind for kind in SMALLER if recipe["backbone"].startswith(kind))
+    size = IMAGE_SIZES.get(recipe["image_size"], 64)
+    out = tmp_path / "out"
+    arguments = [
+        f"--recipe={name}", f"--data={noise}", f"--out={out}", f"--image-size={size}",
+        "--batch-size=8", "--max-steps=2", "--held-out=4", "--accelerator=cpu", "--devices=1",
+        "--num-workers=0", "--precision=32-true",
+        *(f"--backbone-options.{key}={value}" for key, value in SMALLER[kind].items()),
+    ]  # fmt: skip
+    assert main(["pretrain", *arguments]) == 0
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["steps"] == 2
+    assert facts["image_size"] == [size, size]
+    assert facts["channels"] == 3
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    for key in ("backbone", "pretext", "epochs", "watch_every"):
+        assert config[key] == recipe[key]
+    assert (out / "backbone.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_says_how_to_use_it(name):
+    text = recipe_path(name).read_text()
+    assert text.startswith("# ")
+    recipe = yaml.safe_load(text)
+    config = config_from_dict(recipe)
+    assert isinstance(config, PretrainConfig)
+    # A recipe is about method: where data lie and what the machine has is not its business.
+    assert not {"data", "out", "accelerator", "num_workers"} & recipe.keys()
+    masked = config.tasks.masking.mask_patch_size
+    assert config.image_size % masked == 0

@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio
+from sklearn.metrics import roc_auc_score
+
+from backfold.data.statistics import ChannelStatistics
+from backfold.embedding import EmbeddingChoice
+from backfold.energy import EnergyModel
+from backfold.metrics import knn_accuracy
+from backfold.pretext import Colorization, Denoising, Masking, Sorting
+from backfold.training.health import HeldOut, describe_health, watch, watch_task
+
+OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
+STATISTICS = ChannelStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+HOW = {"num_steps": 2, "step_size": 0.3, "batch_size": 4}
+
+
+def make_energy(**options):
+    torch.manual_seed(0)
+    return EnergyModel("vit_tiny_patch16_224", image_size=14, backbone_options=OPTIONS | options)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(10, 3, 14, 14, generator=torch.Generator().manual_seed(1))
+
+
+class KeepsCorruption:
+    """Calls another task and keeps what it did."""
+
+    def __init__(self, task):
+        self.task, self.masks, self.corrupted = task, [], []
+
+    def __call__(self, clean, generator):
+        corruption = self.task(clean, generator)
+        self.masks.append(corruption.loss_mask)
+        self.corrupted.append(corruption.corrupted)
+        return corruption
+
+
+def test_measures_equal_written_out_ones(images):
+    energy = make_energy()
+    task = KeepsCorruption(Masking(mask_patch_size=7))
+    health = watch_task(energy, task, images, STATISTICS, **HOW)
+    corrupted, mask = torch.cat(task.corrupted), torch.cat(task.masks)
+    points = corrupted
+    for _ in range(2):
+        points = points.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(energy(points).sum(), points)
+        points = points - 0.3 * gradient
+    with torch.no_grad():
+        energies = {
+            name: energy(values).double().numpy()
+            for name, values in (("clean", images), ("corrupted", corrupted), ("restored", points))
+        }
+    for name, values in energies.items():
+        np.testing.assert_allclose(health.energies[name], values, rtol=1e-4, atol=1e-4)
+    gap = energies["corrupted"].mean() - energies["clean"].mean()
+    assert health.measures["energy_gap"] == pytest.approx(gap, rel=1e-3, abs=1e-4)
+    labels = np.repeat([0, 1], 10)
+    pooled = np.concatenate([energies["clean"], energies["corrupted"]])
+    assert health.measures["auroc"] == pytest.approx(roc_auc_score(labels, pooled))
+    scale = torch.tensor(STATISTICS.std)[:, None, None]
+    variants = {"corrupted": corrupted, "restored": points.detach(), "mean_fill": 0 * images}
+    for name, variant in variants.items():
+        pixels = (torch.where(mask, variant, images) * scale).numpy()
+        expected = [
+            peak_signal_noise_ratio((clean * scale).numpy(), found, data_range=1)
+            for clean, found in zip(images, pixels, strict=True)
+        ]
+        assert health.measures[f"psnr_{name}_db"] == pytest.approx(np.mean(expected), abs=1e-3)
+
+
+def test_a_look_is_the_same_each_time_and_changes_nothing(images):
+    energy = make_energy(drop_path_rate=0.5, proj_drop_rate=0.3).train()
+    before = {name: value.clone() for name, value in energy.state_dict().items()}
+    first = watch_task(energy, Denoising(), images, STATISTICS, **HOW)
+    torch.manual_seed(77)
+    assert watch_task(energy, Denoising(), images, STATISTICS, **HOW) == first
+    assert watch_task(energy.eval(), Denoising(), images, STATISTICS, **HOW) == first
+    energy.train()
+    watch_task(energy, Denoising(), images, STATISTICS, **HOW)
+    assert energy.training
+    assert energy.backbone.blocks[0].training
+    assert all(torch.equal(value, before[name]) for name, value in energy.state_dict().items())
+    assert all(parameter.grad is None for parameter in energy.parameters())
+
+
+def test_tasks_have_measures_in_their_own_terms(images):
+    energy = make_energy()
+    sorting = watch_task(energy, Sorting(sorting_patch_size=7), images, STATISTICS, **HOW).measures
+    assert sorting["patches_placed_right_corrupted"] == pytest.approx(0.5)
+    assert 0 <= sorting["patches_placed_right_restored"] <= 1
+    colour = watch_task(energy, Colorization(), images, STATISTICS, **HOW).measures
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    chroma = images - (images * weights).sum(dim=1, keepdim=True)
+    assert colour["chroma_error_corrupted"] == pytest.approx(float(chroma.abs().mean()), rel=1e-4)
+    grey = EnergyModel("vit_tiny_patch16_224", image_size=14, channels=1, backbone_options=OPTIONS)
+    statistics = ChannelStatistics((0.4,), (0.2,))
+    found = watch_task(grey, Denoising(), images[:, :1], statistics, **HOW).measures
+    assert not any(name.startswith("chroma") for name in found)
+
+
+def test_energies_that_are_not_finite_give_nan_and_no_crash(images):
+    energy = make_energy()
+    with torch.no_grad():
+        energy.head.weight.fill_(float("nan"))
+    health = watch_task(energy, Denoising(), images, STATISTICS, **HOW)
+    assert np.isnan(health.measures["auroc"])
+    tasks = {"denoising": Denoising()}
+    with torch.no_grad():
+        energy.backbone.norm.weight.fill_(float("nan"))
+    entry, _ = watch(energy, tasks, HeldOut(images, None), STATISTICS, EmbeddingChoice(), **HOW)
+    assert np.isnan(entry["rank_me"])
+    assert "AUROC nan" in describe_health(entry)
+
+
+def test_knn_uses_the_labelled_training_images(images):
+    energy = make_energy()
+    labels = torch.arange(10) % 3
+    generator = torch.Generator().manual_seed(5)
+    bank, bank_labels = torch.randn(30, 3, 14, 14, generator=generator), torch.arange(30) % 3
+    held_out = HeldOut(images, labels, bank, bank_labels)
+    tasks = {"denoising": Denoising(), "masking": Masking(mask_patch_size=7)}
+    choice = EmbeddingChoice()
+    entry, energies = watch(energy, tasks, held_out, STATISTICS, choice, **HOW)
+    with torch.no_grad():
+        pooled = [energy.backbone.forward_features(x)[:, 1:].mean(dim=1) for x in (bank, images)]
+    expected = knn_accuracy(pooled[0], bank_labels, pooled[1], labels)
+    assert entry["knn"] == pytest.approx(100 * expected)
+    assert entry["embedding_size"] == 16
+    assert set(energies) == set(entry["tasks"]) == set(tasks)
+    line = describe_health(entry)
+    assert f"kNN {entry['knn']:.1f} %" in line
+    assert "denoising" in line
+    assert "\n" not in line
+    unlabelled, _ = watch(energy, tasks, HeldOut(images, None), STATISTICS, choice, **HOW)
+    assert unlabelled["knn"] is None
+    assert "kNN" not in describe_health(unlabelled)
