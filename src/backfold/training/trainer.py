@@ -6,17 +6,13 @@ between processes, and a run must go on in mid-epoch with the same bits. Both ar
 and would be overridden hooks there.
 """
 
-import copy
 import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 import torch
 from lightning.fabric import Fabric
 from rich.console import Console
@@ -24,7 +20,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from backfold.backbone import default_image_size
-from backfold.batch_norm import batch_norms, refresh_batch_norm
 from backfold.data.broken import BrokenFiles
 from backfold.data.loading import Batch, training_loader
 from backfold.data.sampling import steps_per_epoch
@@ -37,11 +32,9 @@ from backfold.training.config import (
     parse_image_size,
 )
 from backfold.training.config_file import config_to_dict
-from backfold.training.health import HeldOut, describe_health, watch
 from backfold.training.meter import Meter, Restored
 from backfold.training.metrics_log import MetricsLog
 from backfold.training.optimizer import freeze_unreachable
-from backfold.training.previews import write_preview
 from backfold.training.progress import (
     TrainingBar,
     describe_row,
@@ -49,14 +42,11 @@ from backfold.training.progress import (
     log_to,
     terminal,
 )
+from backfold.training.recorder import Recorder
 from backfold.training.run_folder import (
     RunFolder,
     check_available,
     claim,
-    load_checkpoint,
-    save_checkpoint,
-    write_json,
-    write_tensors,
     write_yaml,
 )
 from backfold.training.stepper import Stepper
@@ -64,16 +54,6 @@ from backfold.training.stepper import Stepper
 LOGGER = logging.getLogger("backfold")
 LOG_EVERY = 20
 PREVIEW_IMAGES = 6
-
-
-@dataclass
-class State:
-    """What a run carries from step to step, and its checkpoints keep beside the tensors."""
-
-    step: int = 0
-    seconds: float = 0.0
-    best_gain_db: float = -math.inf
-    started: str = ""
 
 
 def pretrain(
@@ -118,8 +98,7 @@ class Run:
     """A run's parts, made from its settings."""
 
     def __init__(self, config: PretrainConfig, folder: RunFolder, command: str) -> None:
-        self.config, self.folder, self.command = config, folder, command
-        self.state = State(started=datetime.now(UTC).isoformat(timespec="seconds"))
+        self.config, self.folder = config, folder
         images = self.images = setup.open_images(config)
         self.tasks = build_tasks(config, images.channels)
         energy = setup.build_energy(config, images.channels)
@@ -155,8 +134,19 @@ class Run:
             self.steps_per_epoch,
         )
         self.energy = energy
-        self.history: list[dict[str, Any]] = []
-        self.energies: dict[str, dict[str, list[float]]] = {}
+        self.recorder = Recorder(
+            config,
+            folder,
+            command,
+            images,
+            self.image_size,
+            self.tasks,
+            energy,
+            self.held_out,
+            str(self.fabric.strategy.precision.precision),
+            self.total_steps,
+        )
+        self.state = self.recorder.state
 
     def load(self) -> None:
         """Take up the last checkpoint.
@@ -164,15 +154,10 @@ class Run:
         Raises:
             UserError: it can't be read.
         """
-        if not self.folder.last_checkpoint.exists():
-            LOGGER.info("no checkpoint yet in %s: starting from step 0", self.folder.root)
-            return
-        content = load_checkpoint(self.folder.last_checkpoint)
-        self.energy.load_state_dict(content["model"])
-        self.stepper.optimizer.load_state_dict(content["optimizer"])
-        self.state = State(**content["state"])
-        self.history, self.energies = content["history"], content["energies"]
-        LOGGER.info("resuming at step %d of %d", self.state.step, self.total_steps)
+        optimizer = self.recorder.load()
+        if optimizer is not None:
+            self.stepper.optimizer.load_state_dict(optimizer)
+            self.state = self.recorder.state
 
     def train(self, console: Console) -> None:
         """Go on to the last step, and leave the weights."""
@@ -185,15 +170,16 @@ class Run:
         finally:
             if metrics is not None:
                 metrics.close()
-        self._export()
+        if self.fabric.is_global_zero:
+            self.recorder.export()
 
     def _loop(self, bar: TrainingBar, metrics: MetricsLog | None) -> None:
         meter = Meter(self.state.seconds)
         batches = self._batches()
         self.energy.train()
         saved = time.monotonic()
-        if self.state.step == 0 and not self.history and self.fabric.is_global_zero:
-            self._watch(metrics)
+        if self.state.step == 0 and not self.recorder.history and metrics is not None:
+            self.recorder.watch(0.0, metrics)
             self._save()
             meter.resume()
         while self.state.step < self.total_steps:
@@ -217,10 +203,10 @@ class Run:
                     metrics.add(row)
             self.state.seconds = meter.seconds()
             watched = done % self.watch_steps == 0 or done == self.total_steps
-            if watched and self.fabric.is_global_zero:
+            if watched and metrics is not None:
                 LOGGER.info("epoch %.1f: %s", self._epoch(), describe_row(row))
                 meter.pause()
-                self._watch(metrics)
+                self.recorder.watch(self._epoch(), metrics)
                 meter.resume()
             due = watched or time.monotonic() - saved > 60 * self.config.checkpoint_minutes
             # No barrier: the clocks of the processes may disagree on when a checkpoint is due.
@@ -228,6 +214,9 @@ class Run:
                 self._check_finite(float(losses), float(norm))
                 self._save()
                 saved = time.monotonic()
+
+    def _save(self) -> None:
+        self.recorder.save(self._epoch(), self.stepper.optimizer.state_dict())
 
     def _batches(self) -> Iterator[Batch]:
         workers = self.config.num_workers
@@ -282,96 +271,6 @@ class Run:
                 f"{self.config.optimizer.base_lr:g}) or step_size, or set precision to 32-true"
             )
 
-    def _watch(self, metrics: MetricsLog | None) -> None:
-        """Look at the held-out images: health, previews."""
-        config = self.config
-        entry, self.energies = watch(
-            self.energy,
-            self.tasks,
-            self.held_out,
-            self.images.statistics,
-            config.embedding,
-            num_steps=config.num_steps,
-            step_size=config.step_size,
-            batch_size=max(1, config.batch_size // config.accumulate),
-        )
-        entry = {"step": self.state.step, "epoch": self._epoch(), **entry}
-        self.history.append(entry)
-        if metrics is not None:
-            metrics.add_health(entry)
-        LOGGER.info("%s", describe_health(entry))
-        for name, task in self.tasks.items():
-            write_preview(
-                self.folder.previews / f"step-{self.state.step:07d}-{name}.png",
-                self.energy,
-                task,
-                _spread(self.held_out, PREVIEW_IMAGES),
-                self.images.statistics,
-                num_steps=config.num_steps,
-                step_size=config.step_size,
-            )
-
-    def _save(self) -> None:
-        """A checkpoint, and beside it what the report reads."""
-        gain = self.history[-1]["psnr_gain_db"] if self.history else -math.inf
-        is_best = bool(self.history) and self.history[-1]["step"] == self.state.step
-        is_best = is_best and gain > self.state.best_gain_db
-        if is_best:
-            self.state.best_gain_db = gain
-        content = {
-            "state": vars(self.state).copy(),
-            "config": config_to_dict(self.config),
-            "channels": self.images.channels,
-            "image_size": list(self.image_size),
-            "mean": list(self.images.statistics.mean),
-            "std": list(self.images.statistics.std),
-            "model": self.energy.state_dict(),
-            "optimizer": self.stepper.optimizer.state_dict(),
-            "history": self.history,
-            "energies": self.energies,
-        }
-        save_checkpoint(self.folder.last_checkpoint, content)
-        if is_best:
-            save_checkpoint(self.folder.best_checkpoint, content)
-        write_json(self.folder.health, {"history": self.history, "energies": self.energies})
-        write_json(self.folder.facts, self._facts())
-
-    def _facts(self) -> dict[str, Any]:
-        described = setup.describe_run(
-            self.config, self.energy, self.images, self.tasks, self.image_size, self.fabric.device
-        )
-        return {
-            "command": self.command,
-            "started": self.state.started,
-            "seconds": self.state.seconds,
-            **described,
-            "precision": str(self.fabric.strategy.precision.precision),
-            "steps": self.state.step,
-            "total_steps": self.total_steps,
-            "epochs": self._epoch(),
-        }
-
-    def _export(self) -> None:
-        """The backbone's weights under timm's names, batch norms refreshed."""
-        if not self.fabric.is_global_zero:
-            return
-        backbone = self.energy.backbone
-        if batch_norms(backbone):
-            backbone = copy.deepcopy(backbone).eval()
-            refresh_batch_norm(backbone, self.held_out.images.split(self.config.batch_size))
-        write_tensors(self.folder.backbone, backbone.state_dict())
-        LOGGER.info("backbone written to %s", self.folder.backbone)
-
-
-def _local_batch(config: PretrainConfig, ranks: int) -> int:
-    size = config.batch_size
-    if size % (ranks * config.accumulate):
-        raise UserError(
-            f"batch_size {size} does not divide into {ranks} device(s) x "
-            f"{config.accumulate} part(s); change batch_size or accumulate"
-        )
-    return size // ranks
-
 
 def default_workers() -> int:
     """One core is left to the training process; up to 8 load images."""
@@ -395,6 +294,11 @@ def _fabric(config: PretrainConfig) -> Fabric:
     return fabric
 
 
-def _spread(held_out: HeldOut, count: int) -> Tensor:
-    indices = np.linspace(0, len(held_out.images) - 1, min(count, len(held_out.images)))
-    return held_out.images[torch.from_numpy(indices.round().astype(np.int64))]
+def _local_batch(config: PretrainConfig, ranks: int) -> int:
+    size = config.batch_size
+    if size % (ranks * config.accumulate):
+        raise UserError(
+            f"batch_size {size} does not divide into {ranks} device(s) x "
+            f"{config.accumulate} part(s); change batch_size or accumulate"
+        )
+    return size // ranks
