@@ -296,6 +296,7 @@ def test_report_writes_one_page(run_folder, tmp_path, capsys):
     assert b"<html" in page.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_real_process_runs_and_resumes(tiny, make_parquet, tmp_path):
     command = [sys.executable, "-m", "backfold.cli.main", "pretrain", "--out", "here"]
     for arguments in (["--data", str(make_parquet()), *tiny], ["--resume"]):

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.slow
 def test_the_demo_from_images_to_report(tiny, make_parquet, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     data = make_parquet("data/train.parquet", count=240).parent

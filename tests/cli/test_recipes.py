@@ -13,10 +13,10 @@ from backfold.training.config_file import config_from_dict
 
 # What makes a recipe's own kind of backbone small, by the start of the timm model's name.
 SMALLER = {
-    "vit": {"depth": 1},
+    "vit": {"depth": 1, "embed_dim": 48, "num_heads": 3},
     "swin": {"depths": [1, 1], "num_heads": [1, 2], "embed_dim": 16, "window_size": 4},
     "convnext": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]},
-    "resnet": {"layers": [1, 1, 1, 1]},
+    "resnet": {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32]},
 }
 IMAGE_SIZES = {28: 28, 32: 32}  # of the recipes; larger ones shrink to 64
 

@@ -86,7 +86,12 @@ MIXED = {"pretext": "mixture"}
 DROPPED = {"backbone_options": {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2,
                                 "drop_path_rate": 0.5, "proj_drop_rate": 0.2}}  # fmt: skip
 STEPS = {"accumulate": 2, "num_steps": 2}
-RESNET = {"backbone": "resnet10t", "backbone_options": {}, "image_size": 32, "max_steps": 3}
+RESNET = {
+    "backbone": "resnet10t",
+    "backbone_options": {"channels": [8, 16, 24, 32]},
+    "image_size": 32,
+    "max_steps": 3,
+}
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,12 @@ from backfold.training.run_folder import load_checkpoint
 from backfold.training.stepper import Stepper
 from backfold.training.trainer import pretrain
 
-RESNET = {"backbone": "resnet10t", "backbone_options": {}, "image_size": 32, "max_steps": 6}
+RESNET = {
+    "backbone": "resnet10t",
+    "backbone_options": {"channels": [8, 16, 24, 32]},
+    "image_size": 32,
+    "max_steps": 6,
+}
 
 
 def rows(folder):
@@ -208,7 +213,7 @@ def check_metrics(table, per_epoch):
 
 def test_training_beats_the_beginning_on_held_out_images(tiny, quiet, make_parquet):
     config = tiny(
-        data=make_parquet(300), max_steps=120, epochs=100, batch_size=16, held_out=30,
+        data=make_parquet(300), max_steps=70, epochs=100, batch_size=16, held_out=30,
         optimizer=OptimizerSettings(base_lr=0.08, warmup_epochs=0.5), watch_every=3,
     )  # fmt: skip
     folder = pretrain(config, console=quiet)

@@ -112,18 +112,18 @@ def test_a_file_in_the_way(tmp_path, below):
 
 
 HOLD = """
-import sys
-from pathlib import Path
-from backfold.training.run_folder import claim
-with claim(Path(sys.argv[1]), resume=False, overwrite=True):
+import fcntl, sys
+with open(sys.argv[1], "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
 def test_another_process_holds_the_folder_until_it_dies(tmp_path):
+    (tmp_path / "run").mkdir()
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
+        [sys.executable, "-c", HOLD, str(tmp_path / "run" / ".lock")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as holder:
