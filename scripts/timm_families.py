@@ -297,16 +297,16 @@ def _scales(rows: list[Row]) -> str:
     built = [row["gradient_rms"] for row in rows]
     doubled = [row["gradient_rms_doubled"] for row in rows if row["gradient_rms_doubled"]]
     return (
-        f"The first gradient's scale lies in {_within(built)}, at twice the image size in "
-        f"{_within(doubled)} ({len(doubled)} families take it)."
+        f"The first gradient's scale is {_within(built)}; at twice the image size, for the "
+        f"{len(doubled)} that take it, {_within(doubled)}."
     )
 
 
 def _within(values: list[float]) -> str:
     deciles = statistics.quantiles(values, n=10)
     return (
-        f"{min(values):.2g} to {max(values):.2g} "
-        f"(eight tenths in {deciles[0]:.2f} to {deciles[-1]:.2f})"
+        f"{min(values):.2g} to {max(values):.2g}, in eight families of ten "
+        f"{deciles[0]:.2g} to {deciles[-1]:.2g}"
     )
 
 
@@ -320,8 +320,8 @@ def _line(row: Row) -> str:
         *marks,
         _cell(row.get("share_without_gradient"), ".1%"),
         _cell(row.get("derivative_error"), ".0e"),
-        _cell(row.get("gradient_rms"), ".2f"),
-        _cell(row.get("gradient_rms_doubled"), ".2f"),
+        _cell(row.get("gradient_rms"), ".3g"),
+        _cell(row.get("gradient_rms_doubled"), ".3g"),
         f"{row['seconds']:.0f}",
         row["reason"].replace("|", "/"),
     ]

@@ -16,6 +16,11 @@ from backfold.training.metrics_log import MetricsLog
 from backfold.training.pretrained import load_pretrained
 from backfold.training.run_folder import RunFolder
 
+# From Python 3.12 on, forking a process with threads warns; the evaluation's loaders fork workers.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
+)
+
 
 @pytest.fixture
 def pretrain_refused(refused, tiny, tmp_path):
