@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from backfold.energy import EnergyModel
 from backfold.restoration import (
@@ -257,3 +257,33 @@ def test_the_loss_is_the_mean_smooth_l1_distance_of_the_masked_pixels():
     halves = restoration_loss(restored.bfloat16(), clean.bfloat16(), mask)
     assert halves.dtype == torch.float32
     assert float(halves) == pytest.approx(expected, rel=0.02)
+
+
+class _CachesInEval(nn.Module):
+    """As timm's LeViT: eval mode keeps what it computed of the weights until ``train()``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.0))
+        self.cache: Tensor | None = None
+
+    def train(self, mode: bool = True) -> "_CachesInEval":
+        super().train(mode)
+        if mode:
+            self.cache = None
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            return self.weight * images.sum(dim=(1, 2, 3))
+        if self.cache is None:
+            self.cache = self.weight.detach().clone()
+        return self.cache * images.sum(dim=(1, 2, 3))
+
+
+def test_restoring_after_a_weight_update_uses_the_new_weights():
+    energy = _CachesInEval()
+    images = torch.ones(1, 1, 2, 2)
+    assert restore(energy, images, 0).energies.item() == 4.0
+    energy.weight.data.fill_(2.0)
+    assert restore(energy, images, 0).energies.item() == 8.0

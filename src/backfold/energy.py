@@ -19,6 +19,7 @@ from backfold.backbone import (
     create_backbone,
     default_image_size,
     feature_map,
+    make_twice_differentiable,
 )
 from backfold.batch_norm import batch_norms, measure_batch_norm
 from backfold.errors import UserError
@@ -63,7 +64,7 @@ class EnergyModel(nn.Module):
 
     Args:
         backbone: a timm model's name (random weights), or any module that gives a feature map. A
-            module is used as it is: only the head is scaled.
+            module keeps its weights: only the head is scaled.
         image_size: (height, width) or one number, in pixels; None takes the backbone's own.
         channels: channels of the images.
         head: "linear" (the paper's) or "quadratic" in the features.
@@ -91,6 +92,7 @@ class EnergyModel(nn.Module):
             size = size or default_image_size(getattr(self.backbone, "pretrained_cfg", None))
         else:
             self.backbone = backbone
+            make_twice_differentiable(backbone)
             size = size or default_image_size(getattr(backbone, "pretrained_cfg", None))
             check_image_size(backbone, size, channels, type(backbone).__name__)
         heads: dict[str, type[LinearHead | QuadraticHead]] = {

@@ -119,8 +119,9 @@ def eval_mode(energy_fn: EnergyFn) -> Iterator[None]:
     modules = list(energy_fn.modules()) if isinstance(energy_fn, nn.Module) else []
     modes = [module.training for module in modules]
     try:
-        for module in modules:
-            module.training = False
+        if isinstance(energy_fn, nn.Module):
+            energy_fn.train()  # timm's LeViT and others drop what they cached of older weights
+            energy_fn.eval()
         yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
