@@ -320,7 +320,6 @@ def test_restoring_what_cannot_be(run_folder, refused, make_folder, tmp_path):
     refused([*restore, good, "--pretext=maskin"], "nearest: masking")
     refused([*restore, good, "--pretext=colorization"], "colorization needs more than 1 channel")
     refused([*restore, good, "--num-steps=-1"], "num_steps is -1; give 0 or more")
-    refused(restore, "images")
     assert not out.exists()
     unwritable = [restore[0], restore[1], "--out=/proc/restored", good]
     refused(unwritable, "can't write /proc/restored", "choose another --out")

@@ -11,7 +11,13 @@ from rich.table import Table
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
 from backfold.evaluation.protocol import EvaluationRow, ProtocolName, write_rows
-from backfold.evaluation.restored_images import RestoredImage, restore_images
+from backfold.evaluation.restored_images import (
+    RestoredImage,
+    distinct_names,
+    read_images,
+    restore_images,
+    sample_images,
+)
 from backfold.evaluation.run import evaluate_run, open_labelled
 from backfold.evaluation.table import render_table
 from backfold.reporting.report import write_report
@@ -22,6 +28,8 @@ from backfold.training.run_folder import RunFolder
 from backfold.training.trainer import default_workers, pretrain
 
 PROTOCOLS = ("knn", "linear")
+DEMO_RUN = Path("runs/demo")
+SAMPLED_IMAGES = 4
 
 
 @dataclass
@@ -41,7 +49,7 @@ class EvaluateSettings:
         accelerator: cpu, cuda, mps, or auto.
     """
 
-    checkpoint: Path
+    checkpoint: Path = DEMO_RUN
     data: Path | None = None
     protocol: str = "knn,linear"
     embedding: EmbeddingChoice = field(default_factory=EmbeddingChoice)
@@ -66,7 +74,7 @@ class RestoreSettings:
         seed: of the corruption.
     """
 
-    checkpoint: Path
+    checkpoint: Path = DEMO_RUN
     pretext: str | None = None
     num_steps: int = 1
     step_size: float | None = None
@@ -163,9 +171,14 @@ def run_restore(settings: RestoreSettings, images: list[Path]) -> None:
     if settings.pretext is not None:
         config.pretext = settings.pretext
     tasks = build_tasks(config, run.channels)
+    if images:
+        names, clean = distinct_names(images), read_images(images, run)
+    else:
+        names, clean = sample_images(run, SAMPLED_IMAGES)
     restored = restore_images(
         run,
-        images,
+        names,
+        clean,
         next(iter(tasks.values())),
         settings.out,
         num_steps=settings.num_steps,
@@ -178,8 +191,12 @@ def run_restore(settings: RestoreSettings, images: list[Path]) -> None:
 
 def _restored_table(rows: list[RestoredImage], task: str) -> Table:
     table = Table(title=f"{task}: corrupted -> restored")
-    for heading in ("image", "PSNR (dB)", "SSIM", "energy", "energy when clean", "status"):
-        table.add_column(heading, justify="left" if heading in ("image", "status") else "right")
+    troubled = any(row.message != "ok" for row in rows)
+    table.add_column("image")
+    for heading in ("PSNR (dB)", "SSIM", "energy", "if clean"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    if troubled:
+        table.add_column("status")
     for row in rows:
         table.add_row(
             row.name,
@@ -187,7 +204,7 @@ def _restored_table(rows: list[RestoredImage], task: str) -> Table:
             f"{row.ssim[0]:.3f} -> {row.ssim[1]:.3f}",
             f"{row.energies[0]:.4g} -> {row.energies[1]:.4g}",
             f"{row.clean_energy:.4g}",
-            row.message,
+            *([row.message] if troubled else []),
         )
     return table
 

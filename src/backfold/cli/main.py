@@ -116,8 +116,12 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
         "report": Parser(exit_on_error=False, description="write one HTML file on a run"),
         "demo": _demo_parser(),
     }
-    parsers["restore"].add_argument("images", type=Path, nargs="+", help="image files")
-    parsers["report"].add_argument("run", type=Path, help="a run's folder")
+    parsers["restore"].add_argument(
+        "images", type=Path, nargs="*", help="image files; none takes a few of the run's own data"
+    )
+    parsers["report"].add_argument(
+        "run", type=Path, nargs="?", default=commands.DEMO_RUN, help="a run's folder"
+    )
     parsers["report"].add_argument(
         "--out", type=Path | None, default=None, help="the file; none takes RUN/report.html"
     )

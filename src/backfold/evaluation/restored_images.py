@@ -4,6 +4,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -11,6 +12,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from backfold.data.augmentation import cover
 from backfold.data.decode import BrokenImage, as_float, decode, to_channels
+from backfold.data.loading import evaluation_loader
+from backfold.data.source import NoTestSplit, open_source
 from backfold.errors import UserError
 from backfold.metrics import psnr_db, ssim
 from backfold.pretext import PretextTask
@@ -52,9 +55,25 @@ def read_images(paths: list[Path], run: Pretrained) -> Tensor:
     return run.statistics.normalize(torch.stack(images))
 
 
+def sample_images(run: Pretrained, count: int) -> tuple[list[str], Tensor]:
+    """Names and normalised images spread over the run's own data, its test split if it has one.
+
+    Raises:
+        UserError: the data are not where they were, or can't be read.
+    """
+    try:
+        source = open_source(run.config.data, "test")
+    except NoTestSplit:
+        source = open_source(run.config.data, "train")
+    indices = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist()
+    (batch,) = evaluation_loader(source, run.image_size, run.channels, count, indices=indices)
+    return [f"image-{index}" for index in indices], run.statistics.normalize(batch.images)
+
+
 def restore_images(
     run: Pretrained,
-    paths: list[Path],
+    names: list[str],
+    clean: Tensor,
     task: PretextTask,
     out: Path,
     *,
@@ -62,15 +81,23 @@ def restore_images(
     step_size: float,
     seed: int = 0,
 ) -> list[RestoredImage]:
-    """Write ``NAME.png`` (corrupted, restored, clean) and ``NAME.gif`` (the trajectory) a file.
+    """Write ``NAME.png`` (corrupted, restored, clean) and ``NAME.gif`` (the trajectory) an image.
+
+    Args:
+        run: the energy.
+        names: of the images, without suffix, all different.
+        clean: (images, channels, height, width), normalised.
+        task: corrupts them.
+        out: where to write.
+        num_steps: restoration steps.
+        step_size: factor of the energy gradient.
+        seed: of the corruption.
 
     Raises:
-        UserError: what reading, the task or writing raises.
+        UserError: what the task or writing raises.
     """
-    clean = read_images(paths, run)
     corrupted = task(clean, torch.Generator().manual_seed(seed)).corrupted
     result = restore(run.energy, corrupted, num_steps, step_size)
-    names = _distinct_names(paths)
     for number, name in enumerate(names):
         ends = result.trajectory[[0, -1], number : number + 1]
         picture = restoration_grid(ends, clean[number : number + 1], run.statistics)
@@ -79,7 +106,8 @@ def restore_images(
     return _describe(names, run, clean, corrupted, result)
 
 
-def _distinct_names(paths: list[Path]) -> list[str]:
+def distinct_names(paths: list[Path]) -> list[str]:
+    """The files' names without suffix, numbered where they are the same."""
     stems = [path.stem for path in paths]
     return [
         stem if stems.count(stem) == 1 else f"{stem}-{number}" for number, stem in enumerate(stems)
