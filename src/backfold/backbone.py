@@ -132,9 +132,9 @@ def balance_positions(backbone: nn.Module, images: Tensor) -> None:
     """Scale learned absolute positions to the loudness of the patches that they are added to.
 
     timm starts them at a deviation of 0.02, some thirty times below the patches. The first norm
-    then makes the energy all but blind to an image's contrast and to where a hidden patch lies, and
-    restoration takes long to start (measured: `docs/method.md`). Fixed sines, as masked
-    autoencoders have them, are as loud as this.
+    then makes the energy all but blind to where a hidden patch lies, and masking and sorting take
+    longer to start (measured: `docs/method.md`). Fixed sines, as masked autoencoders have them, are
+    as loud as this.
 
     Args:
         backbone: with random weights; one without ``pos_embed`` and ``patch_embed`` is left alone.
