@@ -1,5 +1,6 @@
 """The command line: parsing, and one line for whatever the user can mend."""
 
+import dataclasses
 import errno
 import re
 import shlex
@@ -238,9 +239,8 @@ def _refuse_changes(config: PretrainConfig) -> None:
         )
 
 
-def _fields(given: Namespace, settings: type) -> dict[str, Any]:
-    names = settings.__dataclass_fields__  # type: ignore[attr-defined]
-    return {name: given[name] for name in names}
+def _fields(given: Namespace, settings: Any) -> dict[str, Any]:
+    return {field.name: given[field.name] for field in dataclasses.fields(settings)}
 
 
 if __name__ == "__main__":
