@@ -297,7 +297,6 @@ def test_evaluating_what_cannot_be(run_folder, refused, make_parquet, make_folde
         [*evaluate, "--embedding.layer=-9"], "can't give layer -9", "choose a layer nearer to -1"
     )
     refused([*evaluate, "--accelerator=abacus"], "can't use accelerator 'abacus'", "try auto")
-    refused(["evaluate"], "checkpoint")
     assert snapshot(run_folder) == before
 
 
@@ -323,6 +322,13 @@ def test_restoring_what_cannot_be(run_folder, refused, make_folder, tmp_path):
     assert not out.exists()
     unwritable = [restore[0], restore[1], "--out=/proc/restored", good]
     refused(unwritable, "can't write /proc/restored", "choose another --out")
+
+
+def test_without_the_demo_s_run_there_is_nothing_to_evaluate(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(["evaluate"], "no checkpoint at runs/demo")
+    refused(["restore"], "no checkpoint at runs/demo")
+    refused(["report"], "runs/demo")
 
 
 def test_a_report_on_nothing(refused, tmp_path):
