@@ -122,7 +122,7 @@ def test_a_write_that_can_not_be_serialised_leaves_the_old_file(tmp_path):
 def test_a_failed_write_leaves_no_rubbish(tmp_path):
     directory_in_the_way = tmp_path / "evaluation.json"
     directory_in_the_way.mkdir()
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(UserError, match="Is a directory; free space"):
         write_rows(directory_in_the_way, ROWS)
     assert list(tmp_path.iterdir()) == [directory_in_the_way]
 

@@ -114,13 +114,7 @@ def evaluate(settings: EvaluateSettings) -> list[EvaluationRow]:
         num_workers=default_workers(),
         device=choose_device(settings.accelerator),
     )
-    path = evaluation_path(settings)
-    try:
-        write_rows(path, rows)
-    except OSError as error:
-        raise UserError(
-            f"can't write {path}: {error.strerror}; free space or choose another --out"
-        ) from error
+    write_rows(evaluation_path(settings), rows)
     return rows
 
 

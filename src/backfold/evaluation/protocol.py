@@ -1,7 +1,6 @@
 """The evaluation protocol: probes on frozen embeddings, with all labels and with few."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor
 from backfold.errors import UserError
 from backfold.evaluation.probes import linear_probe_accuracy
 from backfold.metrics import knn_accuracy
+from backfold.training.run_folder import write_json
 
 ProtocolName = Literal["knn", "linear"]
 BackboneName = Literal["pretrained", "untrained"]
@@ -143,14 +143,12 @@ def _row(
 
 
 def write_rows(path: Path, rows: Sequence[EvaluationRow]) -> None:
-    """Write the rows as a JSON list; a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps([row.to_dict() for row in rows], indent=2) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write the rows as a JSON list; a reader never sees half a file.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written.
+    """
+    write_json(path, [row.to_dict() for row in rows])
 
 
 def read_rows(path: Path) -> list[EvaluationRow]:
