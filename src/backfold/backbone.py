@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from backfold.activation import TwiceDifferentiableGELU
 from backfold.errors import UserError
 
 ImageSize = tuple[int, int]
@@ -53,11 +54,30 @@ def create_backbone(
 
 
 def make_twice_differentiable(backbone: nn.Module) -> None:
-    """Replace, in place, the layers that PyTorch can differentiate only once by equivalent ones."""
+    """Replace, in place, layers by equals whose second derivative exists, or is cheaper."""
     for parent in list(backbone.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Hardsigmoid):
                 setattr(parent, name, _HardSigmoid())
+            elif _is_exact_gelu(child):
+                setattr(parent, name, TwiceDifferentiableGELU())
+
+
+def _is_exact_gelu(module: nn.Module) -> bool:
+    return type(module) in (nn.GELU, timm.layers.GELU) and (
+        getattr(module, "approximate", "none") == "none"
+    )
+
+
+def use_plain_attention(backbone: nn.Module) -> None:
+    """Let timm's attention layers use matrix products and softmax, in place of fused kernels.
+
+    The fused ones have no second derivative. PyTorch's MATH backend, to which they could fall back,
+    does the same with more element-wise work.
+    """
+    for module in backbone.modules():
+        if getattr(module, "fused_attn", False) is True:
+            module.__dict__["fused_attn"] = False
 
 
 class _HardSigmoid(nn.Module):

@@ -24,6 +24,7 @@ from backfold.backbone import (
 from backfold.batch_norm import batch_norms, measure_batch_norm
 from backfold.errors import UserError
 from backfold.restoration import at_least_float32, energy_gradient, eval_mode
+from backfold.sparse import sparse_feature_map
 
 HeadName = Literal["linear", "quadratic"]
 CALIBRATION_BATCH = 8
@@ -114,9 +115,19 @@ class EnergyModel(nn.Module):
             self.calibrate(images, batch_norm=isinstance(backbone, str))
         self.train()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Energies ``(batch,)`` of normalised images."""
-        energies: Tensor = self.head(feature_map(self.backbone, images))
+    def forward(self, images: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Energies ``(batch,)`` of normalised images.
+
+        Args:
+            images: (batch, channels, height, width).
+            tokens: int64, (batch, tokens); only these patch tokens run and are summed over. The
+                backbone must be one that `backfold.sparse.check_sparse` accepts.
+        """
+        if tokens is None:
+            features = feature_map(self.backbone, images)
+        else:
+            features = sparse_feature_map(self.backbone, images, tokens)
+        energies: Tensor = self.head(features)
         return energies
 
     def train(self, mode: bool = True) -> Self:

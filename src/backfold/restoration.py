@@ -29,7 +29,8 @@ def energy_gradient(
     """Energies ``(batch,)`` and their gradient with respect to the images, shaped as the images.
 
     With ``create_graph`` the gradient can itself be differentiated with respect to the energy's
-    parameters; fused attention kernels have no second derivative, so plain ones run there.
+    parameters; fused attention kernels have no second derivative, so plain ones run there. As
+    `torch.compile` can't differentiate its graphs twice, the gradient is a part of them there.
     """
     if not create_graph:
         with torch.inference_mode(False), torch.enable_grad():
@@ -37,10 +38,21 @@ def energy_gradient(
             energies = energy_fn(images)
             (gradient,) = torch.autograd.grad(energies.sum(), images)
         return energies.detach(), gradient
-    images = images.detach().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):
+        if torch.compiler.is_compiling():
+            return _traced_gradient(energy_fn, images)
+        images = images.detach().requires_grad_()
         energies = energy_fn(images)
         (gradient,) = torch.autograd.grad(energies.sum(), images, create_graph=True)
+    return energies, gradient
+
+
+def _traced_gradient(energy_fn: EnergyFn, images: Tensor) -> tuple[Tensor, Tensor]:
+    def total(points: Tensor) -> tuple[Tensor, Tensor]:
+        energies = energy_fn(points)
+        return energies.sum(), energies
+
+    gradient, energies = torch.func.grad(total, has_aux=True)(images.detach())
     return energies, gradient
 
 

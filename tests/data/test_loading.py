@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from backfold.data.augmentation import Augmentation, cover
-from backfold.data.decode import as_float, to_channels
+from backfold.data.decode import to_channels
 from backfold.data.folder import FolderSource
 from backfold.data.loading import BatchDataset, LoadingError, evaluation_loader, training_loader
 from backfold.data.source import open_source
@@ -52,12 +52,12 @@ def same(left, right):
 def test_batches_hold_the_images_that_their_indices_say(source):
     for batch in train(source, augmentation=PLAIN):
         assert batch.images.shape == (5, 3, 8, 8)
-        assert batch.images.dtype == torch.float32
+        assert batch.images.dtype == torch.uint8
         assert batch.images.is_contiguous()
         assert batch.indices.dtype == torch.int64
         assert batch.broken == []
         for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
-            assert torch.equal(image, as_float(cover(source.read(index), (8, 8))))
+            assert torch.equal(image, cover(source.read(index), (8, 8)))
 
 
 def test_same_bits_with_and_without_workers(source):
@@ -107,7 +107,7 @@ def test_evaluation_is_in_order_and_complete(source):
         assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(23))
         images = torch.cat([batch.images for batch in batches])
         for index in range(23):
-            expected = as_float(cover(to_channels(source.read(index), 1), (8, 8)))
+            expected = cover(to_channels(source.read(index), 1), (8, 8))
             assert torch.equal(images[index], expected)
 
 
@@ -117,7 +117,7 @@ def test_evaluation_of_some_indices(source):
     assert len(loader) == 2
     batches = list(loader)
     assert torch.cat([batch.indices for batch in batches]).tolist() == [20, 3, 11]
-    assert torch.equal(batches[1].images[0], as_float(cover(source.read(11), (8, 8))))
+    assert torch.equal(batches[1].images[0], cover(source.read(11), (8, 8)))
 
 
 def users_error(loader):
@@ -197,7 +197,7 @@ def test_embedded_images_with_workers():
     ]
     assert same(*batches)
     index = int(batches[0][0].indices[3])
-    assert torch.equal(batches[0][0].images[3], as_float(source.read(index)))
+    assert torch.equal(batches[0][0].images[3], source.read(index))
 
 
 def test_dataset_and_error_can_be_pickled(source):

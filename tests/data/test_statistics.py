@@ -85,6 +85,25 @@ def test_constant_channels_do_not_divide_by_zero():
     assert normalized.abs().max() < 1e-3
 
 
+@pytest.mark.parametrize(("scale", "shift"), [(1e-7, 0.0), (3e5, -1e6), (1e-3, 0.5)])
+def test_floats_of_any_scale_are_normalised(scale, shift):
+    random = np.random.default_rng(1)
+    values = random.random((20, 2, 6, 5)) * np.array([1, 7]).reshape(1, 2, 1, 1) * scale + shift
+    images = [torch.from_numpy(value.astype(np.float32)) for value in values]
+    pixels = torch.stack(images).double()
+    statistics = measure_statistics(ListSource(images), 2)
+    np.testing.assert_allclose(statistics.mean, pixels.mean(dim=(0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(statistics.std, pixels.std(dim=(0, 2, 3), correction=0), rtol=1e-4)
+    normalized = statistics.normalize(torch.stack(images))
+    torch.testing.assert_close(normalized.mean(dim=(0, 2, 3)), torch.zeros(2), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("value", "std"), [(7e4, 7e4), (-3e-5, 3e-5), (0.0, 1.0)])
+def test_a_constant_float_channel_is_divided_by_its_own_size(value, std):
+    statistics = measure_statistics(ListSource([torch.full((1, 4, 4), value)] * 3), 1)
+    assert statistics.std == pytest.approx((std,))
+
+
 def test_the_sample_is_limited_and_seeded():
     source = ListSource(random_images(50))
     measure_statistics(source, 3, max_images=10, seed=1)
@@ -111,13 +130,13 @@ def test_all_broken_is_the_users_error(measure):
         measure(ListSource([None] * 3))
 
 
-def test_count_channels_takes_the_most_common_without_alpha():
+def test_count_channels_takes_the_most_common():
     def source(*channels):
         return ListSource([torch.zeros(count, 2, 2) if count else None for count in channels])
 
     assert count_channels(source(1, 1, 3)) == 1
-    assert count_channels(source(4, 3, 1)) == 3
-    assert count_channels(source(2, 2, 3)) == 1
+    assert count_channels(source(4, 4, 1)) == 4
+    assert count_channels(source(12, 2, 2, 3)) == 2
     assert count_channels(source(1, 3)) == 3
     assert count_channels(source(0, 0, 1)) == 1
     assert count_channels(source(*[1] * 100)) == 1
@@ -142,3 +161,17 @@ def test_statistics_keep_the_images_dtype():
     statistics = ChannelStatistics((0.5,), (0.25,))
     images = torch.rand(2, 1, 3, 3, dtype=torch.float64)
     assert torch.equal(statistics.normalize(images), (images - 0.5) / 0.25)
+
+
+def test_bytes_are_normalized_as_their_floats():
+    statistics = ChannelStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    images = torch.stack(random_images(4))
+    expected = (images.double() / 255 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor(
+        [0.2, 0.25, 0.3]
+    ).view(3, 1, 1)
+    before = images.clone()
+    normalized = statistics.normalize(images)
+    assert normalized.dtype == torch.float32
+    torch.testing.assert_close(normalized.double(), expected, atol=1e-6, rtol=0)
+    assert torch.equal(normalized, statistics.normalize(images.float() / 255))
+    assert torch.equal(images, before)

@@ -5,6 +5,7 @@ import pytest
 import scipy.ndimage
 import scipy.stats
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from backfold.errors import UserError
 from backfold.pretext import Masking
@@ -173,3 +174,103 @@ def test_refuses_bad_fields(fields, shown):
 def test_refuses_patches_larger_than_the_image(size):
     with pytest.raises(UserError, match=r"mask_patch_size is 16, larger than .* give 15 or less"):
         Masking()(torch.zeros(1, 3, *size), seeded(0))
+
+
+SPARSE_CASES = pytest.mark.parametrize(
+    ("size", "patch_size", "ratio", "share", "hidden", "kept"),
+    [
+        ((64, 96), 16, 0.75, 0.33, 18, 6),  # 5.94
+        ((64, 96), 8, 0.75, 1 / 3, 72, 24),
+        ((64, 96), 8, 0.6, 0.999, 58, 58),  # rounded up to all
+        ((64, 96), 16, 0.6, 0.001, 14, 1),  # one at least
+        ((16, 16), 8, 0.25, 0.4, 1, 1),
+        ((8, 8), 8, 0.5, 0.5, 1, 1),  # a single patch
+    ],
+)
+
+
+@SPARSE_CASES
+@pytest.mark.parametrize("blocks", [False, True])
+def test_visible_patches_and_an_exact_number_of_hidden_ones_run(
+    blocks, size, patch_size, ratio, share, hidden, kept
+):
+    task = Masking(ratio, patch_size, blocks=blocks, hidden_share=share)
+    clean = torch.randn(16, 2, *size, generator=seeded(1))
+    sparse, dense = (
+        masking(clean, seeded(0)) for masking in (task, Masking(ratio, patch_size, blocks=blocks))
+    )
+    rows, columns = size[0] // patch_size, size[1] // patch_size
+    assert sparse.running.square_size == patch_size
+    assert sparse.running.indices.dtype == torch.int64
+    assert sparse.running.indices.shape == (16, rows * columns - hidden + kept)
+    for indices, mask, dense_mask in zip(
+        sparse.running.indices.tolist(), sparse.loss_mask[:, 0], dense.loss_mask[:, 0], strict=True
+    ):
+        assert indices == sorted(set(indices))
+        all_hidden = {r * columns + c for r, c in hidden_patches(dense_mask, patch_size)}
+        counted = {r * columns + c for r, c in hidden_patches(mask, patch_size)}
+        assert len(all_hidden) == hidden
+        assert len(counted) == kept
+        assert counted == all_hidden & set(indices)
+        assert set(range(rows * columns)) - all_hidden <= set(indices)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("fill", FILLS)
+def test_hidden_share_does_not_change_the_images(photographs, fill, blocks):
+    dense = Masking(0.6, 8, fill, blocks)(photographs, seeded(0))
+    sparse = Masking(0.6, 8, fill, blocks, hidden_share=0.3)(photographs, seeded(0))
+    assert torch.equal(sparse.corrupted, dense.corrupted)
+
+
+def test_a_hidden_share_of_one_is_dense_with_the_same_bits(photographs):
+    corruption = Masking(0.6, 8, hidden_share=1.0)(photographs, seeded(0))
+    assert corruption.running is None
+    # 96 squares, of which the 58 that draw the lowest numbers are hidden.
+    drawn = torch.rand(8, 96, generator=seeded(0))
+    hidden = (drawn <= drawn.sort(dim=1).values[:, 57:58]).view(8, 1, 8, 12)
+    mask = torch.nn.functional.interpolate(hidden.float(), scale_factor=8) > 0
+    assert torch.equal(corruption.loss_mask, mask)
+    assert torch.equal(corruption.corrupted, photographs.masked_fill(mask, 0))
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_hidden_patches_run_at_random(blocks):
+    """Each hidden patch runs equally often, and neighbours run no more often together."""
+    count, clean = 2000, torch.zeros(1, 1, 12, 12).expand(2000, 1, 12, 12)
+    hidden = Masking(0.5, 1, blocks=blocks).draw_mask(count, 12, 12, seeded(0)).double()
+    task = Masking(0.5, 1, blocks=blocks, hidden_share=0.25)
+    runs = task(clean, seeded(0)).loss_mask.double()  # 18 of 72
+    share = runs.sum(dim=0) / hidden.sum(dim=0)
+    spread = (0.25 * 0.75 / hidden.sum(dim=0)).sqrt()
+    assert ((share - 0.25).abs() < 5 * spread).all()
+
+    def neighbours(mask):
+        return (mask[..., 1:] * mask[..., :-1]).sum(dim=(1, 2, 3))
+
+    excess = neighbours(runs) - neighbours(hidden) * (18 * 17) / (72 * 71)
+    assert excess.mean().abs() < 5 * excess.std() / count**0.5
+
+
+def test_the_running_patches_do_not_depend_on_data():
+    """Traced without values: any shape or number that depends on them would raise."""
+    generator = seeded(0)
+    with FakeTensorMode():
+        corruption = Masking(0.75, 8, blocks=True, hidden_share=0.33)(
+            torch.empty(4, 3, 32, 32), generator
+        )
+    assert corruption.running.indices.shape == (4, 8)
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.01, float("nan")])
+def test_refuses_a_hidden_share_out_of_range(share):
+    with pytest.raises(UserError, match=f"^hidden_share is {share}; give a share above 0"):
+        Masking(hidden_share=share)
+
+
+@pytest.mark.parametrize("size", [(60, 96), (64, 90)])
+def test_a_hidden_share_needs_whole_squares(size):
+    clean = torch.zeros(1, 3, *size)
+    with pytest.raises(UserError, match=rf"mask_patch_size 16.* {size[0]}x{size[1]} pixel"):
+        Masking(hidden_share=0.5)(clean, seeded(0))
+    assert Masking(hidden_share=1.0)(clean, seeded(0)).running is None

@@ -108,3 +108,32 @@ def test_refusals_of_a_task_come_through(photographs_of):
 def test_refuses_bad_fields(tasks, weights, shown):
     with pytest.raises(UserError, match=shown):
         Mixture(tasks, weights)
+
+
+SPARSE = Masking(mask_patch_size=8, hidden_share=0.5)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "weights"),
+    [
+        ((SPARSE, Denoising()), (1.0, 1.0)),
+        ((SPARSE, Denoising()), (0.0, 1.0)),
+        ((SPARSE, Masking()), (1.0, 1.0)),
+        ((Mixture((SPARSE,), (1.0,)), Denoising()), (1.0, 1.0)),
+    ],
+)
+def test_refuses_sparse_masking_beside_other_tasks(tasks, weights):
+    with pytest.raises(UserError, match=r"^hidden_share is 0\.5 in a mixture"):
+        Mixture(tasks, weights)
+
+
+def test_sparse_masking_alone_keeps_what_runs(photographs):
+    inner = Mixture((Denoising(), SPARSE), (0.0, 2.0))
+    mixed = Mixture((inner,), (1.0,))(photographs, seeded(0))
+    generator = seeded(0)
+    for mixture in (inner, inner):
+        mixture.assign(len(photographs), generator)
+    expected = SPARSE(photographs, generator)
+    assert torch.equal(mixed.corrupted, expected.corrupted)
+    assert torch.equal(mixed.loss_mask, expected.loss_mask)
+    assert torch.equal(mixed.running.indices, expected.running.indices)

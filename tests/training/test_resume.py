@@ -85,7 +85,7 @@ def assert_same_run(left, right):
 MIXED = {"pretext": "mixture"}
 DROPPED = {"backbone_options": {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2,
                                 "drop_path_rate": 0.5, "proj_drop_rate": 0.2}}  # fmt: skip
-STEPS = {"accumulate": 2, "num_steps": 2}
+STEPS = {"micro_batch": 4, "num_steps": 2}
 RESNET = {
     "backbone": "resnet10t",
     "backbone_options": {"channels": [8, 16, 24, 32]},

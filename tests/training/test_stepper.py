@@ -51,7 +51,7 @@ def assert_close(left, right, tolerance):
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_parts_of_a_batch_give_the_whole_batch_s_gradient(pictures, num_steps):
     whole, step_whole = make(num_steps=num_steps)
-    parts, step_parts = make(num_steps=num_steps, accumulate=4)
+    parts, step_parts = make(num_steps=num_steps, micro_batch=4)
     loss_whole, norm_whole, _ = step_whole(pictures, 0)
     loss_parts, norm_parts, last = step_parts(pictures, 0)
     assert float(loss_parts) == pytest.approx(float(loss_whole), rel=1e-5)

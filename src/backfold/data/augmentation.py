@@ -1,5 +1,6 @@
 """Bringing an image to the training size, with or without random changes."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torchvision.transforms.v2 import functional as TF
 from backfold.errors import UserError
 
 ImageSize = tuple[int, int]
+CROP_RATIO = (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,15 @@ class Augmenter:
 
     def __init__(self, augmentation: Augmentation, image_size: ImageSize) -> None:
         self._augmentation, self._image_size = augmentation, image_size
-        self._crop = v2.RandomResizedCrop(image_size, augmentation.crop_scale)
+        self._crop = v2.RandomResizedCrop(image_size, augmentation.crop_scale, CROP_RATIO)
+
+    @property
+    def min_side(self) -> int:
+        """Pixels that an image's sides need for no crop to be smaller than the image size."""
+        longest = max(self._image_size)
+        if not self._augmentation.random_crop:
+            return longest
+        return math.ceil(longest * math.sqrt(CROP_RATIO[1] / self._augmentation.crop_scale[0]))
 
     def __call__(self, image: Tensor) -> Tensor:
         """From (channels, any height, any width) to (channels, *image_size); same dtype."""

@@ -1,20 +1,17 @@
 """Images that lie as files in a folder."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
 
-from backfold.data.decode import BrokenImage, decode
+from backfold.data.arrays import MAX_PIXELS
+from backfold.data.encoded import EncodedSource
+from backfold.data.files import IMAGE_SUFFIXES, find_files, read_file
 from backfold.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
-
-class FolderSource:
+class FolderSource(EncodedSource):
     """The images at any depth below a folder, in the order of their paths.
 
     Hidden files and folders are left out. Labels are the first-level sub-folders' names.
@@ -23,24 +20,27 @@ class FolderSource:
         folder: where to look.
         labelled: give labels, if all images lie in sub-folders and at least two of these hold any.
         class_names: the classes, if they should not come from this folder alone.
+        max_pixels: larger images are broken.
 
     Raises:
         UserError: there is no image.
     """
 
     def __init__(
-        self, folder: Path, labelled: bool = False, class_names: Sequence[str] | None = None
+        self,
+        folder: Path,
+        labelled: bool = False,
+        class_names: Sequence[str] | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.name = str(folder)
+        self.name, self.max_pixels = str(folder), max_pixels
         self._folder = folder
         self._paths = find_files(folder, IMAGE_SUFFIXES)
         if not self._paths:
             raise UserError(
                 f"{folder} holds no images; give a folder with files named "
-                f"{' '.join('*' + suffix for suffix in IMAGE_SUFFIXES)} or *.parquet"
+                f"{' '.join('*' + suffix for suffix in IMAGE_SUFFIXES)} *.parquet or *.tar"
             )
-        self.labels: NDArray[np.int64] | None = None
-        self.class_names: tuple[str, ...] = ()
         folders = [path.split("/")[0] if "/" in path else None for path in self._paths]
         names = class_names or sorted({name for name in folders if name is not None})
         if labelled and None not in folders and len(names) >= 2:
@@ -50,31 +50,10 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def read(self, index: int) -> Tensor:
-        """See `ImageSource.read`."""
-        try:
-            content = (self._folder / self._paths[index]).read_bytes()
-        except OSError as error:
-            raise BrokenImage(error.strerror or type(error).__name__) from error
-        return decode(content)
+    def content(self, index: int) -> bytes:
+        """See `EncodedSource.content`."""
+        return read_file(self._folder / self._paths[index])
 
     def describe(self, index: int) -> str:
         """The file's path."""
         return str(self._folder / self._paths[index])
-
-
-def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Sorted paths, relative and with slashes, of the files below a folder; hidden ones left out.
-
-    Suffixes are compared in lower case. Linked folders are followed.
-    """
-    found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = Path(place).relative_to(folder)
-        found += [
-            (relative / name).as_posix()
-            for name in names
-            if name.lower().endswith(suffixes) and not name.startswith(".")
-        ]
-    return sorted(found)

@@ -26,7 +26,9 @@ class Batch:
     """Images and where they come from.
 
     Attributes:
-        images: float32 (batch, channels, height, width) in [0, 1].
+        images: (batch, channels, height, width), uint8 in 0..255, or float32 (see `as_float`)
+            where one of them has more than 8 bits. `ChannelStatistics.normalize` takes both:
+            converting on the device spares workers and their shared memory four times the bytes.
         indices: int64 (batch,), the images' indices in the source.
         broken: a line for every file that could not be read; the next readable took its place.
     """
@@ -38,6 +40,11 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory; DataLoader calls this."""
         return Batch(self.images.pin_memory(), self.indices.pin_memory(), self.broken)
+
+
+def default_workers() -> int:
+    """Processes that load where nothing is measured: up to 8, one core left to the caller."""
+    return min(8, max(0, (torch.multiprocessing.cpu_count() or 1) - 1))
 
 
 class LoadingError(UserError):
@@ -76,6 +83,7 @@ class BatchDataset(Dataset[Batch]):
         self._source, self._image_size, self._channels = source, image_size, channels
         self._seed = seed
         self._augmenter = Augmenter(augmentation, image_size) if augmentation else None
+        self._min_side = self._augmenter.min_side if self._augmenter else max(image_size)
         self._indices = range(len(source)) if indices is None else [int(index) for index in indices]
 
     def __len__(self) -> int:
@@ -95,14 +103,15 @@ class BatchDataset(Dataset[Batch]):
                 index, image = self._read(position, broken)
                 images.append(self._transform(image, epoch, position))
                 indices.append(index)
-        return Batch(_stack(images), torch.tensor(indices), broken)
+        return Batch(stack_images(images), torch.tensor(indices), broken)
 
     def _read(self, position: int, broken: list[str]) -> tuple[int, Tensor]:
         tries = min(len(self._indices), MAX_REPLACEMENTS)
         for offset in range(tries):
             index = self._indices[(position + offset) % len(self._indices)]
             try:
-                return index, to_channels(self._source.read(index), self._channels)
+                image = self._source.read(index, self._min_side)
+                return index, to_channels(image, self._channels)
             except BrokenImage as error:
                 broken.append(f"{self._source.describe(index)}: {error}")
             except UserError as error:
@@ -120,9 +129,10 @@ class BatchDataset(Dataset[Batch]):
         return self._augmenter(image)
 
 
-def _stack(images: list[Tensor]) -> Tensor:
-    if all(image.dtype == torch.uint8 for image in images):  # one conversion is faster than many
-        return as_float(torch.stack(images)).contiguous()
+def stack_images(images: list[Tensor]) -> Tensor:
+    """One batch: uint8 where all are, else float32; see `Batch.images`."""
+    if all(image.dtype == torch.uint8 for image in images):
+        return torch.stack(images).contiguous()
     return torch.stack([as_float(image) for image in images]).contiguous()
 
 
@@ -138,6 +148,8 @@ def training_loader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
+    prefetch: int = 2,
+    timeout: float = 0.0,
 ) -> "DataLoader[Batch]":
     """One batch for each step from ``start_step`` to ``total_steps``; one loader serves the run.
 
@@ -153,6 +165,8 @@ def training_loader(
         rank: this process, from 0.
         world_size: number of processes.
         num_workers: processes that load; 0 loads in this one.
+        prefetch: batches that each of these processes has loaded or is loading ahead, 1 or more.
+        timeout: seconds to wait for a batch before RuntimeError; 0 waits for ever (see `survive`).
 
     Raises:
         UserError: fewer images than one global batch, or a negative seed; while iterating, what
@@ -160,7 +174,7 @@ def training_loader(
     """
     sampler = StepSampler(len(source), batch_size, seed, start_step, total_steps, rank, world_size)
     dataset = BatchDataset(source, image_size, channels, augmentation, seed)
-    return _loader(dataset, sampler, num_workers)
+    return _loader(dataset, sampler, num_workers, prefetch, timeout)
 
 
 def evaluation_loader(
@@ -183,13 +197,19 @@ def evaluation_loader(
 
 
 def _loader(
-    dataset: BatchDataset, sampler: Sampler[list[Key]], num_workers: int
+    dataset: BatchDataset,
+    sampler: Sampler[list[Key]],
+    num_workers: int,
+    prefetch: int = 2,
+    timeout: float = 0.0,
 ) -> "DataLoader[Batch]":
     return DataLoader(
         dataset,
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
+        prefetch_factor=prefetch if num_workers else None,
+        timeout=timeout if num_workers else 0.0,
         collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
         # The loader's own draw (its workers' seeds, unused here) leaves the global generator alone.

@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from torch import Tensor
 
-from backfold.data.decode import BrokenImage, decode
+from backfold.data.arrays import MAX_PIXELS, BrokenImage
+from backfold.data.encoded import EncodedSource
 from backfold.errors import UserError
 
 
-class ParquetSource:
+class ParquetSource(EncodedSource):
     """Images in parquet files, held in memory in their compressed form.
 
     Column ``image``: bytes of an image file, or a struct with such ``bytes`` (as Hugging Face
@@ -26,14 +26,20 @@ class ParquetSource:
         files: one file or more with the same columns.
         labelled: read the labels, if there are any.
         name: for logs; the files' paths by default.
+        max_pixels: larger images are broken.
 
     Raises:
         UserError: no parquet file, no images, or labels that are no integers from 0.
     """
 
     def __init__(
-        self, files: Path | Sequence[Path], labelled: bool = True, name: str | None = None
+        self,
+        files: Path | Sequence[Path],
+        labelled: bool = True,
+        name: str | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
+        self.max_pixels = max_pixels
         self._files = [files] if isinstance(files, Path) else list(files)
         more = f" and {len(self._files) - 1} more" if len(self._files) > 1 else ""
         self.name = name or f"{self._files[0]}{more}"
@@ -45,8 +51,6 @@ class ParquetSource:
             _image_column(table, file) for table, file in zip(tables, self._files, strict=True)
         ]
         self._images = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
-        self.labels: NDArray[np.int64] | None = None
-        self.class_names: tuple[str, ...] = ()
         if labelled and all("label" in table.column_names for table in tables):
             labels = [
                 _label_column(table, file) for table, file in zip(tables, self._files, strict=True)
@@ -59,12 +63,12 @@ class ParquetSource:
     def __len__(self) -> int:
         return len(self._images)
 
-    def read(self, index: int) -> Tensor:
-        """See `ImageSource.read`."""
+    def content(self, index: int) -> bytes:
+        """See `EncodedSource.content`; a path beside the bytes is never followed."""
         content = self._images[index].as_py()
         if content is None:
             raise BrokenImage("no image in this row")
-        return decode(content)
+        return bytes(content)
 
     def describe(self, index: int) -> str:
         """The file's path and the row, counted from 0."""

@@ -8,23 +8,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backfold.data.decode import BrokenImage, as_float, count_without_alpha, to_channels
+from backfold.data.decode import BrokenImage, as_float, to_channels
 from backfold.data.source import ImageSource
 from backfold.errors import UserError
 
-# One grey level of 8 bits: a constant channel is divided by this instead of by zero.
+# One grey level of 8 bits: a channel of bytes with less deviation holds no more than noise.
 STD_FLOOR = 1.0 / 255.0
+CONSTANT = 1e-6  # a deviation below this share of the mean is rounding
 
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Mean and standard deviation of each channel, of pixels in [0, 1]."""
+    """Mean and standard deviation of each channel, on the scale of `as_float`."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def normalize(self, images: Tensor) -> Tensor:
-        """From [0, 1] to zero mean and unit deviation; (batch, channels, height, width)."""
+        """To zero mean and unit deviation; float32 in [0, 1] or uint8, (batch, channels, h, w)."""
+        images = as_float(images)
         return (images - _per_channel(self.mean, images)) / _per_channel(self.std, images)
 
     def denormalize(self, images: Tensor) -> Tensor:
@@ -41,8 +43,7 @@ def measure_statistics(
 ) -> ChannelStatistics:
     """Channel means and deviations over a random sample of the source's readable images.
 
-    Every image weighs the same whatever its size, as all are scaled to one size later. Deviations
-    are at least `STD_FLOOR`.
+    Every image weighs the same whatever its size, as all are scaled to one size later.
 
     Args:
         source: the images.
@@ -54,21 +55,74 @@ def measure_statistics(
         UserError: no image of the sample can be read.
     """
     order = np.random.default_rng(seed).permutation(len(source))[:max_images]
-    count = 0
-    means = torch.zeros(channels, dtype=torch.float64)
-    squares = torch.zeros(channels, dtype=torch.float64)
+    sums = ChannelSums(channels)
     for image in _readable(source, order.tolist()):
-        pixels = as_float(to_channels(image, channels)).double()
-        means += pixels.mean(dim=(1, 2))
-        squares += pixels.square().mean(dim=(1, 2))
-        count += 1
-    mean = means / count
-    std = (squares / count - mean.square()).clamp(min=0.0).sqrt().clamp(min=STD_FLOOR)
-    return ChannelStatistics(tuple(mean.tolist()), tuple(std.tolist()))
+        sums.add(to_channels(image, channels))
+    return sums.statistics()
+
+
+@dataclass(frozen=True)
+class Moments:
+    """One image's mean and mean square by channel, and whether it is of bytes.
+
+    Plain numbers: a tensor that leaves a worker process costs a file handle.
+    """
+
+    means: tuple[float, ...]
+    squares: tuple[float, ...]
+    of_bytes: bool
+
+    @classmethod
+    def of(cls, image: Tensor) -> "Moments":
+        """Of a decoded (channels, height, width) image, on the scale of `as_float`."""
+        pixels = as_float(image).double()
+        means, squares = pixels.mean(dim=(1, 2)), pixels.square().mean(dim=(1, 2))
+        return cls(tuple(means.tolist()), tuple(squares.tolist()), image.dtype == torch.uint8)
+
+
+class ChannelSums:
+    """What means and deviations are made of, image by image.
+
+    Args:
+        channels: of every image.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self._means = torch.zeros(channels, dtype=torch.float64)
+        self._squares = torch.zeros(channels, dtype=torch.float64)
+        self._bytes_only = True
+
+    def add(self, image: Tensor) -> None:
+        """Count one decoded (channels, height, width) image."""
+        self.add_moments(Moments.of(image))
+
+    def add_moments(self, moments: Moments) -> None:
+        """Count one image by its moments."""
+        self._means += torch.tensor(moments.means, dtype=torch.float64)
+        self._squares += torch.tensor(moments.squares, dtype=torch.float64)
+        self._bytes_only &= moments.of_bytes
+        self.count += 1
+
+    def statistics(self) -> ChannelStatistics:
+        """Of one image or more.
+
+        Deviations of bytes are at least `STD_FLOOR`. A constant channel of anything else is divided
+        by its own size, as its scale can't be known.
+        """
+        assert self.count > 0
+        mean = self._means / self.count
+        std = (self._squares / self.count - mean.square()).clamp(min=0.0).sqrt()
+        if self._bytes_only:
+            std = std.clamp(min=STD_FLOOR)
+        else:
+            size = torch.where(mean == 0, 1.0, mean.abs())
+            std = torch.where(std <= CONSTANT * mean.abs(), size, std)
+        return ChannelStatistics(tuple(mean.tolist()), tuple(std.tolist()))
 
 
 def count_channels(source: ImageSource, sample: int = 16) -> int:
-    """The most common channel count, alpha left out, of readable images spread over the source.
+    """The most common channel count of readable images spread over the source.
 
     Where two counts are equally common the larger one wins: grey can be repeated without loss.
 
@@ -76,9 +130,7 @@ def count_channels(source: ImageSource, sample: int = 16) -> int:
         UserError: none of the sampled images can be read.
     """
     indices = np.linspace(0, len(source) - 1, min(sample, len(source))).round().astype(int)
-    counts = Counter(
-        count_without_alpha(image.shape[0]) for image in _readable(source, indices.tolist())
-    )
+    counts = Counter(image.shape[0] for image in _readable(source, indices.tolist()))
     return max(counts, key=lambda channels: (counts[channels], channels))
 
 

@@ -10,16 +10,31 @@ from backfold.errors import UserError
 
 
 @dataclass(frozen=True)
+class RunningSquares:
+    """The squares of each image that the backbone runs on, as many in every image.
+
+    Args:
+        indices: int64, (batch, count), rising; squares are counted row by row over the image.
+        square_size: side in pixels; height and width of the images are multiples of it.
+    """
+
+    indices: Tensor
+    square_size: int
+
+
+@dataclass(frozen=True)
 class Corruption:
-    """Corrupted images and where the loss counts.
+    """Corrupted images, where the loss counts, and what of them the backbone runs on.
 
     Args:
         corrupted: shape, type and device of the clean images.
         loss_mask: bool, (batch, 1, height, width); True where the loss counts.
+        running: squares that the backbone runs on; None runs it on whole images.
     """
 
     corrupted: Tensor
     loss_mask: Tensor
+    running: RunningSquares | None = None
 
 
 class PretextTask(Protocol):

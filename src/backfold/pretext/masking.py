@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backfold.errors import UserError
-from backfold.pretext.corruption import Corruption, check_images
+from backfold.pretext.corruption import Corruption, RunningSquares, check_images
 from backfold.pretext.patches import patch_mask_to_pixels, random_order
 
 Fill = Literal["zero", "noise", "mean"]
@@ -27,6 +27,10 @@ class Masking:
     more than one patch, at most all but one. Patches at the bottom and right edges are cut off
     where the image ends, and count as patches.
 
+    With a hidden_share below 1, restoration is sparse: the backbone runs on the visible patches and
+    on a random subset of the hidden ones, exactly max(1, round(hidden_share * hidden patches)) in
+    every image, and the loss counts on the hidden patches that run.
+
     Args:
         mask_ratio: share of the patches that is hidden, above 0 and below 1 (default: 0.6).
         mask_patch_size: side of the hidden squares in pixels, 1 or more; independent of the
@@ -37,15 +41,19 @@ class Masking:
         blocks: hide rectangles of neighbouring patches instead of scattered patches. Rectangles of
             a sixth to a half of the hidden area are laid at random until the ratio is reached; the
             last one is cut short (default: False).
+        hidden_share: share of the hidden patches that the backbone runs on, above 0 and at most 1;
+            below 1 the image's sides must be multiples of mask_patch_size (default: 1.0).
 
     Raises:
-        UserError: a field out of its range or, when called, patches larger than the image.
+        UserError: a field out of its range or, when called, patches larger than the image, or with
+            a hidden_share below 1 patches that do not tile it.
     """
 
     mask_ratio: float = 0.6
     mask_patch_size: int = 16
     fill: Fill = "zero"
     blocks: bool = False
+    hidden_share: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
@@ -56,34 +64,81 @@ class Masking:
             raise UserError(f"mask_patch_size is {self.mask_patch_size}; give 1 pixel or more")
         if self.fill not in get_args(Fill):
             raise UserError(f"fill is {self.fill!r}; choose from {', '.join(get_args(Fill))}")
+        if not 0 < self.hidden_share <= 1:
+            raise UserError(
+                f"hidden_share is {self.hidden_share}; give a share above 0 and at most 1, "
+                "such as 0.33; 1 runs the backbone on every hidden patch"
+            )
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """Hide patches of normalised images (batch, channels, height, width)."""
         check_images(clean)
         batch_size, _, height, width = clean.shape
-        mask = self.draw_mask(batch_size, height, width, generator)
-        filling = _filling(clean, mask, self.fill, generator)
-        return Corruption(torch.where(mask, filling, clean), mask)
+        rows, columns = self._grid(height, width)
+        order, count = self._draw_order(batch_size, rows, columns, generator)
+        mask = _first_squares(order, count, columns, self.mask_patch_size, height, width)
+        corrupted = torch.where(mask, _filling(clean, mask, self.fill, generator), clean)
+        if self.hidden_share == 1:
+            return Corruption(corrupted, mask)
+        # Drawn last: the images are those of a hidden_share of 1.
+        order, kept = self._keep_hidden(order, count, generator)
+        mask = _first_squares(order, kept, columns, self.mask_patch_size, height, width)
+        running = torch.cat([order[:, :kept], order[:, count:]], dim=1).sort(dim=1).values
+        return Corruption(corrupted, mask, RunningSquares(running, self.mask_patch_size))
 
     def draw_mask(
         self, batch_size: int, height: int, width: int, generator: torch.Generator
     ) -> Tensor:
         """Hidden pixels: bool, (batch_size, 1, height, width), True = hidden."""
+        rows, columns = self._grid(height, width)
+        order, count = self._draw_order(batch_size, rows, columns, generator)
+        return _first_squares(order, count, columns, self.mask_patch_size, height, width)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches, those that the image's edges cut off included."""
         size = self.mask_patch_size
         if size > min(height, width):
             raise UserError(
                 f"mask_patch_size is {size}, larger than the {height}x{width} pixel image; "
                 f"give {min(height, width)} or less"
             )
-        rows, columns = math.ceil(height / size), math.ceil(width / size)
+        if self.hidden_share < 1 and (height % size or width % size):
+            raise UserError(
+                f"hidden_share is {self.hidden_share} and mask_patch_size {size}, but the "
+                f"{height}x{width} pixel image is no multiple of it; give a mask_patch_size that "
+                "divides both sides, or a hidden_share of 1"
+            )
+        return math.ceil(height / size), math.ceil(width / size)
+
+    def _draw_order(
+        self, batch_size: int, rows: int, columns: int, generator: torch.Generator
+    ) -> tuple[Tensor, int]:
+        """Patch indices, (batch_size, rows * columns), hidden ones first; how many are hidden."""
         patches = rows * columns
         count = max(1, min(patches - 1, round(self.mask_ratio * patches)))
         if self.blocks:
-            order = _block_order(batch_size, rows, columns, count, generator)
-        else:
-            order = random_order(batch_size, patches, generator)
-        mask = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :count], True)
-        return patch_mask_to_pixels(mask.view(batch_size, rows, columns), size, height, width)
+            return _block_order(batch_size, rows, columns, count, generator), count
+        return random_order(batch_size, patches, generator), count
+
+    def _keep_hidden(
+        self, order: Tensor, count: int, generator: torch.Generator
+    ) -> tuple[Tensor, int]:
+        """The order with those hidden patches first that the backbone runs on; how many they are.
+
+        Scattered patches lie in a random order already; those of rectangles are shuffled.
+        """
+        if self.blocks:
+            shuffled = order.gather(1, random_order(len(order), count, generator))
+            order = torch.cat([shuffled, order[:, count:]], dim=1)
+        return order, max(1, round(self.hidden_share * count))
+
+
+def _first_squares(
+    order: Tensor, count: int, columns: int, size: int, height: int, width: int
+) -> Tensor:
+    """The first squares of each image's order as a pixel mask, (batch, 1, height, width)."""
+    mask = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :count], True)
+    return patch_mask_to_pixels(mask.view(len(order), -1, columns), size, height, width)
 
 
 def _filling(clean: Tensor, mask: Tensor, fill: Fill, generator: torch.Generator) -> Tensor:

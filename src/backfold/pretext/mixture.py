@@ -8,6 +8,7 @@ from torch import Tensor
 
 from backfold.errors import UserError
 from backfold.pretext.corruption import Corruption, PretextTask, check_images
+from backfold.pretext.masking import Masking
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Mixture:
             weight divided by their sum.
 
     Raises:
-        UserError: no tasks, weights that don't fit them or, when called, what a task refuses.
+        UserError: no tasks, weights that don't fit them, a masking with a hidden_share below 1
+            that is not the only task with a weight above 0 or, when called, what a task refuses.
     """
 
     tasks: tuple[PretextTask, ...]
@@ -38,6 +40,18 @@ class Mixture:
             raise UserError(
                 f"weights is {tuple(self.weights)}; give numbers of 0 or more that are not all 0"
             )
+        for task in self.tasks:
+            share = _hidden_share(task)
+            if share < 1 and self._drawn != (task,):
+                raise UserError(
+                    f"hidden_share is {share} in a mixture, whose other tasks need the backbone to "
+                    "run on whole images; set it to 1, or give masking the only weight above 0"
+                )
+
+    @property
+    def _drawn(self) -> tuple[PretextTask, ...]:
+        """The tasks with a weight above 0."""
+        return tuple(task for task, weight in zip(self.tasks, self.weights, strict=True) if weight)
 
     def assign(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Each image's task, as an index into `tasks`: int64, (batch_size,)."""
@@ -53,6 +67,8 @@ class Mixture:
         """
         check_images(clean)
         assignment = self.assign(len(clean), generator)
+        if len(self._drawn) == 1:
+            return self._drawn[0](clean, generator)
         corrupted = torch.empty_like(clean)
         loss_mask = torch.empty_like(clean[:, :1], dtype=torch.bool)
         for index in torch.unique(assignment).tolist():
@@ -61,3 +77,10 @@ class Mixture:
             corrupted.index_copy_(0, images, corruption.corrupted)
             loss_mask.index_copy_(0, images, corruption.loss_mask)
         return Corruption(corrupted, loss_mask)
+
+
+def _hidden_share(task: PretextTask) -> float:
+    """The smallest hidden_share of a masking that this task is or holds; 1 if there is none."""
+    if isinstance(task, Mixture):
+        return min(map(_hidden_share, task.tasks))
+    return task.hidden_share if isinstance(task, Masking) else 1.0

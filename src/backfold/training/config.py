@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +24,10 @@ from backfold.pretext import (
 TASK_NAMES = ("masking", "sorting", "superresolution", "denoising", "colorization")
 MIXTURE = "mixture"
 POSITIVE = (
-    "num_steps", "step_size", "batch_size", "accumulate", "epochs", "watch_every", "held_out",
+    "num_steps", "step_size", "batch_size", "epochs", "watch_every", "held_out",
 )  # fmt: skip
 Precision = Literal["auto", "32-true", "bf16-mixed"]
+Derivative = Literal["exact", "finite-difference"]
 
 
 @dataclass
@@ -94,13 +95,21 @@ class PretrainConfig:
         step_size: factor of the energy gradient in a restoration step.
         epochs: passes over the training images.
         batch_size: images in an optimizer step, over all devices.
-        accumulate: parts in which each device handles its share of a batch, to save memory.
+        micro_batch: images that a device handles at once, to save memory; its share of the batch
+            is cut into equal parts of at most this many. "auto" finds the largest that fits, none
+            takes the share whole. Results are the same but for rounding.
+        compile: compile the restoration step with torch.compile; "auto" does so where the run is
+            long enough to pay for compiling.
+        derivative: "exact", or "finite-difference" for training without a second derivative: in
+            less than half the memory, with fused attention, in float32 and for backbones without
+            kinks (ReLU) only.
         optimizer: learning rate and its schedule.
         augmentation: random crop and flip.
         precision: "32-true", "bf16-mixed", or "auto": bf16 where the hardware has it.
         accelerator: Lightning's name of the hardware: auto, cpu, cuda, mps.
         devices: how many devices, or auto.
-        num_workers: processes that load images; none takes up to 8, one core left free.
+        num_workers: processes that load images; none measures how many keep up with training.
+        prefetch: batches that each of them keeps ready; none measures how many hide their jitter.
         seed: of weights, order, augmentation and corruption.
         held_out: images kept from training to watch the run; at most a tenth of the data.
         watch_every: epochs between looks at the held-out images.
@@ -126,13 +135,16 @@ class PretrainConfig:
     step_size: float = 1.0
     epochs: float = 100.0
     batch_size: int = 256
-    accumulate: int = 1
+    micro_batch: int | Literal["auto"] | None = None
+    compile: bool | Literal["auto"] = "auto"
+    derivative: Derivative = "exact"
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     augmentation: Augmentation = field(default_factory=Augmentation)
     precision: Precision = "auto"
     accelerator: str = "auto"
     devices: int | str = "auto"
     num_workers: int | None = None
+    prefetch: int | None = None
     seed: int = 0
     held_out: int = 512
     watch_every: float = 1.0
@@ -146,12 +158,26 @@ class PretrainConfig:
         for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name):g}; give a positive number")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise UserError(f"max_steps is {self.max_steps}; give 1 or more, or leave it out")
+        for name in ("max_steps", "micro_batch", "prefetch"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise UserError(f"{name} is {value}; give 1 or more, or leave it out")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; give 0 or more")
         task_names(self)
         parse_image_size(self.image_size)
+
+
+def settings_without_effect(config: PretrainConfig) -> list[str]:
+    """A line for each setting that the others make idle."""
+    lines = []
+    if config.tasks.masking.hidden_share < 1 and "masking" not in task_names(config):
+        lines.append("tasks.masking.hidden_share has no effect without the masking task")
+    if config.compile is True and config.derivative != "exact":
+        lines.append("compile has no effect on the finite-difference step, which runs eagerly")
+    if config.num_workers == 0 and config.prefetch is not None:
+        lines.append("prefetch has no effect without worker processes (num_workers is 0)")
+    return lines
 
 
 def parse_image_size(value: int | str | None) -> ImageSize | None:
@@ -210,6 +236,14 @@ def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]
             )
         names = tuple(name for name in names if name != "colorization")
     return {name: made[name] for name in names}
+
+
+def whole_images(tasks: dict[str, PretextTask]) -> dict[str, PretextTask]:
+    """The tasks with the backbone running on whole images, whatever the hidden share is."""
+    return {
+        name: replace(task, hidden_share=1.0) if isinstance(task, Masking) else task
+        for name, task in tasks.items()
+    }
 
 
 def combine_tasks(config: PretrainConfig, tasks: dict[str, PretextTask]) -> PretextTask:

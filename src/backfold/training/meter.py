@@ -15,12 +15,13 @@ GAP_IMAGES = 64
 
 @dataclass(frozen=True)
 class Restored:
-    """A part of a batch after its last restoration step."""
+    """A part of a batch after its last restoration step; ``tokens`` ran, or all."""
 
     clean: Tensor
     corruption: Corruption
     restored: Tensor
     corrupted_energies: Tensor
+    tokens: Tensor | None = None
 
     def psnr_gain_db(self, std: Tensor) -> float:
         """Mean gain over the corrupted images, where the loss counts."""
@@ -34,7 +35,8 @@ class Restored:
     @torch.no_grad()
     def energy_gap(self, energy: EnergyModel) -> float:
         """Mean energy of corrupted minus clean images."""
-        clean = energy(self.clean[:GAP_IMAGES])
+        tokens = None if self.tokens is None else self.tokens[:GAP_IMAGES]
+        clean = energy(self.clean[:GAP_IMAGES], tokens)
         return energy_gap(clean, self.corrupted_energies[:GAP_IMAGES])
 
 

@@ -31,6 +31,7 @@ from backfold.training.run_folder import (
 
 LOGGER = logging.getLogger("backfold")
 PREVIEW_IMAGES = 6
+WATCH_BATCH = 64
 
 
 @dataclass
@@ -57,6 +58,9 @@ class Recorder:
         held_out: the images that are watched.
         precision: Lightning's name of it.
         total_steps: of the whole run.
+
+    Attributes:
+        watch_batch: held-out images that are restored at once.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Recorder:
         self.images, self.image_size, self.tasks = images, image_size, tasks
         self.energy, self.held_out = energy, held_out
         self.precision, self.total_steps = precision, total_steps
+        self.watch_batch = min(WATCH_BATCH, config.batch_size)
         self.state = State(started=datetime.now(UTC).isoformat(timespec="seconds"))
         self.history: list[dict[str, Any]] = []
         self.energies: dict[str, dict[str, list[float]]] = {}
@@ -108,7 +113,7 @@ class Recorder:
             config.embedding,
             num_steps=config.num_steps,
             step_size=config.step_size,
-            batch_size=max(1, config.batch_size // config.accumulate),
+            batch_size=self.watch_batch,
         )
         entry = {"step": self.state.step, "epoch": epoch, **entry}
         self.history.append(entry)

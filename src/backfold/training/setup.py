@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backfold.backbone import ImageSize
 from backfold.data.broken import BrokenFiles
@@ -18,6 +18,7 @@ from backfold.data.statistics import ChannelStatistics, count_channels, measure_
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.pretext import PretextTask
+from backfold.sparse import running_tokens, token_size
 from backfold.training.config import PretrainConfig, parse_image_size
 from backfold.training.health import HeldOut
 
@@ -89,15 +90,19 @@ def build_energy(config: PretrainConfig, channels: int) -> EnergyModel:
         )
 
 
-def check_tasks(tasks: dict[str, PretextTask], channels: int, image_size: ImageSize) -> None:
+def check_tasks(
+    tasks: dict[str, PretextTask], channels: int, image_size: ImageSize, backbone: nn.Module
+) -> None:
     """Try every task on one black image.
 
     Raises:
-        UserError: a task can't take such images.
+        UserError: a task can't take such images, or the backbone can't run on parts of them.
     """
     image = torch.zeros(1, channels, *image_size)
     for task in tasks.values():
-        task(image, torch.Generator().manual_seed(0))
+        corruption = task(image, torch.Generator().manual_seed(0))
+        if corruption.running is not None:
+            running_tokens(corruption.running, token_size(backbone), image_size)
 
 
 def load_images(
@@ -186,7 +191,18 @@ def _tells_capabilities() -> bool:
 def choose_precision(
     config: PretrainConfig, device: torch.device
 ) -> Literal["32-true", "bf16-mixed"]:
-    """Lightning's name of the precision: bf16 autocast where the hardware computes in bf16."""
+    """Lightning's name of the precision: bf16 autocast where the hardware computes in bf16.
+
+    Raises:
+        UserError: bf16 is asked for with the finite-difference step.
+    """
+    if config.derivative == "finite-difference":
+        if config.precision == "bf16-mixed":
+            raise UserError(
+                "precision is bf16-mixed, and the finite-difference step needs float32: in bf16 "
+                "rounding is larger than the difference; give --precision 32-true"
+            )
+        return "32-true"
     if config.precision != "auto":
         return config.precision
     if device.type == "cuda":

@@ -2,6 +2,9 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,41 +12,106 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from backfold.backbone import use_plain_attention
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
+from backfold.errors import UserError
+from backfold.first_order import DISPLACEMENT, displaced_energy, finite_difference_losses
+from backfold.full_precision import full_float32
 from backfold.pretext import Corruption, PretextTask
 from backfold.restoration import restoration_losses, training_step
+from backfold.sparse import running_tokens, token_size
+from backfold.training.compiled import CompiledStep
 from backfold.training.config import PretrainConfig
 from backfold.training.meter import Restored
+from backfold.training.micro_batch import out_of_memory, out_of_memory_message, split_sizes
 from backfold.training.optimizer import build_optimizer, build_schedule
 
 
 class RestorationTraining(nn.Module):
-    """One restoration step with its loss, as one forward: what DistributedDataParallel may wrap."""
+    """One restoration step with its loss, as one forward: what DistributedDataParallel may wrap.
 
-    def __init__(self, energy: EnergyModel, step_size: float) -> None:
+    Args:
+        energy: its attention layers are set to their plain form, which has a second derivative.
+        step_size: of the restoration step.
+        compiled: run under `torch.compile`, where that works.
+    """
+
+    def __init__(self, energy: EnergyModel, step_size: float, compiled: bool = False) -> None:
         super().__init__()
+        use_plain_attention(energy)
         self.energy = energy
         self.step_size = step_size
+        self.compiled: CompiledStep | None = None
+        if compiled:
+            self.compile_step()
+
+    def compile_step(self) -> CompiledStep:
+        """Run compiled from now on, where that works; see `CompiledStep`."""
+        self.compiled = CompiledStep(self.restore)
+        return self.compiled
+
+    def restore(
+        self, images: Tensor, clean: Tensor, loss_mask: Tensor, tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `backfold.restoration.training_step`; never compiled."""
+        energy = self.energy if tokens is None else partial(self.energy, tokens=tokens)
+        return training_step(energy, images, clean, loss_mask, self.step_size)
 
     def forward(
-        self, images: Tensor, clean: Tensor, loss_mask: Tensor
+        self, images: Tensor, clean: Tensor, loss_mask: Tensor, tokens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `backfold.restoration.training_step`."""
-        return training_step(self.energy, images, clean, loss_mask, self.step_size)
+        """See `backfold.restoration.training_step`.
+
+        Args:
+            images: (batch, channels, height, width).
+            clean: as ``images``.
+            loss_mask: bool, (batch, 1, height, width).
+            tokens: int64, (batch, tokens), the patch tokens that run; None runs all.
+        """
+        step = self.compiled or self.restore
+        return step(images, clean, loss_mask, tokens)
+
+
+class DisplacedEnergy(nn.Module):
+    """One pass of the finite-difference step, as one forward: see `RestorationTraining`."""
+
+    def __init__(self, energy: EnergyModel) -> None:
+        super().__init__()
+        self.energy = energy
+
+    def forward(self, displaced: Tensor, weights: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """See `backfold.first_order.displaced_energy`."""
+        return displaced_energy(partial(self.energy, tokens=tokens), displaced, weights)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a batch on one device, with its weight in the batch's mean."""
+
+    clean: Tensor
+    corruption: Corruption
+    tokens: Tensor | None
+    weight: float
 
 
 class Stepper:
     """Takes optimizer steps on an energy.
 
     Args:
-        config: settings; those of the optimizer, K, step size, parts and seed count here.
+        config: settings; those of the optimizer, K, step size, derivative and seed count here.
         energy: on the device, its unreachable parameters frozen.
         task: corrupts the images.
         statistics: normalise the images.
         fabric: devices and precision.
         total_steps: of the whole run.
-        steps_per_epoch: for the warm-up.
+        steps_per_epoch: for the learning rate's warm-up.
+
+    Attributes:
+        micro_batch: most images that are handled at once; None takes what a step is given.
+        restoration: the exact step, without devices and distribution around it; None where the
+            derivative is a finite difference.
+        displacement: of the finite difference, see `backfold.first_order`.
     """
 
     def __init__(
@@ -57,24 +125,32 @@ class Stepper:
         steps_per_epoch: int,
     ) -> None:
         self.config, self.task, self.statistics, self.fabric = config, task, statistics, fabric
+        self.micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else None
         optimizer: AdamW = build_optimizer(energy, config.optimizer, config.batch_size)
         self.schedule = build_schedule(optimizer, config.optimizer, total_steps, steps_per_epoch)
-        training = RestorationTraining(energy, config.step_size)
-        self.training, self.optimizer = fabric.setup(training, optimizer)
+        self.energy, self.displacement = energy, DISPLACEMENT
+        self.is_exact = config.derivative == "exact"
+        self.restoration = RestorationTraining(energy, config.step_size) if self.is_exact else None
+        self.training, self.optimizer = fabric.setup(
+            self.restoration or DisplacedEnergy(energy), optimizer
+        )
 
     def __call__(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, Restored]:
-        """One optimizer step; returns the mean loss, the gradient's norm and the last part."""
-        seed = step_seed(self.config.seed, step, self.fabric.global_rank)
-        torch.manual_seed(seed)  # dropout and drop path
-        clean = self.statistics.normalize(images)
-        corruption = self.task(clean, torch.Generator(clean.device).manual_seed(seed))
+        """One optimizer step; returns the mean loss, the gradient's norm and the last part.
+
+        Raises:
+            UserError: out of memory.
+        """
         self.schedule.step_update(step)
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=clean.device)
-        parts = list(_split(clean, corruption, self.config.accumulate))
-        for number, part in enumerate(parts):
-            loss, restored = self._restore_part(part, last_part=number == len(parts) - 1)
-            total += loss
+        try:
+            total, restored = self.accumulate(images, step)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(
+                out_of_memory_message(self.micro_batch or len(images), len(images))
+            ) from error
         norm = self.fabric.clip_gradients(
             self.training,
             self.optimizer,
@@ -85,49 +161,95 @@ class Stepper:
         self.optimizer.step()
         return total, norm, restored
 
-    def _restore_part(
-        self, part: tuple[Tensor, Corruption], last_part: bool
-    ) -> tuple[Tensor, Restored]:
-        """K restoration steps on one part of the batch, a backward pass after each."""
-        clean, corruption = part
-        total = torch.zeros((), device=clean.device)
+    def accumulate(self, images: Tensor, step: int) -> tuple[Tensor, Restored]:
+        """Add a batch's gradient to the parameters; returns the mean loss and the last part."""
+        total = torch.zeros((), device=images.device)
+        parts = self.parts(images, step)
+        for number, part in enumerate(parts, start=1):
+            loss, restored = self.restore_part(part, last_part=number == len(parts))
+            total += loss
+        return total, restored
+
+    def parts(self, images: Tensor, step: int) -> list[Part]:
+        """A batch normalised, corrupted as this step is, and cut."""
+        seed = step_seed(self.config.seed, step, self.fabric.global_rank)
+        torch.manual_seed(seed)  # dropout and drop path
+        clean = self.statistics.normalize(images)
+        corruption = self.task(clean, torch.Generator(clean.device).manual_seed(seed))
+        sizes = split_sizes(len(clean), self.micro_batch or len(clean))
+        tokens = self._running_tokens(corruption)
+        pieces = zip(
+            clean.split(sizes),
+            corruption.corrupted.split(sizes),
+            corruption.loss_mask.split(sizes),
+            [None] * len(sizes) if tokens is None else tokens.split(sizes),
+            strict=True,
+        )
+        return [
+            Part(piece, Corruption(corrupted, mask), running, len(piece) / len(clean))
+            for piece, corrupted, mask, running in pieces
+        ]
+
+    def _running_tokens(self, corruption: Corruption) -> Tensor | None:
+        if corruption.running is None:
+            return None
+        height, width = corruption.corrupted.shape[2:]
+        size = token_size(self.energy.backbone)
+        return running_tokens(corruption.running, size, (height, width))
+
+    def restore_part(self, part: Part, last_part: bool) -> tuple[Tensor, Restored]:
+        """K restoration steps on one part of the batch, with backward passes after each.
+
+        Args:
+            part: of the batch.
+            last_part: processes wait for each other and add up their gradients.
+        """
+        total = torch.zeros((), device=part.clean.device)
         first_energies: Tensor | None = None
-        final = corruption.corrupted
-        num_steps = self.config.num_steps
-        number = 0
+        final = part.corruption.corrupted
+        passes, losses = self._losses(part)
+        with nullcontext() if self.is_exact else full_float32():
+            for number in range(1, passes + 1):
+                reduces = last_part and number == passes
+                with self.fabric.no_backward_sync(self.training, enabled=not reduces):
+                    loss, final, energies = next(losses)
+                    scaled = loss * part.weight
+                    self.fabric.backward(scaled)
+                total += scaled.detach()
+                first_energies = energies if first_energies is None else first_energies
+        assert first_energies is not None
+        return total, Restored(part.clean, part.corruption, final, first_energies, part.tokens)
+
+    def _losses(self, part: Part) -> tuple[int, Iterator[tuple[Tensor, Tensor, Tensor]]]:
+        """How many losses a part has, and (loss, restored, energies) for each."""
+        num_steps, corruption = self.config.num_steps, part.corruption
 
         def step(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             result: tuple[Tensor, Tensor, Tensor] = self.training(
-                points, clean, corruption.loss_mask
+                points, part.clean, corruption.loss_mask, part.tokens
             )
             return result
 
-        steps = restoration_losses(step, corruption.corrupted, num_steps)
-        for number in range(1, num_steps + 1):
-            reduces = last_part and number == num_steps
-            with self.fabric.no_backward_sync(self.training, enabled=not reduces):
-                loss, final, energies = next(steps)
-                scaled = loss / self.config.accumulate
-                self.fabric.backward(scaled)
-            total += scaled.detach()
-            first_energies = energies if first_energies is None else first_energies
-        assert first_energies is not None
-        return total, Restored(clean, corruption, final, first_energies)
+        if self.is_exact:
+            return num_steps, restoration_losses(step, corruption.corrupted, num_steps)
+        return 2 * num_steps, self._finite_difference_losses(part)
+
+    def _finite_difference_losses(self, part: Part) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        points = part.corruption.corrupted
+        for _ in range(self.config.num_steps):
+            for loss, restored, energies in finite_difference_losses(
+                partial(self.energy, tokens=part.tokens),
+                points,
+                part.clean,
+                part.corruption.loss_mask,
+                self.config.step_size,
+                self.displacement,
+                partial(self.training, tokens=part.tokens),
+            ):
+                yield loss / self.config.num_steps, restored, energies
+            points = restored
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of all that is random in one step on one process, apart from loading."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _split(
-    clean: Tensor, corruption: Corruption, parts: int
-) -> Iterator[tuple[Tensor, Corruption]]:
-    pieces = zip(
-        clean.chunk(parts),
-        corruption.corrupted.chunk(parts),
-        corruption.loss_mask.chunk(parts),
-        strict=True,
-    )
-    for piece, corrupted, mask in pieces:
-        yield piece, Corruption(corrupted, mask)

@@ -30,8 +30,11 @@ from backfold.training.config import (
     build_tasks,
     combine_tasks,
     parse_image_size,
+    settings_without_effect,
+    whole_images,
 )
 from backfold.training.config_file import config_to_dict
+from backfold.training.loading_plan import LoadingPlan
 from backfold.training.meter import Meter, Restored
 from backfold.training.metrics_log import MetricsLog
 from backfold.training.optimizer import freeze_unreachable
@@ -50,6 +53,7 @@ from backfold.training.run_folder import (
     write_yaml,
 )
 from backfold.training.stepper import Stepper
+from backfold.training.warm_up import plan_loading, warm_up
 
 LOGGER = logging.getLogger("backfold")
 LOG_EVERY = 20
@@ -99,13 +103,17 @@ class Run:
 
     def __init__(self, config: PretrainConfig, folder: RunFolder, command: str) -> None:
         self.config, self.folder = config, folder
+        for line in settings_without_effect(config):
+            LOGGER.warning("%s", line)
         images = self.images = setup.open_images(config)
-        self.tasks = build_tasks(config, images.channels)
+        tasks = build_tasks(config, images.channels)
+        # Watched as they are used: on whole images, whatever part of them training runs on.
+        self.tasks = whole_images(tasks)
         energy = setup.build_energy(config, images.channels)
         self.image_size = parse_image_size(config.image_size) or default_image_size(
             getattr(energy.backbone, "pretrained_cfg", None)
         )
-        setup.check_tasks(self.tasks, images.channels, self.image_size)
+        setup.check_tasks(tasks, images.channels, self.image_size, energy.backbone)
         self.broken = BrokenFiles.for_source(images.training, config.max_broken_share)
         self.fabric = _fabric(config)
         self.local_batch = _local_batch(config, self.fabric.world_size)
@@ -127,7 +135,7 @@ class Run:
         self.stepper = Stepper(
             config,
             energy,
-            combine_tasks(config, self.tasks),
+            combine_tasks(config, tasks),
             images.statistics,
             self.fabric,
             self.total_steps,
@@ -163,6 +171,7 @@ class Run:
         """Go on to the last step, and leave the weights."""
         if self.fabric.is_global_zero:
             write_yaml(self.folder.config, config_to_dict(self.config))
+        self.plan = self._prepare()
         metrics = MetricsLog(self.folder, self.state.step) if self.fabric.is_global_zero else None
         try:
             with TrainingBar(console, self.state.step, self.total_steps) as bar:
@@ -172,6 +181,24 @@ class Run:
                 metrics.close()
         if self.fabric.is_global_zero:
             self.recorder.export()
+
+    def _prepare(self) -> LoadingPlan:
+        """Find out what the step costs, then how to load images fast enough for it."""
+        held_out = self.held_out.images
+        batch = held_out.repeat(-(-self.local_batch // len(held_out)), 1, 1, 1)[: self.local_batch]
+        self.energy.train()
+        seconds = warm_up(self.stepper, batch, self.total_steps - self.state.step)
+        fitting = self.stepper.micro_batch or self.local_batch
+        self.recorder.watch_batch = min(self.recorder.watch_batch, fitting)
+        return plan_loading(
+            self.config,
+            self.images,
+            self.image_size,
+            self.local_batch,
+            seconds,
+            self.fabric.world_size,
+            self.fabric.device,
+        )
 
     def _loop(self, bar: TrainingBar, metrics: MetricsLog | None) -> None:
         meter = Meter(self.state.seconds)
@@ -219,7 +246,6 @@ class Run:
         self.recorder.save(self._epoch(), self.stepper.optimizer.state_dict())
 
     def _batches(self) -> Iterator[Batch]:
-        workers = self.config.num_workers
         loader: DataLoader[Batch] = training_loader(
             self.images.training,
             self.image_size,
@@ -231,7 +257,8 @@ class Run:
             self.total_steps,
             self.fabric.global_rank,
             self.fabric.world_size,
-            default_workers() if workers is None else workers,
+            self.plan.workers,
+            self.plan.prefetch,
         )
         return iter(
             cast(
@@ -272,11 +299,6 @@ class Run:
             )
 
 
-def default_workers() -> int:
-    """One core is left to the training process; up to 8 load images."""
-    return min(8, max(0, (torch.multiprocessing.cpu_count() or 1) - 1))
-
-
 def _fabric(config: PretrainConfig) -> Fabric:
     try:
         probe = Fabric(accelerator=config.accelerator, devices=config.devices)
@@ -296,9 +318,8 @@ def _fabric(config: PretrainConfig) -> Fabric:
 
 def _local_batch(config: PretrainConfig, ranks: int) -> int:
     size = config.batch_size
-    if size % (ranks * config.accumulate):
+    if size % ranks:
         raise UserError(
-            f"batch_size {size} does not divide into {ranks} device(s) x "
-            f"{config.accumulate} part(s); change batch_size or accumulate"
+            f"batch_size {size} does not divide into {ranks} devices; change batch_size or devices"
         )
     return size // ranks

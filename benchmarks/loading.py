@@ -1,0 +1,246 @@
+"""What loading JPEG images costs, and how long training waits for them.
+
+    python benchmarks/loading.py --data ../shared/data/imagenette160 --out benchmarks/results
+
+Folders of JPEG files are made in a temporary place: the images as they are stored, and some of them
+scaled up, with noise for the detail that scaling can't give. Images are brought to 224 pixels by
+the random crops that are the default. The consumer is the training step itself: a ViT-Ti/16, and a
+one-block ViT with 32 pixel patches for the speed that an accelerator gives larger ones. Each is run
+once with images loaded in its own process, which tells its speed, then as planned from that.
+
+Writes loading.json and loading.md. Runs on the CPU, which workers and training share.
+"""
+
+import argparse
+import csv
+import datetime
+import io
+import itertools
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import pyarrow.parquet as pq
+import torch
+import torchvision
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from backfold.data.augmentation import Augmentation
+from backfold.data.decode import as_float
+from backfold.data.folder import FolderSource
+from backfold.data.loading import BatchDataset, training_loader
+from backfold.training import loading_plan
+from backfold.training.config import PretrainConfig
+from backfold.training.loading_plan import measure_loading, plan_workers
+from backfold.training.trainer import pretrain
+
+SIZE = (224, 224)
+IMAGE_BYTES = 3 * SIZE[0] * SIZE[1]
+STORED, MEDIUM, LARGE = "160 x 160, as stored", "640 x 480", "2000 x 1500"
+BACKBONES: dict[str, tuple[dict[str, Any], int, int]] = {  # options, batch size, steps
+    "ViT-Ti/16": ({}, 8, 10),
+    "one block, patch 32": (
+        {"patch_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 3},
+        32,
+        30,
+    ),
+}
+
+
+def write_folders(parquet: Path, place: Path) -> dict[str, Path]:
+    """Three folders of 256 JPEG files; the scaled images are 32 different ones."""
+    column = pq.read_table(parquet, columns=["image"]).column("image")
+    stored = [column[index].as_py() for index in range(0, len(column), len(column) // 256)][:256]
+    folders = {name: place / str(number) for number, name in enumerate((STORED, MEDIUM, LARGE))}
+    for folder in folders.values():
+        folder.mkdir()
+    for number, content in enumerate(stored):
+        (folders[STORED] / f"{number:03}.jpg").write_bytes(content)
+    for name, size in ((MEDIUM, (640, 480)), (LARGE, (2000, 1500))):
+        scaled = [enlarge(content, size, seed) for seed, content in enumerate(stored[::8])]
+        for number, content in zip(range(256), itertools.cycle(scaled), strict=False):
+            (folders[name] / f"{number:03}.jpg").write_bytes(content)
+    return folders
+
+
+def enlarge(content: bytes, size: tuple[int, int], seed: int) -> bytes:
+    with Image.open(io.BytesIO(content)) as image:
+        pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+    noise = np.random.default_rng(seed).normal(0, 6, (*pixels.shape[:2], 1))
+    buffer = io.BytesIO()
+    noisy = (pixels + noise).clip(0, 255).astype(np.uint8)
+    Image.fromarray(noisy).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+class FullSize(FolderSource):
+    """A folder whose images are always decoded with all their pixels."""
+
+    def read(self, index: int, *_: int | None) -> Tensor:
+        """All pixels, whatever is asked."""
+        return super().read(index)
+
+
+def milliseconds(source: FolderSource, convert: Callable[[Tensor], Tensor]) -> float:
+    """To load an image on one core and to share it; the median of 20 batches of 8."""
+    dataset = BatchDataset(source, SIZE, 3, Augmentation())
+    seconds = []
+    for first in range(0, 21 * 8, 8):
+        start = time.perf_counter()
+        images = dataset[[(0, index) for index in range(first, first + 8)]].images
+        convert(images).share_memory_()
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(seconds[1:])) / 8
+
+
+def time_loading(folder: Path) -> dict[str, float]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = {
+        "full size, float32 batches": milliseconds(FullSize(folder), as_float),
+        "full size, uint8 batches": milliseconds(FullSize(folder), lambda images: images),
+        "reduced size, uint8 batches": milliseconds(FolderSource(folder), lambda images: images),
+    }
+    torch.set_num_threads(threads)
+    return times
+
+
+def train(
+    folder: Path, out: Path, options: dict[str, Any], batch: int, steps: int, workers: int
+) -> dict[str, float]:
+    """The last row of a run's metrics: all steps but the first, or the last 20."""
+    config = PretrainConfig(
+        data=folder, out=out, backbone="vit_tiny_patch16_224", backbone_options=options,
+        image_size=SIZE[0], batch_size=batch, max_steps=steps, epochs=1000.0, held_out=8,
+        watch_every=1000.0, watch_labels=False, accelerator="cpu", devices=1, precision="32-true",
+        num_workers=workers,
+    )  # fmt: skip
+    run = pretrain(config, console=Console(quiet=True))
+    with run.metrics.open() as file:
+        row = list(csv.DictReader(file))[-1]
+    return {name: float(row[name]) for name in ("images_per_second", "data_wait")}
+
+
+def time_training(folders: dict[str, Path], place: Path) -> list[dict[str, Any]]:
+    rows = []
+    cores = loading_plan.usable_cores()
+    for (backbone, (options, batch, steps)), name in itertools.product(
+        BACKBONES.items(), (STORED, LARGE)
+    ):
+        load = measure_loading(FolderSource(folders[name]), SIZE, 3, Augmentation())
+        out = place / f"{len(rows)}"
+        alone = train(folders[name], out / "alone", options, batch, steps, 0)
+        seconds = (1.0 - alone["data_wait"]) / alone["images_per_second"]
+        plan = plan_workers(
+            load, seconds, cores, on_cpu=True, batch_size=batch, batch_bytes=batch * IMAGE_BYTES
+        )
+        planned = train(folders[name], out / "planned", options, batch, steps, plan.workers)
+        rows.append(
+            {
+                "backbone": backbone,
+                "images": name,
+                "load_ms": 1e3 * load.mean,
+                "train_ms": 1e3 * seconds,
+                "workers": plan.workers,
+                "prefetch": plan.prefetch,
+                "expected_wait": plan.wait_share,
+                "wait": planned["data_wait"],
+                "wait_without_workers": alone["data_wait"],
+                "images_per_second": planned["images_per_second"],
+                "images_per_second_without_workers": alone["images_per_second"],
+                "log": loading_plan.describe_plan(plan, load, seconds),
+                "warning": loading_plan.loading_warning(plan, load, seconds, cores, on_cpu=True),
+            }
+        )
+    return rows
+
+
+def time_worker(folder: Path) -> float:
+    """Images a second that arrive here from one worker, when nothing else computes."""
+    loader = training_loader(
+        FolderSource(folder), SIZE, 3, Augmentation(), 16, 0, 0, 20, num_workers=1
+    )
+    arrivals = [time.perf_counter() for _ in loader]
+    return 16 * 15 / (arrivals[-1] - arrivals[-16])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/imagenette160"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        folders = write_folders(options.data / "train.parquet", place)
+        loading = {
+            name: {**time_loading(folder), "images a second from one worker": time_worker(folder)}
+            for name, folder in folders.items()
+        }
+        training = time_training(folders, place)
+    versions = {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "pillow": PIL.__version__,
+        "python": platform.python_version(),
+    }
+    facts = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": f"python benchmarks/loading.py --data {options.data}",
+        "data": "Imagenette (160 px, squashed), and 32 of its images scaled up with noise",
+        "hardware": f"{torch.cpu.get_capabilities().get('cpu_name') or platform.machine()}, "
+        f"{loading_plan.usable_cores()} cores",
+        "seed": 0,
+        "versions": versions,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "loading.json"
+    results = {**facts, "loading_ms": loading, "training": training}
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    path.with_suffix(".md").write_text(table(facts, loading, training))
+
+
+def table(
+    facts: dict[str, Any], loading: dict[str, dict[str, float]], training: list[dict[str, Any]]
+) -> str:
+    ways = list(next(iter(loading.values())))
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines = [
+        f"{facts['date']}, {facts['hardware']}, {versions}: `{facts['command']}`. {facts['data']}; "
+        "one run of each, seed 0.",
+        "",
+        "Milliseconds to load an image on one core (read, decode, crop, resize to 224, stack, share"
+        " with the training process); median of 20 batches of 8.",
+        "",
+        "| JPEG images | " + " | ".join(ways) + " |",
+        "|---|" + "---|" * len(ways),
+        *(
+            f"| {name} | " + " | ".join(f"{row[way]:.3g}" for way in ways) + " |"
+            for name, row in loading.items()
+        ),
+        "",
+        "Share of the time that training waits for images, with the planned workers.",
+        "",
+        "| backbone | JPEG images | load ms | train ms | workers | expected wait | wait "
+        "| wait without workers | images a second | without workers |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['backbone']} | {row['images']} | {row['load_ms']:.2g} | {row['train_ms']:.3g} "
+        f"| {row['workers']} | {row['expected_wait']:.1%} | {row['wait']:.1%} "
+        f"| {row['wait_without_workers']:.1%} | {row['images_per_second']:.3g} "
+        f"| {row['images_per_second_without_workers']:.3g} |"
+        for row in training
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

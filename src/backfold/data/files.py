@@ -1,0 +1,80 @@
+"""Finding files: below folders, and by patterns."""
+
+import glob
+import os
+import stat
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from backfold.data.arrays import BrokenImage
+from backfold.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+PATTERN_SIGNS = "*?[{"
+
+
+def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Sorted paths, relative and with slashes, of the files below a folder; hidden ones left out.
+
+    Suffixes are compared in lower case. Linked folders are followed, but not back to a folder that
+    they lie in.
+    """
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not _leads_back(Path(place, name))
+        ]
+        relative = Path(place).relative_to(folder)
+        found += [
+            (relative / name).as_posix()
+            for name in names
+            if name.lower().endswith(suffixes) and not name.startswith(".")
+        ]
+    return sorted(found)
+
+
+def _leads_back(folder: Path) -> bool:
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+
+
+def read_file(path: Path) -> bytes:
+    """A regular file's bytes.
+
+    Raises:
+        BrokenImage: it can't be read, or is a pipe or device, which could keep a reader for ever.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BrokenImage("no regular file")
+        return path.read_bytes()
+    except OSError as error:
+        raise BrokenImage(error.strerror or type(error).__name__) from error
+
+
+def expand_pattern(pattern: str) -> list[Path]:
+    """The files that a pattern names: brace ranges as ``{000..012}``, then ``*``, ``?``, ``[..]``.
+
+    Files of brace ranges keep their order, files of one wildcard are sorted.
+
+    Raises:
+        UserError: a name without wildcards that does not exist, or no file at all.
+    """
+    try:
+        names = list(braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"{pattern!r} has unbalanced braces; write {{000..012}}") from error
+    files: list[Path] = []
+    for name in names:
+        if Path(name).is_file():
+            files.append(Path(name))
+            continue
+        matched = sorted(Path(path) for path in glob.glob(name, recursive=True))  # noqa: PTH207
+        if not matched:
+            raise UserError(f"{name} does not exist; check the pattern {pattern!r}")
+        files += [path for path in matched if path.is_file()]
+    if not files:
+        raise UserError(f"{pattern!r} matches folders only; match files, or give one folder")
+    return files

@@ -1,0 +1,236 @@
+"""Batches of a stream: shuffled by shard and buffer, shared without overlap, resumed exactly.
+
+Which images a step has follows from the seed and the step alone. Every epoch begins anew: the
+shards, in an order drawn from (seed, epoch), are dealt to lanes, a few on every rank; each lane
+reads its shards through a shuffle buffer, and the steps take their batches from the lanes in turn.
+A worker process serves whole lanes, so their number changes nothing. Resumption skips what the
+epoch has used up, without decoding it. A lane that ends before the epoch starts over.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from backfold.data.arrays import BrokenImage
+from backfold.data.augmentation import Augmentation, Augmenter, ImageSize
+from backfold.data.decode import decode, to_channels
+from backfold.data.loading import Batch, LoadingError, stack_images
+from backfold.data.stream import StreamItem, StreamSource
+from backfold.errors import UserError
+
+MAX_LANES = 8
+SHARD_FACTOR = 2**32  # `Batch.indices` of a stream: shard number x this + position
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """How a stream is shared; it depends on the data and the global batch, not on workers.
+
+    Attributes:
+        lanes: on each rank, a power of 2.
+        steps_per_epoch: a multiple of ``lanes``.
+    """
+
+    lanes: int
+    steps_per_epoch: int
+
+
+def plan_stream(
+    source: StreamSource, batch_size: int, world_size: int, held_out: int = 0
+) -> StreamPlan:
+    """Lanes and length of an epoch.
+
+    Args:
+        source: the images.
+        batch_size: on each rank.
+        world_size: number of ranks.
+        held_out: images of the stream that are not trained on.
+
+    Raises:
+        UserError: fewer images than one global batch.
+    """
+    steps = (source.count - held_out) // (batch_size * world_size)
+    if steps < 1:
+        raise UserError(
+            f"{source.count - held_out} images are fewer than one global batch of "
+            f"{batch_size * world_size}; lower --batch-size, or correct the count"
+        )
+    lanes = _power_of_two(min(MAX_LANES, source.shards // world_size, steps))
+    return StreamPlan(lanes, steps // lanes * lanes)
+
+
+def _power_of_two(limit: int) -> int:
+    """The largest at most ``limit``, and at least 1."""
+    return 1 << (max(1, limit).bit_length() - 1)
+
+
+@dataclass(frozen=True)
+class StreamBatches(IterableDataset[Batch]):
+    """What `stream_loader` hands to workers; its arguments say what each is."""
+
+    source: StreamSource
+    plan: StreamPlan
+    image_size: ImageSize
+    channels: int
+    augmentation: Augmentation
+    batch_size: int
+    seed: int
+    start_step: int
+    total_steps: int
+    rank: int
+    world_size: int
+    buffer: int
+    leave_out: dict[int, int]
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        augmenter = Augmenter(self.augmentation, self.image_size)
+        lanes: dict[tuple[int, int], Iterator[StreamItem]] = {}
+        for step in range(self.start_step + first, self.total_steps, stride):
+            epoch, number = divmod(step, self.plan.steps_per_epoch)
+            lane = epoch, number % self.plan.lanes
+            if lane not in lanes:
+                lanes = {key: items for key, items in lanes.items() if key[0] == epoch}
+                lanes[lane] = self._lane(*lane)
+                for _ in range(number // self.plan.lanes * self.batch_size):
+                    next(lanes[lane])
+            items = [next(lanes[lane]) for _ in range(self.batch_size)]
+            yield self._batch(items, epoch, augmenter)
+
+    def _lane(self, epoch: int, lane: int) -> Iterator[StreamItem]:
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.source.shards).tolist()
+        lanes = self.plan.lanes * self.world_size
+        number = lane * self.world_size + self.rank
+        # Where there are fewer shards than ranks, each reads all and keeps its share of the images.
+        alone = len(order) >= lanes
+        shards, share = (order[number::lanes], 1) if alone else (order, self.world_size)
+        random = np.random.default_rng([self.seed, epoch, number])
+        return _shuffled(self._endless(shards, share), random, self.buffer)
+
+    def _endless(self, shards: list[int], share: int) -> Iterator[StreamItem]:
+        while True:
+            count = 0
+            for shard in shards:
+                for item in self.source.open_shard(shard):
+                    if item.position < self.leave_out.get(shard, 0):
+                        continue
+                    if count % share == self.rank % share:
+                        yield item
+                    count += 1
+            if not count:
+                raise LoadingError(f"{self.source.name}: no images in {len(shards)} shard(s)")
+
+    def _batch(self, items: list[StreamItem], epoch: int, augmenter: Augmenter) -> Batch:
+        broken: list[str] = []
+        decoded = [self._decode(item, augmenter.min_side, broken) for item in items]
+        if all(image is None for image in decoded):
+            raise LoadingError(
+                f"{self.source.name}: {len(items)} images in a row can't be read, the last is "
+                f"{broken[-1]}; mend or remove them"
+            )
+        images, indices = [], []
+        pairs = list(zip(items, decoded, strict=True))
+        with torch.random.fork_rng(devices=[]):
+            for place in range(len(items)):
+                # The next readable image takes the place of a broken one.
+                following = pairs[place:] + pairs[:place]
+                item, image = next(pair for pair in following if pair[1] is not None)
+                assert image is not None
+                words = (self.seed, epoch, item.shard, item.position)
+                seed = np.random.SeedSequence(words).generate_state(1, np.uint64)
+                torch.default_generator.manual_seed(int(seed[0]))
+                images.append(augmenter(image))
+                indices.append(item.shard * SHARD_FACTOR + item.position)
+        return Batch(stack_images(images), torch.tensor(indices), broken)
+
+    def _decode(self, item: StreamItem, min_side: int, broken: list[str]) -> Tensor | None:
+        try:
+            image = decode(item.read(), min_side, self.source.max_pixels)
+            return to_channels(image, self.channels)
+        except BrokenImage as error:
+            broken.append(f"{item.place}: {error}")
+            return None
+        except UserError as error:
+            raise LoadingError(f"{item.place}: {error}") from None
+
+
+def _shuffled(
+    items: Iterator[StreamItem], random: np.random.Generator, size: int
+) -> Iterator[StreamItem]:
+    """Endless items through a buffer, of which each draw takes one at random."""
+    buffer = [item for _, item in zip(range(size), items, strict=False)]
+    for item in items:
+        chosen = int(random.integers(len(buffer)))
+        yield buffer[chosen]
+        buffer[chosen] = item
+
+
+def stream_loader(
+    source: StreamSource,
+    image_size: ImageSize,
+    channels: int,
+    augmentation: Augmentation,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    total_steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    prefetch: int = 2,
+    timeout: float = 0.0,
+    buffer: int = 500,
+    leave_out: dict[int, int] | None = None,
+) -> "DataLoader[Batch]":
+    """As `training_loader`, of a stream.
+
+    Args:
+        source: the images.
+        image_size: (height, width) in pixels.
+        channels: of the batches; see `to_channels`.
+        augmentation: random changes.
+        batch_size: images a step on this rank.
+        seed: of order and augmentation.
+        start_step: steps already done; the batches are those that an unbroken run would see.
+        total_steps: of the whole run.
+        rank: this process, from 0.
+        world_size: number of processes.
+        num_workers: processes that load, at most; a power of 2 of them is used, up to the lanes.
+        prefetch: batches that each of these processes has loaded or is loading ahead, 1 or more.
+        timeout: seconds to wait for a batch before RuntimeError; 0 waits for ever.
+        buffer: encoded images that each of up to 8 lanes keeps in memory to draw from, 1 or more.
+        leave_out: how many images at the beginning of a shard are not trained on, by shard; see
+            `StreamHead.taken`.
+
+    Raises:
+        UserError: fewer images than one global batch, a negative seed; while iterating, an image of
+            an unfit channel count, or a batch without a readable image.
+    """
+    assert buffer > 0
+    if seed < 0:
+        raise UserError(f"seed is {seed}; give 0 or more")
+    leave_out = dict(leave_out or {})
+    plan = plan_stream(source, batch_size, world_size, sum(leave_out.values()))
+    workers = _power_of_two(min(num_workers, plan.lanes)) if num_workers else 0
+    return DataLoader(
+        StreamBatches(
+            source, plan, image_size, channels, augmentation, batch_size, seed, start_step,
+            total_steps, rank, world_size, buffer, leave_out,
+        ),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        timeout=timeout if workers else 0.0,
+        collate_fn=_unchanged,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+    )  # fmt: skip
+
+
+def _unchanged(batch: object) -> object:
+    return batch

@@ -1,0 +1,306 @@
+"""What a data set looks like: sizes, formats, channels, duplicates, broken files, statistics."""
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from backfold.data.arrays import BrokenImage
+from backfold.data.decode import Decoded, as_float, examine, to_channels
+from backfold.data.encoded import EncodedSource
+from backfold.data.guarded import BATCH_SECONDS, GuardedSource, survive
+from backfold.data.protocol import ImageSource
+from backfold.data.statistics import ChannelStatistics, ChannelSums, Moments, count_channels
+from backfold.errors import UserError
+
+LISTED = 100  # broken files, and groups of duplicates, by name
+BATCH = 16
+DIGEST_BYTES = 16
+AHEAD = 2  # batches in the making in each worker
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found in a data set.
+
+    Attributes:
+        name: of the data.
+        images: how many there are.
+        looked_at: how many of these were read, or tried.
+        broken_count: how many of these can't be read.
+        broken: where and why, the first `LISTED` of them.
+        unfit_count: images whose channels can't be made ``channels``.
+        formats: images by file format.
+        kinds: images by the type of their values, as "uint16".
+        channel_counts: images by number of channels, alpha left out.
+        conversions: images by what was done to them in reading, as "alpha composited on black".
+        height: smallest, median and largest, in pixels.
+        width: smallest, median and largest, in pixels.
+        lowest: smallest value, on the scale of `as_float`.
+        highest: largest value.
+        duplicate_count: images whose content another image has too, but for one of each such group.
+        duplicates: where they are, the first `LISTED` groups.
+        channels: that the mean and the deviation are of.
+        mean: of each channel, every image weighing the same.
+        std: as `ChannelStatistics`.
+    """
+
+    name: str
+    images: int
+    looked_at: int
+    broken_count: int
+    broken: list[str]
+    unfit_count: int
+    formats: dict[str, int]
+    kinds: dict[str, int]
+    channel_counts: dict[str, int]
+    conversions: dict[str, int]
+    height: list[int]
+    width: list[int]
+    lowest: float
+    highest: float
+    duplicate_count: int
+    duplicates: list[list[str]]
+    channels: int
+    mean: list[float]
+    std: list[float]
+
+    @property
+    def statistics(self) -> ChannelStatistics:
+        """What normalises the images."""
+        return ChannelStatistics(tuple(self.mean), tuple(self.std))
+
+    def notes(self) -> list[str]:
+        """What a run should say once about how images are read."""
+        return [
+            f"{count} of {self.looked_at} images: {conversion}"
+            for conversion, count in self.conversions.items()
+        ]
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One image's facts; without ``moments`` its channels are unfit, with ``broken`` it has none.
+
+    Attributes:
+        size: channels, height and width.
+    """
+
+    index: int
+    broken: str | None = None
+    format: str = ""
+    kind: str = ""
+    conversions: tuple[str, ...] = ()
+    size: tuple[int, int, int] = (0, 0, 0)
+    digest: bytes = b""
+    extremes: tuple[float, float] = (0.0, 0.0)
+    moments: Moments | None = None
+
+
+class _Looks(Dataset[list[_Look]]):
+    """Batches of looks, by number."""
+
+    def __init__(
+        self, source: ImageSource, indices: Sequence[int], channels: int, start: int
+    ) -> None:
+        self._source, self._indices, self._channels = source, indices, channels
+        self._start = start
+
+    def __len__(self) -> int:
+        return -(-len(self._indices) // BATCH) - self._start
+
+    def __getitem__(self, number: int) -> list[_Look]:
+        if number >= len(self):
+            raise IndexError
+        first = (self._start + number) * BATCH
+        return [
+            _look(self._source, index, self._channels)
+            for index in self._indices[first : first + BATCH]
+        ]
+
+
+def _look(source: ImageSource, index: int, channels: int) -> _Look:
+    try:
+        found, digest = _examine(source, index)
+    except BrokenImage as error:
+        return _Look(index, broken=f"{source.describe(index)}: {error}")
+    floats = as_float(found.image)
+    try:
+        moments = Moments.of(to_channels(found.image, channels))
+    except UserError:
+        moments = None
+    count, height, width = found.image.shape
+    return _Look(
+        index,
+        None,
+        found.format,
+        found.kind,
+        found.conversions,
+        (count, height, width),
+        digest,
+        (float(floats.min()), float(floats.max())),
+        moments,
+    )
+
+
+def _examine(source: ImageSource, index: int) -> tuple[Decoded, bytes]:
+    if isinstance(source, GuardedSource):
+        source.check(index)
+        source = source.source
+    if isinstance(source, EncodedSource):
+        content = source.content(index)
+        return examine(content, max_pixels=source.max_pixels), _digest(content)
+    image = source.read(index)
+    kind = str(image.dtype).removeprefix("torch.")
+    return Decoded(image, "Python", kind), _digest_of_pixels(image)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+
+def _digest_of_pixels(image: Tensor) -> bytes:
+    shape = repr((tuple(image.shape), image.dtype)).encode()
+    return _digest(shape + image.contiguous().numpy().tobytes())
+
+
+@dataclass
+class _Tally:
+    broken: list[str] = field(default_factory=list)
+    broken_count: int = 0
+    unfit_count: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    channel_counts: Counter[str] = field(default_factory=Counter)
+    conversions: Counter[str] = field(default_factory=Counter)
+    heights: "array[int]" = field(default_factory=lambda: array("q"))
+    widths: "array[int]" = field(default_factory=lambda: array("q"))
+    indices: "array[int]" = field(default_factory=lambda: array("q"))
+    digests: bytearray = field(default_factory=bytearray)
+    lowest: float = float("inf")
+    highest: float = float("-inf")
+
+    def add(self, look: _Look, sums: ChannelSums) -> None:
+        if look.broken is not None:
+            self.broken_count += 1
+            self.broken += [look.broken][: LISTED - len(self.broken)]
+            return
+        self.formats[look.format] += 1
+        self.kinds[look.kind] += 1
+        self.channel_counts[str(look.size[0])] += 1
+        self.conversions.update(look.conversions)
+        self.heights.append(look.size[1])
+        self.widths.append(look.size[2])
+        self.indices.append(look.index)
+        self.digests += look.digest
+        self.lowest = min(self.lowest, look.extremes[0])
+        self.highest = max(self.highest, look.extremes[1])
+        if look.moments is None:
+            self.unfit_count += 1
+        else:
+            sums.add_moments(look.moments)
+
+    def duplicates(self) -> list[list[int]]:
+        """Groups of images with one content, in the order of their first."""
+        digests = np.frombuffer(self.digests, dtype=f"V{DIGEST_BYTES}")
+        _, group, count = np.unique(digests, return_inverse=True, return_counts=True)
+        groups: dict[int, list[int]] = {}
+        for position in np.flatnonzero(count[group] > 1).tolist():
+            groups.setdefault(int(group[position]), []).append(self.indices[position])
+        return list(groups.values())
+
+
+def survey(
+    source: ImageSource,
+    channels: int | None = None,
+    max_images: int | None = None,
+    seed: int = 0,
+    num_workers: int = 0,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Survey:
+    """Look at every image of a source, or at a random sample.
+
+    Args:
+        source: the images.
+        channels: that mean and deviation are of; the most common count by default.
+        max_images: size of the sample; all by default.
+        seed: of the sample.
+        num_workers: processes that read; 0 reads in this one, without protection from decoders that
+            crash or hang (see `survive`).
+        progress: called with the number of images done, again and again.
+
+    Raises:
+        UserError: no image can be read.
+    """
+    order = np.random.default_rng(seed).permutation(len(source))[:max_images]
+    indices = np.sort(order).tolist()
+    channels = channels or count_channels(source)
+    tally, sums, done = _Tally(), ChannelSums(channels), 0
+    for looks in _looks(source, indices, channels, num_workers):
+        for look in looks:
+            tally.add(look, sums)
+        done += len(looks)
+        progress(done)
+    if not sums.count:
+        reason = tally.broken[0] if tally.broken else f"none can be given {channels} channels"
+        raise UserError(
+            f"{source.name}: none of {len(indices)} images can be used ({reason}); check the files"
+        )
+    return _summary(source, indices, channels, tally, sums)
+
+
+def _looks(
+    source: ImageSource, indices: list[int], channels: int, num_workers: int
+) -> Iterator[list[_Look]]:
+    def make_loader(guarded: ImageSource, start: int) -> "DataLoader[list[_Look]]":
+        return DataLoader(
+            _Looks(guarded, indices, channels, start),
+            batch_size=None,
+            num_workers=num_workers,
+            prefetch_factor=AHEAD if num_workers else None,
+            timeout=BATCH_SECONDS if num_workers else 0,
+            collate_fn=list,
+        )
+
+    def indices_of(number: int) -> list[int]:
+        return indices[number * BATCH : (number + 1) * BATCH]
+
+    total = -(-len(indices) // BATCH)
+    return survive(source, make_loader, indices_of, 0, total, AHEAD * num_workers)
+
+
+def _summary(
+    source: ImageSource, indices: list[int], channels: int, tally: _Tally, sums: ChannelSums
+) -> Survey:
+    statistics = sums.statistics()
+    groups = tally.duplicates()
+    return Survey(
+        name=source.name,
+        images=len(source),
+        looked_at=len(indices),
+        broken_count=tally.broken_count,
+        broken=tally.broken,
+        unfit_count=tally.unfit_count,
+        formats=dict(tally.formats.most_common()),
+        kinds=dict(tally.kinds.most_common()),
+        channel_counts=dict(tally.channel_counts.most_common()),
+        conversions=dict(tally.conversions.most_common()),
+        height=_spread(tally.heights),
+        width=_spread(tally.widths),
+        lowest=tally.lowest,
+        highest=tally.highest,
+        duplicate_count=sum(len(group) - 1 for group in groups),
+        duplicates=[[source.describe(index) for index in group] for group in groups[:LISTED]],
+        channels=channels,
+        mean=list(statistics.mean),
+        std=list(statistics.std),
+    )
+
+
+def _spread(lengths: "array[int]") -> list[int]:
+    return [min(lengths), int(np.median(lengths)), max(lengths)]

@@ -1,0 +1,139 @@
+"""Sparse runs of token backbones: only some patches of each image go through the blocks.
+
+The others are removed, not hidden: no token attends to them, and no energy is summed over them.
+Patch embedding and positions come first, so a patch keeps its place in the image.
+"""
+
+import torch
+from timm.layers import PatchEmbed, apply_keep_indices_nlc
+from timm.models import eva, vision_transformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from backfold.backbone import ImageSize
+from backfold.errors import UserError
+from backfold.pretext.corruption import RunningSquares
+
+
+def check_sparse(backbone: nn.Module) -> None:
+    """Raise UserError unless `sparse_feature_map` is exact for this backbone.
+
+    It is for timm's vision transformers whose blocks treat tokens as a set, with one token for each
+    patch and positions that are added to tokens or rotate them.
+    """
+    reason = _obstacle(backbone)
+    if reason:
+        raise UserError(
+            f"hidden_share below 1 does not work with {type(backbone).__name__}: {reason}; "
+            "set hidden_share to 1, or take a backbone of timm's ViT or EVA family as it comes"
+        )
+
+
+def token_size(backbone: nn.Module) -> ImageSize:
+    """(height, width) in pixels of the patch behind each token.
+
+    Raises:
+        UserError: as `check_sparse`.
+    """
+    check_sparse(backbone)
+    assert isinstance(backbone, VisionTransformer | Eva)
+    height, width = backbone.patch_embed.patch_size
+    return int(height), int(width)
+
+
+def _obstacle(backbone: nn.Module) -> str | None:
+    if not isinstance(backbone, VisionTransformer | Eva):
+        return "it is neither timm's VisionTransformer nor its Eva"
+    own = Eva if isinstance(backbone, Eva) else VisionTransformer
+    if type(backbone).forward_features is not own.forward_features:
+        return "it changes timm's forward pass"
+    if type(backbone.patch_embed).forward is not PatchEmbed.forward:
+        return "its tokens do not come from one patch each"
+    # Others may look at a token's neighbours, or have biases by place.
+    known = (vision_transformer.__name__, eva.__name__)
+    if any(type(block).__module__ not in known for block in backbone.blocks):
+        return "its blocks are not timm's own"
+    if not isinstance(backbone.patch_drop, nn.Identity | None):
+        return "its patch_drop_rate drops tokens too"
+    return None
+
+
+def running_tokens(running: RunningSquares, patch_size: ImageSize, image_size: ImageSize) -> Tensor:
+    """The patch tokens inside the squares: int64, (batch, tokens), rising.
+
+    Args:
+        running: the squares.
+        patch_size: (height, width) of the backbone's patches in pixels, as `token_size` gives it.
+        image_size: (height, width) of the images in pixels, multiples of the square's side.
+
+    Raises:
+        UserError: a square that is not made of whole patches.
+    """
+    size = running.square_size
+    if size % patch_size[0] or size % patch_size[1]:
+        raise UserError(
+            f"mask_patch_size is {size} and the backbone's patches are "
+            f"{patch_size[0]}x{patch_size[1]} pixels; with a hidden_share below 1 "
+            "give a mask_patch_size that is a multiple of them"
+        )
+    assert image_size[0] % size == 0
+    assert image_size[1] % size == 0
+    rows, columns = size // patch_size[0], size // patch_size[1]
+    squares_across, tokens_across = image_size[1] // size, image_size[1] // patch_size[1]
+    device = running.indices.device
+    row = torch.arange(rows, device=device)[:, None] * tokens_across
+    within = (row + torch.arange(columns, device=device)).flatten()
+    square_row, square_column = running.indices // squares_across, running.indices % squares_across
+    corner = square_row * rows * tokens_across + square_column * columns
+    return (corner[:, :, None] + within).flatten(1).sort(dim=1).values
+
+
+def sparse_feature_map(backbone: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
+    """The last features of the chosen patch tokens, (batch, tokens, features).
+
+    Class and register tokens run too and are left out of the result. The arithmetic is that of the
+    backbone's own forward pass on fewer tokens. Shapes depend on shapes alone, so this compiles.
+
+    Args:
+        backbone: one that `check_sparse` accepts.
+        images: (batch, channels, height, width).
+        tokens: int64, (batch, tokens); each image's patches, row by row, each at most once.
+
+    Raises:
+        UserError: as `check_sparse`.
+    """
+    check_sparse(backbone)
+    assert isinstance(backbone, VisionTransformer | Eva)
+    embedded = backbone.patch_embed(images)
+    if isinstance(backbone, Eva):
+        features = _run_eva(backbone, *backbone._pos_embed(embedded), tokens)
+    else:
+        kept = _keep(backbone._pos_embed(embedded), tokens, backbone.num_prefix_tokens)
+        features = backbone.blocks(backbone.norm_pre(kept))
+    normed: Tensor = backbone.norm(features)
+    return normed[:, backbone.num_prefix_tokens :]
+
+
+def _run_eva(backbone: Eva, embedded: Tensor, rotation: Tensor | None, tokens: Tensor) -> Tensor:
+    """All blocks on the chosen tokens, each rotated by its own place in the image.
+
+    The rotation is None, (all tokens, width), or for each block (heads, all tokens, width).
+    """
+    features: Tensor = backbone.norm_pre(_keep(embedded, tokens, backbone.num_prefix_tokens))
+    by_block = getattr(backbone, "rope_mixed", False)
+    if rotation is not None and not by_block:
+        rotation = apply_keep_indices_nlc(features, rotation, tokens)[:, None]
+    for index, block in enumerate(backbone.blocks):
+        rope = rotation
+        if rotation is not None and by_block:
+            rope = apply_keep_indices_nlc(features, rotation[index], tokens)
+        features = block(features, rope=rope)
+    return features
+
+
+def _keep(sequence: Tensor, tokens: Tensor, num_prefix: int) -> Tensor:
+    """The prefix and the chosen ones of the tokens behind it, (batch, tokens, features)."""
+    prefix, patches = sequence[:, :num_prefix], sequence[:, num_prefix:]
+    chosen = patches.gather(1, tokens[:, :, None].expand(-1, -1, patches.shape[2]))
+    return torch.cat([prefix, chosen], dim=1)

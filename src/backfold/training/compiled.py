@@ -1,0 +1,95 @@
+"""The restoration step under `torch.compile`, with the plain step to fall back on."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LOGGER = logging.getLogger("backfold")
+# A parameter gradient that is off by more than this is wrong, and not a matter of rounding: bf16
+# is seen at 0.002 to 0.05, float32 at 1e-6.
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
+
+Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+
+
+class CompiledStep:
+    """A step that is compiled at its first call; eager from then on if that fails, said once.
+
+    Shapes are static: each new shape of the arguments is compiled once, and a training run has one
+    or two.
+
+    Args:
+        step: (images, clean, loss mask, running tokens or None) -> (loss, restored, energies).
+        backend: of `torch.compile`.
+    """
+
+    def __init__(self, step: Step, backend: str = "inductor") -> None:
+        self.eager = step
+        self.compiled = torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
+        self.is_compiled = True
+
+    def __call__(
+        self, images: Tensor, clean: Tensor, loss_mask: Tensor, tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `backfold.restoration.training_step`."""
+        if not self.is_compiled:
+            return self.eager(images, clean, loss_mask, tokens)
+        try:
+            # DistributedDataParallel would cut the graph into one for each bucket of gradients.
+            with torch._dynamo.config.patch(optimize_ddp=False):
+                return self.compiled(images, clean, loss_mask, tokens)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.fall_back(_cause(error))
+            return self.eager(images, clean, loss_mask, tokens)
+
+    def fall_back(self, cause: str) -> None:
+        """Go on without compiling, and say why."""
+        self.is_compiled = False
+        LOGGER.warning(
+            "the step can't be compiled and runs eagerly, which is slower: %s; "
+            "--compile false silences this",
+            cause,
+        )
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost error's first line that says something."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def gradient_distance(
+    parameters: list[Tensor], one: Callable[[], Tensor], other: Callable[[], Tensor]
+) -> float:
+    """How far the gradients of two losses are apart, relative to the second's norm.
+
+    Args:
+        parameters: their ``grad`` is None before and afterwards.
+        one: gives a loss.
+        other: gives the loss to compare with.
+    """
+    gradients = []
+    for loss in (one, other):
+        loss().backward()
+        gradients.append([parameter.grad for parameter in parameters])
+        for parameter in parameters:
+            parameter.grad = None
+    pairs = [
+        (first, second)
+        for first, second in zip(*gradients, strict=True)
+        if first is not None and second is not None
+    ]
+    missing = sum(
+        (first is None) != (second is None) for first, second in zip(*gradients, strict=True)
+    )
+    if missing:
+        return float("inf")
+    apart = torch.stack([(first - second).float().norm() for first, second in pairs]).norm()
+    size = torch.stack([second.float().norm() for _, second in pairs]).norm()
+    return float(apart / size.clamp(min=torch.finfo(torch.float32).tiny))

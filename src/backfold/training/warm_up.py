@@ -1,0 +1,215 @@
+"""What is found out on one batch before training: how much fits, how fast it is, what to compile.
+
+Nothing of it is left behind but the decisions: weights, gradients and random numbers are as before.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from backfold.backbone import ImageSize
+from backfold.first_order import best_displacement
+from backfold.full_precision import full_float32
+from backfold.training.compiled import GRADIENT_TOLERANCE, CompiledStep, gradient_distance
+from backfold.training.config import PretrainConfig
+from backfold.training.loading_plan import (
+    LoadingPlan,
+    describe_plan,
+    loading_warning,
+    measure_loading,
+    plan_workers,
+    usable_cores,
+)
+from backfold.training.micro_batch import find_micro_batch
+from backfold.training.setup import Images
+from backfold.training.stepper import Part, Stepper
+
+LOGGER = logging.getLogger("backfold")
+# Compiling takes half a minute to two, and saves a tenth to a third of the time.
+COMPILE_PAYS_SECONDS = 600.0
+# Throughput on a CPU hardly depends on the batch.
+TIMED_ON_CPU = 16
+# Those who need the finite difference may not have the memory for many exact steps at once.
+DISPLACED = 4
+
+
+def warm_up(stepper: Stepper, images: Tensor, steps_left: int) -> float:
+    """Set the stepper's micro-batch and compile its step, as its settings ask; seconds an image.
+
+    Args:
+        stepper: new, or about to go on.
+        images: a batch as this device will get it, (batch, channels, height, width).
+        steps_left: of the run.
+
+    Raises:
+        UserError: not even one image fits into memory.
+    """
+    config = stepper.config
+    with _unchanged(stepper):
+        if config.micro_batch == "auto":
+            stepper.micro_batch = _common_micro_batch(stepper, images)
+            LOGGER.info("micro-batches of %d images", stepper.micro_batch)
+        if config.derivative == "finite-difference":
+            _choose_displacement(stepper, images[:DISPLACED])
+        timed = images[:TIMED_ON_CPU] if images.device.type == "cpu" else images
+        seconds = _seconds(stepper, timed) / len(timed)
+        length = seconds * len(images) * steps_left
+        wanted = config.compile
+        if wanted == "auto":
+            wanted = length > COMPILE_PAYS_SECONDS
+        if wanted and stepper.restoration is not None:
+            compiled = stepper.restoration.compile_step()
+            start = time.perf_counter()
+            _check(stepper, compiled, stepper.parts(images, 0))
+            if compiled.is_compiled:
+                LOGGER.info("compiled the step in %.0f s", time.perf_counter() - start)
+                seconds = _seconds(stepper, images) / len(images)
+    return seconds
+
+
+@contextmanager
+def _unchanged(stepper: Stepper) -> Iterator[None]:
+    device = stepper.fabric.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            stepper.optimizer.zero_grad(set_to_none=True)
+
+
+def _common_micro_batch(stepper: Stepper, images: Tensor) -> int:
+    """The largest that fits on every device."""
+
+    def attempt(count: int) -> None:
+        stepper.micro_batch = count
+        stepper.restore_part(stepper.parts(images, 0)[0], last_part=True)
+
+    # Devices may make different numbers of attempts: none may wait for another's.
+    with stepper.fabric.no_backward_sync(stepper.training):
+        found = find_micro_batch(len(images), attempt, list(stepper.energy.parameters()))
+    everywhere = stepper.fabric.all_gather(torch.tensor(found, device=images.device))
+    return int(torch.as_tensor(everywhere).min())
+
+
+def _choose_displacement(stepper: Stepper, images: Tensor) -> None:
+    part = stepper.parts(images, 0)[0]
+    with full_float32():
+        stepper.displacement, distance = best_displacement(
+            partial(stepper.energy, tokens=part.tokens),
+            [parameter for parameter in stepper.energy.parameters() if parameter.requires_grad],
+            part.corruption.corrupted,
+            part.clean,
+            part.corruption.loss_mask,
+            stepper.config.step_size,
+        )
+    LOGGER.info(
+        "finite-difference step: displacement %g, gradient within %.1g of the exact one",
+        stepper.displacement,
+        distance,
+    )
+
+
+def _seconds(stepper: Stepper, images: Tensor) -> float:
+    """Time of one batch's gradient, after one that is not counted."""
+    for _ in range(2):
+        _synchronize(images.device)
+        start = time.perf_counter()
+        stepper.accumulate(images, 0)
+        _synchronize(images.device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _check(stepper: Stepper, compiled: CompiledStep, parts: list[Part]) -> None:
+    """Compile for each shape, and go on eagerly if the gradient is another than the eager one.
+
+    PyTorch had releases in which compiled second derivatives were wrong and nothing said so
+    (pytorch #181581).
+    """
+    precision = (
+        torch.float32 if "32" in stepper.fabric.strategy.precision.precision else torch.bfloat16
+    )
+    limit = GRADIENT_TOLERANCE[precision]
+    for part in {len(part.clean): part for part in parts}.values():
+        stepper.optimizer.zero_grad(set_to_none=True)
+        losses = [_loss(stepper, step, part) for step in (compiled, compiled.eager)]
+        if _is_random(losses[1]):
+            # Compiled code draws other numbers for dropout: run it once, compare nothing.
+            losses[0]().backward()
+            continue
+        distance = gradient_distance(list(stepper.energy.parameters()), *losses)
+        if not distance <= limit:
+            compiled.fall_back(f"its gradient is {distance:.2g} from the eager one")
+            return
+
+
+def _loss(
+    stepper: Stepper, step: Callable[..., tuple[Tensor, ...]], part: Part
+) -> Callable[[], Tensor]:
+    corruption = part.corruption
+
+    def loss() -> Tensor:
+        with stepper.fabric.autocast():
+            return step(corruption.corrupted, part.clean, corruption.loss_mask, part.tokens)[0]
+
+    return loss
+
+
+def _is_random(loss: Callable[[], Tensor]) -> bool:
+    """Whether two random states give two losses, as dropout does."""
+    values = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        values.append(loss().detach())
+    return not torch.equal(*values)
+
+
+def plan_loading(
+    config: PretrainConfig,
+    images: Images,
+    image_size: ImageSize,
+    local_batch: int,
+    train_seconds: float,
+    processes: int,
+    device: torch.device,
+) -> LoadingPlan:
+    """Measure loading, and choose workers and prefetch; says what was found.
+
+    Args:
+        config: ``num_workers`` and ``prefetch`` are kept where they are given.
+        images: the training images.
+        image_size: (height, width) in pixels.
+        local_batch: images in a batch on this device.
+        train_seconds: what training takes for an image.
+        processes: training processes on this machine.
+        device: that training runs on.
+    """
+    cores, on_cpu = usable_cores(processes), device.type == "cpu"
+    load = measure_loading(
+        images.training, image_size, images.channels, config.augmentation, config.seed
+    )
+    height, width = image_size
+    plan = plan_workers(
+        load,
+        train_seconds,
+        cores,
+        on_cpu,
+        batch_size=local_batch,
+        batch_bytes=local_batch * images.channels * height * width,  # of 8 bits
+        workers=config.num_workers,
+        prefetch=config.prefetch,
+    )
+    LOGGER.info("%s", describe_plan(plan, load, train_seconds))
+    warning = loading_warning(plan, load, train_seconds, cores, on_cpu)
+    if warning:
+        LOGGER.warning("%s", warning)
+    return plan
