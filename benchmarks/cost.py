@@ -26,6 +26,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is chatty
 
 import torch
 
+from backfold.memory import keep_freed_memory
 from step_cost.comparing import Results, compare_models
 from step_cost.environment import facts
 from step_cost.models import MODELS, Model
@@ -121,6 +122,8 @@ def main() -> None:
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(automatic if options.device == "auto" else options.device)
     deadline = time.perf_counter() + 60 * options.max_minutes
+    if device.type == "cpu":
+        keep_freed_memory()  # as pretraining does; for all steps alike
     environment = facts(device)
     if options.sweep:
         modes = [MODES[name] for name in options.modes]

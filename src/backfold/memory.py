@@ -1,5 +1,7 @@
 """Memory: how much a function's tensors take at most, and how much there is."""
 
+import ctypes
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -60,6 +62,23 @@ class _LiveBytes(TorchDispatchMode):
 
 def _tensors(tree: object) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the main memory that it frees, for its next tensors.
+
+    By default the C library gives large blocks back to the system at once, and each new tensor is
+    then paid for page by page: measured at 9 % of an eager restoration step on a CPU. Linux with
+    the GNU C library only; returns whether it was done.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library
+        return False
+    most_mapped_blocks, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    return bool(mallopt(most_mapped_blocks, 0)) and bool(mallopt(trim_threshold, -1))
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

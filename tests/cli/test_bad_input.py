@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from backfold.cli.main import main, recipe_names
+from backfold.data.source import WAYS
 from backfold.training import run_folder as run_folder_module
 from backfold.training.metrics_log import MetricsLog
 from backfold.training.pretrained import load_pretrained
@@ -361,7 +362,5 @@ def test_a_real_process_gives_one_line_and_code_2(tmp_path):
     )
     assert finished.returncode == 2
     assert finished.stdout == ""
-    assert finished.stderr == (
-        "backfold: error: nowhere does not exist; give a folder of images or a parquet file\n"
-    )
+    assert finished.stderr == (f"backfold: error: nowhere does not exist; {WAYS}\n")
     assert list(Path(tmp_path).iterdir()) == []

@@ -273,3 +273,48 @@ def test_what_was_found_out_about_a_file(encode):
         ("PNG", "uint16", ()),
         ("PNG", "bool", ()),
     ]
+
+
+def deep_png(array, *chunks):
+    """A PNG of 16 bits, written by hand: (chunk type, data) pairs come before the pixels."""
+    height, width, channels = array.shape
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    packed = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_sixteen_bit_png_keeps_its_bits_in_colour_too(channels):
+    array = np.random.default_rng(5).integers(0, 65536, (9, 11, channels)).astype(np.uint16)
+    found = examine(deep_png(array))
+    assert found.kind == "uint16"
+    assert found.image.dtype == torch.float32
+    expected = np.moveaxis(array, 2, 0).astype(np.float64)
+    if channels in (2, 4):
+        assert found.conversions == ("alpha composited on black",)
+        expected = expected[:-1] * expected[-1:] / 65535
+    np.testing.assert_allclose(found.image.double().numpy() * 65535, expected, atol=0.01)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_orientation_of_sixteen_bit_png(orientation):
+    array = np.random.default_rng(6).integers(0, 65536, (4, 6, 3)).astype(np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = decode(deep_png(array, (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))))
+    turned = np.rot90(array, {1: 0, 3: 2, 6: -1}[orientation])
+    assert np.array_equal(np.rint(image.double().numpy() * 65535), np.moveaxis(turned, 2, 0))
+
+
+def test_sixteen_bit_png_bombs_and_damage():
+    content = deep_png(np.zeros((20, 30, 3), dtype=np.uint16))
+    with pytest.raises(BrokenImage, match=r"20 x 30 pixels .* max_pixels 599"):
+        decode(content, max_pixels=599)
+    with pytest.raises(BrokenImage):
+        decode(content[:-30])

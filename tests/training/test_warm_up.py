@@ -66,7 +66,7 @@ def test_weights_gradients_and_random_numbers_stay_as_they_are(pictures):
     energy, stepper = make(compile=True, micro_batch="auto", options={"proj_drop_rate": 0.3})
     weights = {name: value.clone() for name, value in energy.state_dict().items()}
     state = torch.get_rng_state()
-    assert warm_up(stepper, pictures, steps_left=10) > 0
+    assert warm_up(stepper, pictures, steps_left=10, decisions={}) > 0
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in energy.parameters())
     for name, value in energy.state_dict().items():
@@ -79,11 +79,22 @@ def test_auto_compiles_long_runs_only(pictures, monkeypatch):
     monkeypatch.setattr(module, "_seconds", lambda _, images: 0.5 * len(images))
     for steps_left, compiled in ((70, False), (80, True)):  # of 8 seconds each
         _, stepper = make()
-        warm_up(stepper, pictures, steps_left)
+        warm_up(stepper, pictures, steps_left, {})
         assert (stepper.restoration.compiled is not None) == compiled
     _, stepper = make(compile=False)
-    warm_up(stepper, pictures, 10_000)
+    warm_up(stepper, pictures, 10_000, {})
     assert stepper.restoration.compiled is None
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_what_was_decided_before_is_not_measured_again(pictures, monkeypatch):
+    monkeypatch.setattr(module, "find_micro_batch", lambda *_: pytest.fail("measured"))
+    decisions = {"micro_batch": 5, "compiled": True}
+    _, stepper = make(micro_batch="auto")
+    warm_up(stepper, pictures, steps_left=1, decisions=decisions)
+    assert stepper.micro_batch == 5
+    assert stepper.restoration.compiled.is_compiled
+    assert decisions == {"micro_batch": 5, "compiled": True}
 
 
 def test_a_compiled_step_with_another_gradient_is_not_used(pictures, monkeypatch, caplog):
@@ -101,7 +112,7 @@ def test_a_compiled_step_with_another_gradient_is_not_used(pictures, monkeypatch
 
     monkeypatch.setattr("backfold.training.stepper.CompiledStep", wrong)
     with caplog.at_level(logging.WARNING, logger="backfold"):
-        warm_up(stepper, pictures, steps_left=10)
+        warm_up(stepper, pictures, steps_left=10, decisions={})
     (record,) = caplog.records
     assert "its gradient is 0.01 from the eager one" in record.message
     assert not stepper.restoration.compiled.is_compiled
@@ -115,7 +126,7 @@ def test_a_compiled_step_with_another_gradient_is_not_used(pictures, monkeypatch
 def test_dropout_is_compiled_without_comparing(pictures, caplog):
     _, stepper = make(compile=True, options={"proj_drop_rate": 0.5})
     with caplog.at_level(logging.INFO, logger="backfold"):
-        warm_up(stepper, pictures, steps_left=10)
+        warm_up(stepper, pictures, steps_left=10, decisions={})
     assert stepper.restoration.compiled.is_compiled
     assert any("compiled the step" in record.message for record in caplog.records)
 
@@ -130,7 +141,7 @@ def test_the_finite_difference_step_has_the_exact_step_s_gradient(
     exact, step_exact = make(task, **settings)
     other, step_other = make(task, derivative="finite-difference", **settings)
     with caplog.at_level(logging.INFO, logger="backfold"):
-        warm_up(step_other, pictures, steps_left=10)
+        warm_up(step_other, pictures, steps_left=10, decisions={})
     assert any("finite-difference step: displacement" in r.message for r in caplog.records)
     loss_exact, norm_exact, restored = step_exact(pictures, 0)
     loss_other, norm_other, restored_other = step_other(pictures, 0)

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from backfold.data.loading import default_workers
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
 from backfold.evaluation.protocol import EvaluationRow, ProtocolName, write_rows
@@ -25,7 +26,7 @@ from backfold.training.config import PretrainConfig, build_tasks
 from backfold.training.pretrained import load_pretrained
 from backfold.training.progress import is_first_process, log_to, terminal
 from backfold.training.run_folder import RunFolder
-from backfold.training.trainer import default_workers, pretrain
+from backfold.training.trainer import pretrain
 
 PROTOCOLS = ("knn", "linear")
 DEMO_RUN = Path("runs/demo")

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from argparse import ArgumentError, HelpFormatter
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,46 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from backfold.cli import commands
+from backfold.cli.export import ExportSettings, run_export
+from backfold.cli.inference import EmbedSettings, ScoreSettings, run_embed, run_score
+from backfold.cli.stats import StatsSettings, run_stats
 from backfold.errors import UserError
 from backfold.training.config import PretrainConfig
+from backfold.training.stopping import RunStopped
 from backfold.version import __version__
 
 RECIPES = files("backfold") / "recipes"
-COMMANDS = ("pretrain", "evaluate", "restore", "report", "demo")
+COMMANDS = (
+    "pretrain",
+    "evaluate",
+    "restore",
+    "report",
+    "demo",
+    "export",
+    "embed",
+    "score",
+    "stats",
+)
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 # What may differ between a run and its continuation without changing its result.
-FREE_ON_RESUME = {"out", "num_workers", "accelerator", "devices", "checkpoint_minutes"}
+FREE_ON_RESUME = {
+    "out", "num_workers", "prefetch", "accelerator", "devices", "checkpoint_minutes",
+    "keep_checkpoints", "micro_batch", "compile",
+}  # fmt: skip
+# Commands that are given by their settings alone.
+PLAIN: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "evaluate": (commands.EvaluateSettings, commands.run_evaluate),
+    "export": (ExportSettings, run_export),
+    "embed": (EmbedSettings, run_embed),
+    "score": (ScoreSettings, run_score),
+    "stats": (StatsSettings, run_stats),
+}
+GO_ON = {
+    "pretrain": "`backfold pretrain --resume --out RUN` goes on",
+    "demo": "`backfold pretrain --resume --out RUN` goes on",
+    "embed": "the same command goes on",
+    "score": "the same command goes on",
+}
 
 
 class Parser(ArgumentParser):
@@ -57,10 +89,12 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except RunStopped as stop:
+        print(f"backfold: {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
-        print(
-            "backfold: interrupted; `backfold pretrain --resume --out RUN` goes on", file=sys.stderr
-        )
+        hint = GO_ON.get(argv[0] if argv else "", "run it again")
+        print(f"backfold: interrupted; {hint}", file=sys.stderr)
         return 130
     return 0
 
@@ -89,10 +123,9 @@ def _run(argv: list[str]) -> None:
         if given.resume:
             _refuse_changes(config)
         commands.run_pretrain(config, given.resume, given.overwrite, command)
-    elif name == "evaluate":
-        commands.run_evaluate(
-            commands.EvaluateSettings(**_fields(given, commands.EvaluateSettings))
-        )
+    elif name in PLAIN:
+        settings, run = PLAIN[name]
+        run(settings(**_fields(given, settings)))
     elif name == "restore":
         commands.run_restore(
             commands.RestoreSettings(**_fields(given, commands.RestoreSettings)), given.images
@@ -116,6 +149,10 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
         "restore": _class_parser(commands.RestoreSettings, "corrupt and restore image files"),
         "report": Parser(exit_on_error=False, description="write one HTML file on a run"),
         "demo": _demo_parser(),
+        "export": _class_parser(ExportSettings, "write a backbone for timm, Hugging Face, ONNX"),
+        "embed": _class_parser(EmbedSettings, "write a vector for every image"),
+        "score": _class_parser(ScoreSettings, "write energy and restoration error of every image"),
+        "stats": _class_parser(StatsSettings, "say what a data set looks like"),
     }
     parsers["restore"].add_argument(
         "images", type=Path, nargs="*", help="image files; none takes a few of the run's own data"
@@ -131,9 +168,12 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
     return parser, parsers
 
 
-def _class_parser(settings: type, description: str) -> Parser:
+def _class_parser(settings: Any, description: str) -> Parser:
     parser = Parser(exit_on_error=False, description=description)
-    parser.add_class_arguments(settings)
+    names = {field.name for field in dataclasses.fields(settings)}
+    parser.add_class_arguments(settings, skip=names & {"overwrite"})
+    if "overwrite" in names:
+        parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     return parser
 
 

@@ -117,6 +117,9 @@ class PretrainConfig:
             accuracy of kNN on held-out images; labels never train.
         checkpoint_minutes: a checkpoint is written after each look at the held-out images, and
             when this many minutes have passed since the last.
+        keep_checkpoints: the newest checkpoints that are kept, 1 or more.
+        init: existing weights to start from: a safetensors or torch file, the folder of a run or of
+            an export, or "timm" for timm's own; none starts at random.
         max_steps: stop after this many optimizer steps, if the epochs come to more.
         max_broken_share: share of unreadable files at which the run stops.
         embedding: layer and pooling of the embeddings that are watched.
@@ -150,6 +153,8 @@ class PretrainConfig:
     watch_every: float = 1.0
     watch_labels: bool = True
     checkpoint_minutes: float = 10.0
+    keep_checkpoints: int = 2
+    init: str | None = None
     max_steps: int | None = None
     max_broken_share: float = 0.01
     embedding: EmbeddingChoice = field(default_factory=EmbeddingChoice)
@@ -158,7 +163,7 @@ class PretrainConfig:
         for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name):g}; give a positive number")
-        for name in ("max_steps", "micro_batch", "prefetch"):
+        for name in ("max_steps", "micro_batch", "prefetch", "keep_checkpoints"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise UserError(f"{name} is {value}; give 1 or more, or leave it out")

@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,6 +23,7 @@ from backfold.training.metrics_log import MetricsLog
 from backfold.training.previews import write_preview
 from backfold.training.run_folder import (
     RunFolder,
+    add_checkpoint,
     load_checkpoint,
     save_checkpoint,
     write_json,
@@ -32,6 +33,8 @@ from backfold.training.run_folder import (
 LOGGER = logging.getLogger("backfold")
 PREVIEW_IMAGES = 6
 WATCH_BATCH = 64
+# Settings whose outcome depends on measurements, which a resumed run takes over.
+DECIDED = ("micro_batch", "compile", "derivative")
 
 
 @dataclass
@@ -42,6 +45,7 @@ class State:
     seconds: float = 0.0
     best_gain_db: float = -math.inf
     started: str = ""
+    decisions: dict[str, Any] = field(default_factory=dict)
 
 
 class Recorder:
@@ -98,6 +102,9 @@ class Recorder:
         self.energy.load_state_dict(content["model"])
         self.state = State(**content["state"])
         self.history, self.energies = content["history"], content["energies"]
+        now = config_to_dict(self.config)
+        if any(now.get(name) != content["config"].get(name) for name in DECIDED):
+            self.state.decisions = {}  # asked for otherwise this time
         LOGGER.info("resuming at step %d of %d", self.state.step, self.total_steps)
         optimizer: dict[str, Any] = content["optimizer"]
         return optimizer
@@ -149,7 +156,7 @@ class Recorder:
             "history": self.history,
             "energies": self.energies,
         }
-        save_checkpoint(self.folder.last_checkpoint, content)
+        add_checkpoint(self.folder, self.state.step, content, self.config.keep_checkpoints)
         if is_best:
             save_checkpoint(self.folder.best_checkpoint, content)
         write_json(self.folder.health, {"history": self.history, "energies": self.energies})

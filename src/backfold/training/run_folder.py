@@ -44,6 +44,11 @@ class RunFolder:
         return self.root / "run.json"
 
     @property
+    def checkpoints(self) -> Path:
+        """The newest steps' checkpoints, beside the last and the best."""
+        return self.root / "checkpoints"
+
+    @property
     def last_checkpoint(self) -> Path:
         """The newest checkpoint."""
         return self.root / "checkpoints" / "last.ckpt"
@@ -204,6 +209,27 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     }
     torch.save(marked, buffer)
     write_atomically(path, buffer.getvalue())
+
+
+def add_checkpoint(folder: RunFolder, step: int, content: Mapping[str, Any], keep: int) -> None:
+    """Write a step's checkpoint, make it the last, and drop the oldest beyond ``keep``.
+
+    At every moment ``last_checkpoint`` is a whole one.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written; the last checkpoint is intact.
+    """
+    path = folder.checkpoints / f"step-{step:09d}.ckpt"
+    save_checkpoint(path, content)
+    temporary = folder.last_checkpoint.with_name(f".{folder.last_checkpoint.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, temporary)
+    temporary.replace(folder.last_checkpoint)
+    for old in sorted(folder.checkpoints.glob("step-*.ckpt"))[:-keep]:
+        old.unlink()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -8,10 +8,11 @@ and would be overridden hooks there.
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -24,6 +25,7 @@ from backfold.data.broken import BrokenFiles
 from backfold.data.loading import Batch, training_loader
 from backfold.data.sampling import steps_per_epoch
 from backfold.errors import UserError
+from backfold.memory import keep_freed_memory
 from backfold.training import setup
 from backfold.training.config import (
     PretrainConfig,
@@ -34,6 +36,7 @@ from backfold.training.config import (
     whole_images,
 )
 from backfold.training.config_file import config_to_dict
+from backfold.training.initial import initialise
 from backfold.training.loading_plan import LoadingPlan
 from backfold.training.meter import Meter, Restored
 from backfold.training.metrics_log import MetricsLog
@@ -53,6 +56,7 @@ from backfold.training.run_folder import (
     write_yaml,
 )
 from backfold.training.stepper import Stepper
+from backfold.training.stopping import RunStopped, StopRequest, requeue, stop_requests
 from backfold.training.warm_up import plan_loading, warm_up
 
 LOGGER = logging.getLogger("backfold")
@@ -87,7 +91,7 @@ def pretrain(
     check_available(config.out, resume=resume, overwrite=overwrite)
     build_tasks(config, config.channels or 3)
     with log_to(None, console) as messages:
-        run = Run(config, RunFolder(config.out), command)
+        run = Run(config, RunFolder(config.out), command, resume)
     with ExitStack() as stack:
         if run.fabric.is_global_zero:
             stack.enter_context(claim(config.out, resume=resume, overwrite=overwrite))
@@ -101,7 +105,9 @@ def pretrain(
 class Run:
     """A run's parts, made from its settings."""
 
-    def __init__(self, config: PretrainConfig, folder: RunFolder, command: str) -> None:
+    def __init__(
+        self, config: PretrainConfig, folder: RunFolder, command: str, resume: bool
+    ) -> None:
         self.config, self.folder = config, folder
         for line in settings_without_effect(config):
             LOGGER.warning("%s", line)
@@ -110,12 +116,16 @@ class Run:
         # Watched as they are used: on whole images, whatever part of them training runs on.
         self.tasks = whole_images(tasks)
         energy = setup.build_energy(config, images.channels)
+        if config.init is not None and not (resume and folder.last_checkpoint.exists()):
+            initialise(energy.backbone, config.init)
         self.image_size = parse_image_size(config.image_size) or default_image_size(
             getattr(energy.backbone, "pretrained_cfg", None)
         )
         setup.check_tasks(tasks, images.channels, self.image_size, energy.backbone)
         self.broken = BrokenFiles.for_source(images.training, config.max_broken_share)
         self.fabric = _fabric(config)
+        if self.fabric.device.type == "cpu":
+            keep_freed_memory()
         self.local_batch = _local_batch(config, self.fabric.world_size)
         device = self.fabric.device
         self.steps_per_epoch = steps_per_epoch(len(images.training), config.batch_size)
@@ -174,8 +184,11 @@ class Run:
         self.plan = self._prepare()
         metrics = MetricsLog(self.folder, self.state.step) if self.fabric.is_global_zero else None
         try:
-            with TrainingBar(console, self.state.step, self.total_steps) as bar:
-                self._loop(bar, metrics)
+            with (
+                TrainingBar(console, self.state.step, self.total_steps) as bar,
+                stop_requests() as request,
+            ):
+                self._loop(bar, metrics, request)
         finally:
             if metrics is not None:
                 metrics.close()
@@ -187,7 +200,9 @@ class Run:
         held_out = self.held_out.images
         batch = held_out.repeat(-(-self.local_batch // len(held_out)), 1, 1, 1)[: self.local_batch]
         self.energy.train()
-        seconds = warm_up(self.stepper, batch, self.total_steps - self.state.step)
+        seconds = warm_up(
+            self.stepper, batch, self.total_steps - self.state.step, self.state.decisions
+        )
         fitting = self.stepper.micro_batch or self.local_batch
         self.recorder.watch_batch = min(self.recorder.watch_batch, fitting)
         return plan_loading(
@@ -200,7 +215,7 @@ class Run:
             self.fabric.device,
         )
 
-    def _loop(self, bar: TrainingBar, metrics: MetricsLog | None) -> None:
+    def _loop(self, bar: TrainingBar, metrics: MetricsLog | None, request: StopRequest) -> None:
         meter = Meter(self.state.seconds)
         batches = self._batches()
         self.energy.train()
@@ -211,7 +226,7 @@ class Run:
             meter.resume()
         while self.state.step < self.total_steps:
             meter.before_batch()
-            batch: Batch = next(batches)
+            batch = self._next(batches, request)
             meter.before_step(len(batch.images) * self.fabric.world_size)
             for line in self.broken.add(batch.broken):
                 LOGGER.warning("skipped: %s", line)
@@ -241,6 +256,35 @@ class Run:
                 self._check_finite(float(losses), float(norm))
                 self._save()
                 saved = time.monotonic()
+            number = request.agreed(self.fabric)
+            if number and done < self.total_steps:
+                if not due:
+                    self._check_finite(float(losses), float(norm))
+                self._stop(number, saved=due)
+
+    def _next(self, batches: Iterator[Batch], request: StopRequest) -> Batch:
+        try:
+            return next(batches)
+        except RuntimeError:
+            # Ctrl-C reaches the workers too, and they leave.
+            if request.number and self.fabric.world_size == 1:
+                self._stop(request.number, saved=False)
+            raise
+
+    def _stop(self, number: int, saved: bool) -> NoReturn:
+        """Leave behind a checkpoint of the last step."""
+        message = (
+            f"stopped by {signal.Signals(number).name} at step {self.state.step} of "
+            f"{self.total_steps}, which is saved"
+        )
+        if self.fabric.is_global_zero:
+            if not saved:
+                self._save()
+            if number != signal.SIGINT and requeue():
+                message += "; SLURM has queued the job again"
+        raise RunStopped(
+            number, f"{message}; `backfold pretrain --resume --out {self.config.out}` goes on"
+        )
 
     def _save(self) -> None:
         self.recorder.save(self._epoch(), self.stepper.optimizer.state_dict())

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,13 +39,15 @@ TIMED_ON_CPU = 16
 DISPLACED = 4
 
 
-def warm_up(stepper: Stepper, images: Tensor, steps_left: int) -> float:
+def warm_up(stepper: Stepper, images: Tensor, steps_left: int, decisions: dict[str, Any]) -> float:
     """Set the stepper's micro-batch and compile its step, as its settings ask; seconds an image.
 
     Args:
         stepper: new, or about to go on.
         images: a batch as this device will get it, (batch, channels, height, width).
         steps_left: of the run.
+        decisions: what was decided before, by name; what is missing is decided and added. So a
+            resumed run does not depend on how fast the machine is this time.
 
     Raises:
         UserError: not even one image fits into memory.
@@ -52,24 +55,45 @@ def warm_up(stepper: Stepper, images: Tensor, steps_left: int) -> float:
     config = stepper.config
     with _unchanged(stepper):
         if config.micro_batch == "auto":
-            stepper.micro_batch = _common_micro_batch(stepper, images)
-            LOGGER.info("micro-batches of %d images", stepper.micro_batch)
-        if config.derivative == "finite-difference":
-            _choose_displacement(stepper, images[:DISPLACED])
+            if "micro_batch" not in decisions:
+                decisions["micro_batch"] = _common_micro_batch(stepper, images)
+                LOGGER.info("micro-batches of %d images", decisions["micro_batch"])
+            stepper.micro_batch = decisions["micro_batch"]
+        if not stepper.is_exact:
+            if "displacement" not in decisions:
+                decisions["displacement"] = _best_displacement(stepper, images[:DISPLACED])
+            stepper.displacement = decisions["displacement"]
         timed = images[:TIMED_ON_CPU] if images.device.type == "cpu" else images
         seconds = _seconds(stepper, timed) / len(timed)
-        length = seconds * len(images) * steps_left
-        wanted = config.compile
-        if wanted == "auto":
-            wanted = length > COMPILE_PAYS_SECONDS
-        if wanted and stepper.restoration is not None:
-            compiled = stepper.restoration.compile_step()
+        if "compiled" not in decisions:
+            length = seconds * len(images) * steps_left
+            pays = length > COMPILE_PAYS_SECONDS if config.compile == "auto" else config.compile
+            decisions["compiled"] = _on_every_device(stepper, pays and stepper.is_exact)
+        if decisions["compiled"] and stepper.restoration is not None:
             start = time.perf_counter()
-            _check(stepper, compiled, stepper.parts(images, 0))
-            if compiled.is_compiled:
+            decisions["compiled"] = _compile(stepper, images)
+            if decisions["compiled"]:
                 LOGGER.info("compiled the step in %.0f s", time.perf_counter() - start)
                 seconds = _seconds(stepper, images) / len(images)
     return seconds
+
+
+def _on_every_device(stepper: Stepper, wanted: bool) -> bool:
+    """Whether all processes want it: they must go the same way."""
+    votes = stepper.fabric.all_gather(torch.tensor(wanted, device=stepper.fabric.device))
+    return bool(torch.as_tensor(votes).all())
+
+
+def _compile(stepper: Stepper, images: Tensor) -> bool:
+    """Compile, check, and say whether the step stays compiled, on every device."""
+    assert stepper.restoration is not None
+    compiled = stepper.restoration.compile_step()
+    _check(stepper, compiled, stepper.parts(images, 0))
+    if not _on_every_device(stepper, compiled.is_compiled):
+        if compiled.is_compiled:
+            compiled.fall_back("it does not work on another device")
+        return False
+    return True
 
 
 @contextmanager
@@ -96,10 +120,10 @@ def _common_micro_batch(stepper: Stepper, images: Tensor) -> int:
     return int(torch.as_tensor(everywhere).min())
 
 
-def _choose_displacement(stepper: Stepper, images: Tensor) -> None:
+def _best_displacement(stepper: Stepper, images: Tensor) -> float:
     part = stepper.parts(images, 0)[0]
     with full_float32():
-        stepper.displacement, distance = best_displacement(
+        displacement, distance = best_displacement(
             partial(stepper.energy, tokens=part.tokens),
             [parameter for parameter in stepper.energy.parameters() if parameter.requires_grad],
             part.corruption.corrupted,
@@ -109,9 +133,10 @@ def _choose_displacement(stepper: Stepper, images: Tensor) -> None:
         )
     LOGGER.info(
         "finite-difference step: displacement %g, gradient within %.1g of the exact one",
-        stepper.displacement,
+        displacement,
         distance,
     )
+    return float(stepper.fabric.broadcast(displacement))
 
 
 def _seconds(stepper: Stepper, images: Tensor) -> float:

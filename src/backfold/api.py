@@ -1,0 +1,190 @@
+"""A pretrained energy in a few lines: what is plausible, what restores it, what it looks like.
+
+from backfold import Backfold
+
+model = Backfold.load("runs/demo")
+energies = model.energy(images)  # lower is more plausible
+vectors = model.embed(images)
+restored = model.restore(images).restored
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from backfold.backbone import check_image_size
+from backfold.data.augmentation import cover
+from backfold.data.decode import BrokenImage, as_float, decode, decode_pillow, to_channels
+from backfold.embedding import EmbeddingChoice, embed
+from backfold.errors import UserError
+from backfold.restoration import RestorationResult, eval_mode, restore
+from backfold.training.pretrained import Pretrained, load_pretrained
+
+Images = Tensor | Sequence[Image.Image | Path | str]
+
+# Restored images may leave [0, 1] a little; images that somebody normalised leave it by more.
+LOWEST, HIGHEST = -0.5, 1.5
+
+
+class Backfold:
+    """A run's energy, ready to use.
+
+    Every method takes a batch of images: a tensor (batch, channels, height, width) of floats in
+    [0, 1] (on their own scale, if the run's files held floating-point numbers) or uint8 in 0..255,
+    or a list of image files and Pillow images. Those are turned as their EXIF data say, scaled to
+    cover the run's image size and cut to its centre. Normalising is done inside.
+
+    Args:
+        run: as `load_pretrained` gives it.
+    """
+
+    def __init__(self, run: Pretrained) -> None:
+        self.run = run
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
+        """Read a run's folder (its last checkpoint) or a checkpoint file.
+
+        Args:
+            path: for instance ``runs/demo``.
+            device: where the model is put.
+
+        Raises:
+            UserError: no checkpoint there, or one that does not fit.
+        """
+        return cls(load_pretrained(Path(path))).to(device)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the model; images are moved to it by each call."""
+        self.run.energy.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.run.energy.head.weight.device
+
+    def energy(self, images: Images) -> Tensor:
+        """Energies ``(batch,)``; lower is more plausible. They compare within one run only.
+
+        Raises:
+            UserError: images that the model can't take.
+        """
+        prepared = self._prepare(images)
+        with eval_mode(self.run.energy), torch.no_grad():
+            energies: Tensor = self.run.energy(prepared)
+        return energies
+
+    def embed(self, images: Images, choice: EmbeddingChoice | None = None) -> Tensor:
+        """Embeddings ``(batch, features)`` in float32.
+
+        Args:
+            images: see the class.
+            choice: layer and pooling; None takes the last layer's average.
+
+        Raises:
+            UserError: images that the model can't take, or a layer that it does not have.
+        """
+        prepared = self._prepare(images)
+        with eval_mode(self.run.energy), torch.no_grad():
+            return embed(self.run.energy.backbone, prepared, choice)
+
+    def restore(
+        self, images: Images, num_steps: int | None = None, step_size: float | None = None
+    ) -> RestorationResult:
+        """Restore corrupted images by descending their energy.
+
+        ``restored`` and ``trajectory`` of the result are in the units of the images given, where
+        black is 0 and white is 1; they are not clamped.
+
+        Args:
+            images: see the class.
+            num_steps: restoration steps; None takes as many as in training.
+            step_size: factor of the energy gradient; None takes that of training.
+
+        Raises:
+            UserError: images that the model can't take, or a negative ``num_steps``.
+        """
+        config, statistics = self.run.config, self.run.statistics
+        steps = config.num_steps if num_steps is None else num_steps
+        if steps < 0:
+            raise UserError(f"num_steps is {steps}; give 0 or more")
+        result = restore(
+            self.run.energy,
+            self._prepare(images),
+            steps,
+            config.step_size if step_size is None else step_size,
+        )
+        return replace(
+            result,
+            restored=statistics.denormalize(result.restored),
+            trajectory=statistics.denormalize(result.trajectory),
+        )
+
+    def _prepare(self, images: Images) -> Tensor:
+        """Normalised images on the model's device, in float32."""
+        if isinstance(images, Tensor):
+            self._check(images)
+            pixels = as_float(images.detach().to(self.device))
+            return self.run.statistics.normalize(pixels.float())
+        if isinstance(images, (str, Path, Image.Image)):
+            raise UserError(f"images is one {type(images).__name__}; give a list, such as [image]")
+        if not len(images):
+            raise UserError("images is empty; give one or more")
+        return torch.cat([self._read(image) for image in images]).to(self.device)
+
+    def _check(self, images: Tensor) -> None:
+        run = self.run
+        shape = f"{tuple(images.shape)} of {images.dtype}"
+        is_pixels = images.is_floating_point() or images.dtype == torch.uint8
+        if images.ndim != 4 or not is_pixels or not len(images):
+            raise UserError(
+                f"images are {shape}; give floats in [0, 1] or uint8, of shape (batch, channels, "
+                "height, width)"
+            )
+        if images.shape[1] != run.channels:
+            raise UserError(
+                f"images are {shape}, and the run was trained on {run.channels} channel(s); give "
+                "as many"
+            )
+        low, high = (float(value) for value in as_float(images.detach()).aminmax())
+        if not math.isfinite(low + high):
+            raise UserError("images hold numbers that are not finite; give finite ones")
+        if self._has_unit_range() and not LOWEST <= low <= high <= HIGHEST:
+            warnings.warn(
+                f"images hold values from {low:g} to {high:g}, and the run's lay in [0, 1]; give "
+                "them as they were loaded: they are normalised inside",
+                stacklevel=4,
+            )
+        size = (images.shape[2], images.shape[3])
+        if size != run.image_size:
+            check_image_size(run.energy.backbone, size, run.channels, run.config.backbone)
+
+    def _has_unit_range(self) -> bool:
+        # Floating-point files keep their own scale; all others lie in [0, 1].
+        statistics = self.run.statistics
+        return min(statistics.mean) >= 0 and max(statistics.mean) <= 1 and max(statistics.std) < 0.5
+
+    def _read(self, image: Image.Image | Path | str) -> Tensor:
+        """One normalised image, (1, channels, height, width), as the loader of a run makes it."""
+        run = self.run
+        try:
+            if isinstance(image, Image.Image):
+                decoded = decode_pillow(image).image
+            else:
+                decoded = decode(Path(image).read_bytes(), max(run.image_size))
+        except OSError as error:
+            raise UserError(
+                f"can't read {image}: {error.strerror or error}; check the path"
+            ) from error
+        except BrokenImage as error:
+            raise UserError(f"{image} is no image: {error}; give image files") from error
+        scaled = cover(to_channels(decoded, run.channels), run.image_size)
+        return run.statistics.normalize(as_float(scaled[None]))

@@ -1,0 +1,33 @@
+"""`backfold export`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from backfold.cli.commands import DEMO_RUN
+from backfold.exporting.run import Format, export_run
+from backfold.training.progress import log_to, terminal
+
+
+@dataclass
+class ExportSettings:
+    """How `backfold export` takes a pretrained backbone elsewhere, with a model card.
+
+    Args:
+        checkpoint: a run's folder or a .ckpt file.
+        format: timm (weights and config that timm.create_model loads), huggingface (the same, for
+            transformers too), torchscript or onnx (images in [0, 1] to embeddings and energies).
+        out: the folder.
+        overwrite: replace an earlier export.
+    """
+
+    checkpoint: Path = DEMO_RUN
+    format: Format = "timm"
+    out: Path = Path("exported")
+    overwrite: bool = False
+
+
+def run_export(settings: ExportSettings) -> None:
+    """Writes the folder, prints its path."""
+    with log_to(None, terminal()):
+        export_run(settings.checkpoint, settings.format, settings.out, settings.overwrite)
+    print(f"{settings.format}: {settings.out}")

@@ -1,0 +1,176 @@
+"""`backfold embed` and `backfold score`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+
+from backfold.cli.commands import DEMO_RUN, choose_device
+from backfold.data.loading import default_workers
+from backfold.data.source import ImageSource, Split, open_source
+from backfold.embedding import EmbeddingChoice
+from backfold.errors import UserError
+from backfold.inference.contact_sheet import render_contact_sheet
+from backfold.inference.jobs import EmbeddingJob, Job, ScoringJob
+from backfold.inference.local import local_parts
+from backfold.inference.ray_engine import ray_parts
+from backfold.inference.run import Engine, compute, make_plan
+from backfold.inference.table import Parts, check_out
+from backfold.training.config import build_tasks
+from backfold.training.pretrained import Pretrained, load_pretrained
+from backfold.training.progress import log_to, terminal
+from backfold.training.run_folder import write_atomically
+
+EngineName = Literal["local", "ray"]
+
+
+@dataclass
+class InferenceSettings:
+    """What `backfold embed` and `backfold score` have in common.
+
+    Args:
+        checkpoint: a run's folder or a .ckpt file.
+        data: folder of images (any depth) or parquet file; none takes the run's own.
+        split: train or test, of data that have both.
+        batch_size: images that are computed at once.
+        part_size: images that are kept at a time; what stops the command costs at most a part.
+        num_workers: processes that load images, or with ray the actors; none takes up to 8, one
+            core left free, with ray 2.
+        engine: local, or ray: on the cluster that RAY_ADDRESS names, or on this machine.
+        accelerator: cpu, cuda, mps, or auto; with ray, auto takes the CPU.
+        overwrite: replace the file, and start anew where parts of another job lie.
+    """
+
+    checkpoint: Path = DEMO_RUN
+    data: Path | None = None
+    split: Split = "train"
+    batch_size: int = 64
+    part_size: int = 1024
+    num_workers: int | None = None
+    engine: EngineName = "local"
+    accelerator: str = "auto"
+    overwrite: bool = False
+
+
+@dataclass
+class EmbedSettings(InferenceSettings):
+    """How `backfold embed` writes a vector for every image.
+
+    Args:
+        out: .parquet (path, vector) or .npz (arrays of the same names).
+        embedding: layer and pooling.
+    """
+
+    out: Path = Path("vectors.parquet")
+    embedding: EmbeddingChoice = field(default_factory=EmbeddingChoice)
+
+
+@dataclass
+class ScoreSettings(InferenceSettings):
+    """How `backfold score` writes energy and restoration errors of every image.
+
+    Args:
+        out: .parquet or .csv (path, energy, error_TASK); beside it an .html file shows the images
+            at both ends of each score.
+        pretext: the corruption to restore from; none takes the run's, each task of a mixture in
+            its own column.
+        num_steps: restoration steps; none takes the run's.
+        step_size: factor of the energy gradient; none takes the run's.
+        seed: of the corruptions: the seed and an image's number alone decide its own.
+    """
+
+    out: Path = Path("scores.parquet")
+    pretext: str | None = None
+    num_steps: int | None = None
+    step_size: float | None = None
+    seed: int = 0
+
+
+def run_embed(settings: EmbedSettings) -> None:
+    """Writes the vectors, prints where."""
+    check_out(settings.out, (".parquet", ".npz"), (), settings.overwrite)
+    console = terminal()
+    with log_to(None, console):
+        run, source = _open(settings)
+        job = EmbeddingJob(run, settings.embedding, _device(settings))
+        count = _compute(settings, settings.out, job, source, console)
+    print(f"{count} vectors: {settings.out}")
+
+
+def run_score(settings: ScoreSettings) -> None:
+    """Writes the scores and the contact sheet, prints where."""
+    sheet = settings.out.with_suffix(".html")
+    check_out(settings.out, (".parquet", ".csv"), (sheet,), settings.overwrite)
+    if settings.num_steps is not None and settings.num_steps < 0:
+        raise UserError(f"num_steps is {settings.num_steps}; give 0 or more")
+    console = terminal()
+    with log_to(None, console):
+        run, source = _open(settings)
+        config = run.config
+        if settings.pretext is not None:
+            config.pretext = settings.pretext
+        job = ScoringJob(
+            run,
+            build_tasks(config, run.channels),
+            config.num_steps if settings.num_steps is None else settings.num_steps,
+            config.step_size if settings.step_size is None else settings.step_size,
+            settings.seed,
+            _device(settings),
+        )
+
+        def draw(parts: Parts) -> None:
+            title = f"{source.name}, scored by {settings.checkpoint}"
+            page = render_contact_sheet(parts.tables(), source, run, title)
+            write_atomically(sheet, page.encode())
+
+        count = _compute(settings, settings.out, job, source, console, draw)
+    print(f"{count} scores: {settings.out}")
+    print(f"contact sheet: {sheet}")
+
+
+def _open(settings: InferenceSettings) -> tuple[Pretrained, ImageSource]:
+    run = load_pretrained(settings.checkpoint)
+    return run, open_source(settings.data or run.config.data, settings.split)
+
+
+def _device(settings: InferenceSettings) -> torch.device:
+    if settings.engine == "ray":
+        # The machine that starts a Ray job may have other hardware than the cluster.
+        return torch.device("cuda" if _gpus(settings) else "cpu")
+    return choose_device(settings.accelerator)
+
+
+def _gpus(settings: InferenceSettings) -> int:
+    return int(settings.accelerator in ("cuda", "gpu"))
+
+
+def _compute(
+    settings: InferenceSettings,
+    out: Path,
+    job: Job,
+    source: ImageSource,
+    console: Console,
+    finish: Callable[[Parts], None] | None = None,
+) -> int:
+    plan = make_plan(job, source, settings.batch_size, settings.part_size)
+    workers = settings.num_workers
+    if settings.engine == "ray":
+        actors = 2 if workers is None else max(1, workers)
+        engine: Engine = partial(ray_parts, job, source, plan, actors=actors, gpus=_gpus(settings))
+    else:
+        workers = default_workers() if workers is None else workers
+        engine = partial(local_parts, job, source, plan, num_workers=workers)
+    return compute(
+        source,
+        plan,
+        engine,
+        out,
+        console,
+        max_broken_share=job.run.config.max_broken_share,
+        overwrite=settings.overwrite,
+        finish=finish,
+    )

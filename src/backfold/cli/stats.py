@@ -1,0 +1,131 @@
+"""`backfold stats`: what a data set looks like."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from backfold.data.arrays import MAX_PIXELS
+from backfold.data.loading import default_workers
+from backfold.data.source import open_source
+from backfold.data.survey import Survey, survey
+from backfold.data.survey_file import default_path, to_record
+from backfold.errors import UserError
+from backfold.training.progress import log_to, terminal
+from backfold.training.run_folder import write_json
+
+SHOWN = 5  # broken files and groups of duplicates on the terminal
+
+
+@dataclass
+class StatsSettings:
+    """How `backfold stats` looks at a data set.
+
+    Args:
+        data: as pretrain takes it; its training split is looked at.
+        channels: that mean and deviation are of; none takes the most common count.
+        max_images: look at a random sample of this size; none looks at all.
+        max_pixels: larger images are broken.
+        num_workers: processes that read images; none takes up to 8, one core left free.
+        seed: of the sample.
+        out: the JSON file; none takes runs/stats/NAME.json, where pretrain looks for it.
+    """
+
+    data: str | None = None
+    channels: int | None = None
+    max_images: int | None = None
+    max_pixels: int = MAX_PIXELS
+    num_workers: int | None = None
+    seed: int = 0
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "max_images", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; give 1 or more")
+        if self.seed < 0 or (self.num_workers or 0) < 0:
+            raise UserError("seed and num_workers can't be negative; give 0 or more")
+
+
+def run_stats(settings: StatsSettings) -> None:
+    """`backfold stats`: prints a table, writes JSON."""
+    console = terminal()
+    source = open_source(settings.data, "train", max_pixels=settings.max_pixels)
+    workers = default_workers() if settings.num_workers is None else settings.num_workers
+    total = min(len(source), settings.max_images or len(source))
+    with log_to(None, console), _bar(console) as bar:
+        task = bar.add_task("images", total=total)
+        found = survey(
+            source,
+            settings.channels,
+            settings.max_images,
+            settings.seed,
+            workers,
+            lambda done: bar.update(task, completed=done),
+        )
+    out = settings.out or default_path(settings.data)
+    write_json(out, to_record(found, settings.data))
+    Console().print(render_survey(found))
+    print(f"stats: {out}")
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("images"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=None),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def render_survey(found: Survey) -> Table:
+    """The survey as a table of two columns."""
+    table = Table(title=escape(found.name), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    looked = f"{found.looked_at} of {found.images}" if found.looked_at < found.images else ""
+    rows = {
+        "images": looked or str(found.images),
+        "broken": _listed(found.broken_count, found.broken),
+        "formats": _counts(found.formats),
+        "values": f"{_counts(found.kinds)}, from {found.lowest:.6g} to {found.highest:.6g}",
+        "channels": _counts(found.channel_counts),
+        "can't be given these channels": str(found.unfit_count) if found.unfit_count else "",
+        "height": _spread(found.height),
+        "width": _spread(found.width),
+        "in reading": _counts(found.conversions),
+        "duplicates": _listed(
+            found.duplicate_count, [" = ".join(group) for group in found.duplicates]
+        ),
+        f"mean of {found.channels} channel(s)": _numbers(found.mean),
+        "deviation": _numbers(found.std),
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, escape(value))
+    return table
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+
+
+def _spread(values: list[int]) -> str:
+    return f"{values[0]} to {values[2]}, median {values[1]} pixels"
+
+
+def _numbers(values: list[float]) -> str:
+    return "  ".join(f"{value:.5g}" for value in values)
+
+
+def _listed(count: int, names: list[str]) -> str:
+    more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return "\n".join([str(count), *names[:SHOWN], *more])

@@ -1,0 +1,1 @@
+"""Taking a pretrained backbone elsewhere: timm, Hugging Face, TorchScript, ONNX."""

@@ -1,0 +1,123 @@
+"""The devices and processes of a run: Lightning finds them, DistributedDataParallel joins them."""
+
+import os
+from collections.abc import Mapping
+from inspect import signature
+from typing import TYPE_CHECKING, NoReturn
+
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.strategies import DDPStrategy
+from torch.optim import AdamW
+
+from backfold.errors import UserError
+from backfold.training import setup
+from backfold.training.config import PretrainConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+
+def make_fabric(config: PretrainConfig) -> Fabric:
+    """Lightning's devices, precision and processes, all started and joined.
+
+    Under ``torchrun`` and ``srun`` the processes are there, and ``devices`` and ``num_nodes`` left
+    at "auto" take their numbers. Otherwise this starts one process for each further device.
+
+    Raises:
+        UserError: the devices are not there, or the settings are not those of the launcher.
+    """
+    processes, nodes = launched_processes(os.environ) or ("auto", 1)
+    devices = processes if config.devices == "auto" else config.devices
+    num_nodes = nodes if config.num_nodes == "auto" else config.num_nodes
+    _check_nodes_are_known(num_nodes, os.environ)
+    # Gradients live in the buffers that are reduced: one copy of them less.
+    ddp = DDPStrategy(gradient_as_bucket_view=True)
+    try:
+        probe = Fabric(accelerator=config.accelerator, devices=devices, num_nodes=num_nodes)
+        fabric = Fabric(
+            accelerator=config.accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=ddp if isinstance(probe.strategy, DDPStrategy) else "auto",
+            precision=setup.choose_precision(config, probe.device),
+        )
+        fabric.launch()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"can't use accelerator {config.accelerator!r} with devices {config.devices!r} and "
+            f"num_nodes {config.num_nodes!r}: {str(error).splitlines()[0]}; try --accelerator auto "
+            "--devices auto --num-nodes auto"
+        ) from error
+    return fabric
+
+
+def launched_processes(environment: Mapping[str, str]) -> tuple[int, int] | None:
+    """(processes on each machine, machines), as torchrun or srun has started them; None without.
+
+    Args:
+        environment: variables of this process.
+    """
+    if TorchElasticEnvironment.detect():
+        local = int(environment["LOCAL_WORLD_SIZE"])
+        return local, int(environment["WORLD_SIZE"]) // local
+    if SLURMEnvironment.detect():
+        nodes = int(environment.get("SLURM_NNODES", "1"))
+        tasks = environment.get("SLURM_NTASKS_PER_NODE")
+        return int(tasks) if tasks else int(environment["SLURM_NTASKS"]) // nodes, nodes
+    return None
+
+
+def _check_nodes_are_known(num_nodes: int, environment: Mapping[str, str]) -> None:
+    """Without a launcher, each machine must be told the first one's address, and its own number."""
+    if num_nodes == 1 or launched_processes(environment):
+        return
+    missing = [name for name in ("MASTER_ADDR", "NODE_RANK") if name not in environment]
+    if missing:
+        raise UserError(
+            f"num_nodes is {num_nodes}, and {' and '.join(missing)} are not set: start the run "
+            "with torchrun or srun, which name the machines, or set MASTER_ADDR, MASTER_PORT and "
+            "NODE_RANK on each of them"
+        )
+
+
+def refuse_strategy(name: str) -> NoReturn:
+    """Say why a strategy of distribution can't be chosen.
+
+    Args:
+        name: what the user gave as ``--strategy``.
+
+    Raises:
+        UserError: always.
+    """
+    if "fsdp" in name.lower():
+        raise UserError(
+            f"--strategy {name}: FSDP has no second derivative, which the restoration step needs; "
+            "leave it out and run on DDP, with --shard-optimizer true where memory is short"
+        )
+    raise UserError(
+        f"--strategy {name}: there is none to choose, several processes always run on DDP; leave "
+        "it out (see --devices, --num-nodes and --shard-optimizer)"
+    )
+
+
+def shard_optimizer(optimizer: AdamW) -> "ZeroRedundancyOptimizer":
+    """The same optimizer with its state shared out: each process keeps and applies a part.
+
+    Parameters are whole on every process, and are sent around after each step. Lightning gathers
+    the state in the first process when its ``state_dict`` is called, which all processes must do
+    together; the others get an empty one. It is the unsharded optimizer's, and either loads it.
+
+    Args:
+        optimizer: new, without state; its parameter groups are kept. To be built after the
+            processes are joined.
+    """
+    # Importing it takes long, and few need it.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    known = signature(AdamW).parameters
+    defaults = {name: value for name, value in optimizer.defaults.items() if name in known}
+    groups = [dict(group) for group in optimizer.param_groups]
+    return ZeroRedundancyOptimizer(groups, AdamW, **defaults)

@@ -1,0 +1,223 @@
+"""Continuing from existing weights: timm's, a run's, or those of any file that has timm's names."""
+
+import logging
+import re
+import sys
+import urllib.error
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from timm.models import adapt_input_conv, load_pretrained, load_state_dict
+from torch import Tensor, nn
+
+from backfold.errors import UserError
+from backfold.training.run_folder import RunFolder
+
+LOGGER = logging.getLogger("backfold")
+TIMM = "timm"
+LEAST_SHARE = 0.5
+NAMES_SHOWN = 4
+# What others put before timm's names: our checkpoints, transformers' wrapper of timm models.
+PREFIXES = ("backbone.", "timm_model.")
+FOLDER_FILES = ("backbone.safetensors", "model.safetensors", "checkpoints/last.ckpt")
+
+Weights = dict[str, Tensor]
+
+
+def initialise(backbone: nn.Module, path: Path | str) -> None:
+    """Put existing weights into a timm model, in place, and say in one line what did not fit.
+
+    Position embeddings, relative position tables and patch kernels are resampled to the backbone's
+    image and patch size, and the first convolution is adapted to its channels, as timm does it.
+    Classifiers are left out. What the file lacks stays as it is.
+
+    Args:
+        backbone: a timm model.
+        path: a safetensors or torch file, a run's or an exported folder, or "timm" for the
+            pretrained weights that timm has for this model, which are downloaded.
+
+    Raises:
+        UserError: no such file, a file with more than tensors in it, or weights of another model:
+            less than half of the backbone's would come from the file.
+    """
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    if str(path) == TIMM:
+        _load_from_timm(backbone)
+        LOGGER.info("initialised with timm's pretrained weights")
+        return
+    weights = _without_prefix(read_weights(Path(path)))
+    weights = _resampled(backbone, weights, path)
+    _adapt_channels(backbone, weights)
+    fitting = {
+        name: tensor
+        for name, tensor in weights.items()
+        if name in before and tensor.shape == before[name].shape
+    }
+    share = _count(fitting, backbone) / max(1, _count(before, backbone))
+    missing = sorted(before.keys() - fitting.keys())
+    unused = sorted(name for name in weights.keys() - fitting.keys() if not _is_classifier(name))
+    if share < LEAST_SHARE:
+        raise UserError(
+            f"{path} has {share:.0%} of the backbone's weights ({_named('missing', missing)}; "
+            f"{_named('in the file', sorted(weights))}); give weights of the same timm model"
+        )
+    backbone.load_state_dict(fitting, strict=False)
+    details = [_named("kept random", missing), _named("not used", unused)]
+    LOGGER.info(
+        "initialised with %.1f %% of the weights from %s%s",
+        100 * share,
+        path,
+        "".join(f"; {text}" for text in details if text),
+    )
+
+
+def read_weights(path: Path) -> Weights:
+    """The tensors of a file or a folder, by name; nothing but tensors is ever unpickled.
+
+    Raises:
+        UserError: nothing there, a damaged file, or one with other objects in it.
+    """
+    path = _file_in(path)
+    if path.suffix.lower() in (".npz", ".npy"):
+        raise UserError(f"{path} is a NumPy archive; give a safetensors or torch file")
+    try:
+        content = load_state_dict(str(path), weights_only=True)
+    except (SafetensorError, OSError, EOFError, KeyError) as error:
+        raise UserError(
+            f"{path} can't be read ({_first_line(error)}): damaged or no weights; give a "
+            "safetensors or torch file"
+        ) from error
+    except Exception as error:
+        # torch and timm differ between versions in what they raise here.
+        raise UserError(
+            f"{path} is a pickle with more than tensors in it ({_first_line(error)}), and loading "
+            "such a file can run any code; save its state_dict as safetensors"
+        ) from error
+    if isinstance(content, Mapping):
+        tensors = {str(name): item for name, item in content.items() if isinstance(item, Tensor)}
+        if tensors:
+            return tensors
+    raise UserError(f"{path} holds no named tensors; give a state_dict")
+
+
+def _file_in(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(
+            f"there is no {path} to start from; give a file, a run's folder, or {TIMM!r}"
+        )
+    if path.is_file():
+        return path
+    found = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{path} holds none of {', '.join(FOLDER_FILES)}; give a file")
+    if found == RunFolder(path).last_checkpoint:
+        LOGGER.warning("%s is not finished: its last checkpoint is taken", path)
+    return found
+
+
+def _without_prefix(weights: Weights) -> Weights:
+    for prefix in PREFIXES:
+        inner = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        if inner:
+            return {name.removeprefix(prefix): tensor for name, tensor in inner.items()}
+    return weights
+
+
+def _resampled(backbone: nn.Module, weights: Weights, path: Path | str) -> Weights:
+    """As timm itself converts checkpoints of this family: names, positions, patch kernels."""
+    convert = _filter(backbone)
+    if convert is None:
+        return weights
+    try:
+        converted: Weights = convert(weights, backbone)
+    except Exception as error:
+        # Each family's filter has its own expectations of what a checkpoint holds.
+        raise UserError(
+            f"timm can't fit {path} to {type(backbone).__name__}: {_first_line(error)}; give "
+            "weights of the same timm model"
+        ) from error
+    return converted
+
+
+def _filter(backbone: nn.Module) -> Callable[..., Any] | None:
+    module = sys.modules[type(backbone).__module__]
+    return getattr(module, "checkpoint_filter_fn", None)
+
+
+def _adapt_channels(backbone: nn.Module, weights: Weights) -> None:
+    """Bring the first convolutions' weights to the backbone's channels, in place."""
+    first = getattr(backbone, "pretrained_cfg", {}).get("first_conv") or ()
+    for layer in (first,) if isinstance(first, str) else first:
+        name = f"{layer}.weight"
+        if name not in weights or weights[name].ndim != 4:
+            continue
+        wanted = backbone.get_submodule(layer).weight
+        assert isinstance(wanted, Tensor)
+        have = weights[name]
+        if have.shape[1] == wanted.shape[1] or have.shape[2:] != wanted.shape[2:]:
+            continue
+        weights[name] = _with_channels(have, wanted.shape[1])
+
+
+def _with_channels(kernel: Tensor, channels: int) -> Tensor:
+    """A first convolution's kernel (features, channels, height, width) for other channels."""
+    have = kernel.shape[1]
+    if have == 1:
+        # As much in all as before, whatever share of it each channel has.
+        return kernel.expand(-1, channels, -1, -1) / channels
+    if have == 3:
+        adapted: Tensor = adapt_input_conv(channels, kernel)
+        return adapted
+    raise UserError(
+        f"the weights are for {have} channels, and the images have {channels}; only weights for 1 "
+        "or 3 channels can be adapted: leave --init out, or set --channels"
+    )
+
+
+def _load_from_timm(backbone: nn.Module) -> None:
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    name = config.get("architecture", type(backbone).__name__)
+    if not any(config.get(key) for key in ("hf_hub_id", "url", "file", "state_dict")):
+        raise UserError(f"timm has no pretrained weights for {name!r}; give --init a file")
+    try:
+        load_pretrained(
+            backbone,
+            pretrained_cfg=config,
+            num_classes=0,
+            in_chans=_channels(backbone),
+            filter_fn=_filter(backbone),
+            strict=False,
+        )
+    except (OSError, urllib.error.URLError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"timm's weights for {name!r} can't be had: {_first_line(error)}; give --init a file, "
+            "and no backbone options that change the layers"
+        ) from error
+
+
+def _channels(backbone: nn.Module) -> int:
+    convolutions = (part for part in backbone.modules() if isinstance(part, nn.Conv2d))
+    return next((convolution.in_channels for convolution in convolutions), 3)
+
+
+def _is_classifier(name: str) -> bool:
+    return re.match(r"(head|head_dist|fc|classifier|last_linear)\.", name) is not None
+
+
+def _count(tensors: Mapping[str, Tensor], backbone: nn.Module) -> int:
+    """How many trained numbers are among these."""
+    trained = {name for name, _ in backbone.named_parameters()}
+    return sum(tensor.numel() for name, tensor in tensors.items() if name in trained)
+
+
+def _named(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return f"{what}: {', '.join(names[:NAMES_SHOWN])}{more}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

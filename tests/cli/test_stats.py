@@ -1,0 +1,87 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from backfold.cli.main import main
+from backfold.data.source import open_source
+from backfold.data.survey_file import find_survey
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+def test_stats_prints_a_table_and_writes_json(make_folder, capsys, snapshot, tmp_path):
+    folder = make_folder(count=12, broken=2)
+    (folder / "copy.png").write_bytes((folder / "000.png").read_bytes())
+    before = snapshot(folder)
+    assert main(["stats", f"--data={folder}", "--num-workers=0"]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    path = output.out.splitlines()[-1].removeprefix("stats: ")
+    assert path.startswith("runs/stats/images-")
+    for part in ("PNG (11)", "3 (11)", "30 to 30, median 30 pixels", "010.png: not an image"):
+        assert part in " ".join(output.out.split())
+    found = json.loads((tmp_path / "here" / path).read_text())
+    pixels = [
+        np.asarray(Image.open(file)) / 255
+        for file in sorted(folder.iterdir())
+        if len(before[file.name]) > 20
+    ]
+    np.testing.assert_allclose(found["mean"], np.mean(pixels, axis=(0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(found["std"], np.std(pixels, axis=(0, 1, 2)), rtol=1e-6)
+    assert found["images"] == 13
+    assert found["broken_count"] == 2
+    assert found["duplicates"] == [[str(folder / "000.png"), str(folder / "copy.png")]]
+    assert snapshot(folder) == before
+    source = open_source(folder, "train")
+    assert find_survey(str(folder), source, 3).statistics.mean == tuple(found["mean"])
+
+
+def test_a_sample_into_a_given_file(make_folder, tmp_path, capsys):
+    folder = make_folder(count=20)
+    out = tmp_path / "deep" / "x.json"
+    arguments = ["stats", f"--data={folder}", f"--out={out}", "--max-images=5", "--channels=1"]
+    assert main([*arguments, "--num-workers=0"]) == 0
+    assert "5 of 20" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert (found["looked_at"], found["channels"], len(found["mean"])) == (5, 1, 1)
+    assert not (tmp_path / "here" / "runs").exists()
+
+
+def test_embedded_images_need_no_argument(capsys):
+    assert main(["stats", "--max-images=50", "--num-workers=0"]) == 0
+    assert "28 to 28" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--data=nowhere"], ["nowhere does not exist"]),
+        (["--max-images=0"], ["max_images is 0; give 1 or more"]),
+        (["--max-pixels=-1"], ["max_pixels is -1"]),
+        (["--num-workers=-1"], ["num_workers can't be negative"]),
+    ],
+)
+def test_bad_settings_are_refused(refused, arguments, parts):
+    refused(["stats", *arguments], *parts)
+
+
+def test_nothing_readable_is_refused(refused, make_folder):
+    folder = make_folder(count=3, broken=3)
+    refused(["stats", f"--data={folder}", "--num-workers=0"], "none of 3 sampled images")
+
+
+def test_bombs_are_counted_and_the_limit_can_be_raised(make_folder, capsys):
+    folder = make_folder(count=4)
+    Image.new("RGB", (200, 100)).save(folder / "large.png")
+    base = ["stats", f"--data={folder}", "--num-workers=0", "--out=x.json"]
+    assert main([*base, "--max-pixels=19999"]) == 0
+    assert "100 x 200 pixels" in " ".join(capsys.readouterr().out.split())
+    assert main([*base, "--max-pixels=20000"]) == 0
+    assert "100 x 200 pixels" not in capsys.readouterr().out

@@ -1,0 +1,143 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from backfold.data.arrays import BrokenImage, channels_last, check_size, decode_npy, in_range
+from backfold.data.decode import decode, examine
+
+
+def npy(array, version=None):
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version)
+    return buffer.getvalue()
+
+
+def values(shape, dtype, seed=0):
+    random = np.random.default_rng(seed)
+    if np.dtype(dtype).kind == "f":
+        return (random.standard_normal(shape) * 100).astype(dtype)
+    info = np.iinfo(dtype)
+    return random.integers(info.min, info.max, shape, np.int64, endpoint=True).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        ("uint8", None), ("uint16", 65535), (">u2", 65535), ("int16", 1), ("int32", 1),
+        ("uint32", 1), ("float16", 1), ("float32", 1), ("float64", 1), (">f4", 1),
+    ],
+)  # fmt: skip
+def test_numpy_files_keep_their_values(dtype, scale):
+    array = values((9, 11, 5), dtype)
+    found = examine(npy(array))
+    assert found.format == "NPY"
+    assert found.image.shape == (5, 9, 11)
+    expected = np.moveaxis(array, 2, 0)
+    if scale is None:
+        assert found.image.dtype == torch.uint8
+        assert np.array_equal(found.image.numpy(), expected)
+    else:
+        assert found.image.dtype == torch.float32
+        np.testing.assert_allclose(
+            found.image.numpy(), expected.astype(np.float64) / scale, rtol=2e-7
+        )
+
+
+def test_booleans_span_the_range():
+    array = np.array([[True, False], [False, True]])
+    assert decode(npy(array)).tolist() == [[[255, 0], [0, 255]]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((9, 11), (1, 9, 11)),
+        ((9, 11, 1), (1, 9, 11)),
+        ((1, 9, 11), (1, 9, 11)),
+        ((9, 11, 32), (9, 11, 32)),  # 9 is the shorter: it holds the channels
+        ((40, 50, 32), (32, 40, 50)),
+        ((32, 40, 50), (32, 40, 50)),
+        ((7, 9, 7), (7, 7, 9)),  # equally long: the last
+    ],
+)
+def test_the_shorter_end_holds_the_channels(shape, expected):
+    array = values(shape, "uint8")
+    image = decode(npy(array)).numpy()
+    assert image.shape == expected
+    if len(shape) == 2:
+        assert np.array_equal(image[0], array)
+    elif shape[0] < shape[2]:
+        assert np.array_equal(image, array)
+    else:
+        assert np.array_equal(image, np.moveaxis(array, 2, 0))
+
+
+def test_fortran_order_and_other_header_versions():
+    array = np.asfortranarray(values((9, 11, 3), "float32"))
+    assert np.array_equal(decode(npy(array)).numpy(), np.moveaxis(array, 2, 0))
+    assert np.array_equal(decode(npy(array, (2, 0))).numpy(), np.moveaxis(array, 2, 0))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("something was unpickled",))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (npy(np.array([Bomb()], dtype=object)), "an array of object"),
+        (npy(np.zeros((3, 3), dtype=complex)), "complex128; give integers"),
+        (npy(np.zeros((3, 3), dtype="U4")), "give integers"),
+        (npy(np.zeros((3, 3), dtype=[("a", "u1")])), "give integers"),
+        (npy(np.zeros((2, 3, 4, 5))), r"shape \(2, 3, 4, 5\); give \(height"),
+        (npy(np.zeros(7)), r"shape \(7,\); give"),
+        (npy(np.zeros((0, 3))), "empty, truncated or damaged"),
+        (npy(np.zeros((40, 40, 33))), "40 x 40 pixels of 33 channels; give 1 to 32"),
+        (npy(np.zeros((3, 3)))[:-1], "empty, truncated or damaged"),
+        (npy(np.zeros((3, 3))) + b"x", "empty, truncated or damaged"),
+        (npy(np.zeros((3, 3)))[:20], "no readable NumPy file"),
+        (b"\x93NUMPY\x07\x00", "no readable NumPy file"),
+        (npy(np.array([[1.0, np.nan]])), "not finite"),
+        (npy(np.array([[1.0, np.inf]])), "not finite"),
+        (npy(np.array([[1.0, 1e300]])), "not finite"),
+    ],
+)
+def test_other_contents_are_broken(content, reason):
+    with pytest.raises(BrokenImage, match=reason) as caught:
+        decode(content)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_header_that_promises_more_than_there_is_takes_no_memory():
+    small = npy(np.zeros((10, 10), dtype=np.uint8))
+    lie = small.replace(b"(10, 10), ", b"(10**9,), ").replace(b"(10**9,)", b"(99999,9)")
+    with pytest.raises(BrokenImage, match="truncated"):
+        decode_npy(lie)
+
+
+def test_large_arrays_are_refused_by_what_they_hold():
+    array = np.zeros((30, 40, 8), dtype=np.uint8)
+    assert decode(npy(array), max_pixels=2400).shape == (8, 30, 40)  # eight channels count twice
+    with pytest.raises(BrokenImage, match=r"30 x 40 pixels of 8 .* max_pixels 2399"):
+        decode(npy(array), max_pixels=2399)
+
+
+def test_sizes_at_the_limits():
+    check_size(10, 10, 4, 100)
+    for size in [(0, 10, 1), (10, 0, 1), (10, 10, 0), (10, 10, 33), (10, 11, 1)]:
+        with pytest.raises(BrokenImage):
+            check_size(*size, 100)
+
+
+def test_bits_in_use_decide_the_range():
+    twelve = np.array([[[0], [4095]]], dtype=np.uint16)
+    assert in_range(twelve, 12).ravel().tolist() == [0.0, 1.0]
+    assert in_range(twelve).ravel()[1] == pytest.approx(4095 / 65535)
+
+
+def test_channels_last_takes_two_or_three_axes():
+    with pytest.raises(BrokenImage):
+        channels_last(np.zeros((1, 2, 3, 4)))

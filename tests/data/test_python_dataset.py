@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, TensorDataset
+from torchvision.datasets import FakeData
+
+from backfold.data.arrays import BrokenImage
+from backfold.data.augmentation import Augmentation
+from backfold.data.loading import training_loader
+from backfold.data.python_dataset import DatasetSource
+from backfold.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
+)
+ARRAY = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+CHANNELS_FIRST = torch.from_numpy(np.moveaxis(ARRAY, 2, 0).copy())
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        Image.fromarray(ARRAY),
+        ARRAY,
+        np.moveaxis(ARRAY, 2, 0),
+        CHANNELS_FIRST,
+        (Image.fromarray(ARRAY), 3),
+        [CHANNELS_FIRST, 3, "more"],
+        {"image": ARRAY, "label": 3},
+    ],
+)
+def test_the_same_image_in_many_forms(item):
+    assert torch.equal(DatasetSource([item]).read(0), CHANNELS_FIRST)
+
+
+def test_values_are_as_in_files():
+    deep = np.array([[0, 65535], [32768, 1]], dtype=np.uint16)
+    floats = torch.tensor([[-3.5, 700.0]])
+    source = DatasetSource([deep, floats, floats[None].bfloat16(), torch.tensor([[True, False]])])
+    np.testing.assert_allclose(source.read(0)[0].numpy(), deep / 65535, rtol=1e-7)
+    assert source.read(1).tolist() == [[[-3.5, 700.0]]]
+    assert source.read(2).tolist() == [[[-3.5, 700.0]]]
+    assert source.read(3).tolist() == [[[255, 0]]]
+
+
+def test_pictures_are_read_as_their_files_would_be():
+    rgba = Image.fromarray(np.dstack([ARRAY, np.full((9, 11), 51, dtype=np.uint8)]))
+    image = DatasetSource([rgba]).read(0)
+    assert image.shape == (3, 9, 11)
+    assert (image.float() - CHANNELS_FIRST.float() / 5).abs().max() <= 0.5
+
+
+def test_small_tensors_are_channels_first_whatever_their_size():
+    assert DatasetSource([torch.zeros(32, 8, 8)]).read(0).shape == (32, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        ("text", "a str; give an image"),
+        (torch.zeros(33, 4, 4), r"a tensor of \(33, 4, 4\)"),
+        (torch.zeros(1, 3, 4, 4), "a tensor of"),
+        (np.zeros((2, 2, 2, 2)), "an array of shape"),
+        (torch.tensor([[float("nan")]]), "not finite"),
+        (torch.zeros(3, 4, 4, dtype=torch.complex64), "complex64"),
+        (np.zeros((100, 101)), "more than max_pixels 10000"),
+        (Image.new("L", (100, 101)), "more than max_pixels 10000"),
+        ((), "a tuple"),
+    ],
+)
+def test_other_items_are_broken(item, reason):
+    with pytest.raises(BrokenImage, match=reason):
+        DatasetSource([item], max_pixels=10000).read(0)
+
+
+class Failing(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise KeyError("no\nsuch item")
+        return torch.full((1, 4, 4), index, dtype=torch.uint8)
+
+
+def test_an_item_that_raises_is_broken_and_replaced():
+    source = DatasetSource(Failing())
+    with pytest.raises(BrokenImage, match=r"KeyError: .*no.*such item") as caught:
+        source.read(2)
+    assert "\n" not in str(caught.value)
+    assert source.describe(2) == "Failing item 2"
+    plain = Augmentation(random_crop=False, horizontal_flip=False)
+    (batch,) = training_loader(source, (4, 4), 1, plain, 4, 0, 0, 1, num_workers=1)
+    assert sorted(batch.images[:, 0, 0, 0].tolist()) == [0, 1, 3, 3]
+    assert batch.broken[0].startswith("Failing item 2: ")
+
+
+def test_labels():
+    class Labelled(Failing):
+        targets = (1, 0, 1, 1)
+        classes = ("cat", "dog")
+
+    source = DatasetSource(Labelled())
+    assert (source.labels.tolist(), source.class_names) == ([1, 0, 1, 1], ("cat", "dog"))
+    given = DatasetSource(Failing(), labels=[0, 2, 1, 0])
+    assert (given.labels.tolist(), given.class_names) == ([0, 2, 1, 0], ("0", "1", "2"))
+    assert DatasetSource(Failing()).labels is None
+    for wrong in ([0, 1], [0, 1, 2, -1], [0.5] * 4):
+        with pytest.raises(UserError, match="give 4 integers from 0"):
+            DatasetSource(Failing(), labels=wrong)
+    with pytest.raises(UserError, match="1 class names and labels to 1; name every class"):
+        DatasetSource(Failing(), labels=[0, 1, 1, 0], class_names=["cat"])
+
+
+def test_known_data_sets():
+    fake = DatasetSource(FakeData(size=3, image_size=(3, 8, 9)))
+    assert fake.read(1).shape == (3, 8, 9)
+    tensors = DatasetSource(TensorDataset(torch.rand(5, 12, 6, 6)))
+    assert tensors.read(4).shape == (12, 6, 6)
+
+
+def test_no_data_set_is_the_users_error():
+    with pytest.raises(UserError, match="is empty"):
+        DatasetSource([])
+    with pytest.raises(UserError, match="no length or no items"):
+        DatasetSource(iter([1]))

@@ -1,0 +1,142 @@
+"""Weights that left give the outputs that they gave here."""
+
+import json
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torchvision.transforms.v2.functional import to_pil_image
+
+from backfold import Backfold
+from backfold.exporting.run import export_run
+
+MODELS = ["vit", "convnext", "swin", "resnet"]
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def exported(make_run, kind, tmp_path, model="vit", channels=3):
+    run = make_run(model, channels)
+    export_run(run, kind, tmp_path / "out")
+    return Backfold.load(run), tmp_path / "out"
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_timm_loads_the_weights_by_name(make_run, pixels, tmp_path, model, channels):
+    ours, out = exported(make_run, "timm", tmp_path, model, channels)
+    config = json.loads((out / "config.json").read_text())
+    theirs = timm.create_model(
+        ours.run.config.backbone,
+        checkpoint_path=out / "model.safetensors",
+        num_classes=0,
+        **config["model_args"],
+    ).eval()
+    images = pixels(3, channels, ours.run.image_size)
+    normalised = ours.run.statistics.normalize(images)
+    with torch.no_grad():
+        features = theirs.forward_features(normalised)
+        expected = ours.run.energy.backbone.forward_features(normalised)
+        output = theirs(normalised)
+    torch.testing.assert_close(features, expected, **CLOSE)
+    if model == "convnext":  # its own norm comes after the mean
+        assert "pools otherwise" in (out / "README.md").read_text()
+        assert not torch.allclose(output, ours.embed(images), **CLOSE)
+    else:
+        assert "is the mean over positions" in (out / "README.md").read_text()
+        torch.testing.assert_close(output, ours.embed(images), **CLOSE)
+
+
+def test_timm_loads_the_folder_and_gives_it_a_classifier(make_run, pixels, tmp_path):
+    ours, out = exported(make_run, "timm", tmp_path)
+    images = pixels(2)
+    theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    with torch.no_grad():
+        output = theirs(ours.run.statistics.normalize(images))
+    torch.testing.assert_close(output, ours.embed(images), **CLOSE)
+    classifier = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=5).eval()
+    with torch.no_grad():
+        features = classifier.forward_head(
+            classifier.forward_features(ours.run.statistics.normalize(images)), pre_logits=True
+        )
+    torch.testing.assert_close(features, ours.embed(images), **CLOSE)
+    assert classifier(images).shape == (2, 5)
+
+
+def test_timm_s_own_preprocessing_is_the_run_s(make_run, pixels, tmp_path):
+    ours, out = exported(make_run, "timm", tmp_path)
+    theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(theirs))
+    picture = to_pil_image(pixels(1)[0])
+    with torch.no_grad():
+        output = theirs(transform(picture)[None])
+    torch.testing.assert_close(output, ours.embed([picture]), **CLOSE)
+
+
+@pytest.mark.parametrize("model", ["vit", "swin", "resnet"])
+def test_transformers_loads_the_folder(make_run, pixels, tmp_path, model):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    ours, out = exported(make_run, "huggingface", tmp_path, model)
+    images = pixels(2, size=ours.run.image_size)
+    for loader in (transformers.AutoModel, transformers.TimmWrapperModel):
+        theirs = loader.from_pretrained(out).eval()
+        assert type(theirs).__name__ == "TimmWrapperModel"
+        with torch.no_grad():
+            output = theirs(ours.run.statistics.normalize(images)).pooler_output
+        torch.testing.assert_close(output, ours.embed(images), **CLOSE)
+    theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    with torch.no_grad():
+        output = theirs(ours.run.statistics.normalize(images))
+    torch.testing.assert_close(output, ours.embed(images), **CLOSE)
+
+
+def test_transformers_preprocessing_is_the_run_s(make_run, pixels, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    ours, out = exported(make_run, "huggingface", tmp_path)
+    picture = to_pil_image(pixels(1)[0])
+    processor = transformers.AutoImageProcessor.from_pretrained(out)
+    model = transformers.AutoModel.from_pretrained(out).eval()
+    with torch.no_grad():
+        output = model(**processor(picture, return_tensors="pt")).pooler_output
+    torch.testing.assert_close(output, ours.embed([picture]), **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("model", MODELS)
+def test_torchscript_gives_equal_embeddings_and_energies(make_run, pixels, tmp_path, model):
+    ours, out = exported(make_run, "torchscript", tmp_path, model)
+    graph = torch.jit.load(out / "model.pt")
+    for count in (1, 4):
+        images = pixels(count, size=ours.run.image_size)
+        with torch.no_grad():
+            embedding, energy = graph(images)
+        torch.testing.assert_close(embedding, ours.embed(images), **CLOSE)
+        torch.testing.assert_close(energy, ours.energy(images), **CLOSE)
+
+
+@pytest.mark.parametrize("model", ["vit", "resnet"])
+def test_onnx_gives_equal_embeddings_and_energies(make_run, pixels, tmp_path, model):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    ours, out = exported(make_run, "onnx", tmp_path, model)
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 4):
+        images = pixels(count, size=ours.run.image_size)
+        embedding, energy = session.run(["embedding", "energy"], {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(embedding), ours.embed(images), **CLOSE)
+        torch.testing.assert_close(torch.from_numpy(energy), ours.energy(images), **CLOSE)
+
+
+def test_the_file_says_that_it_is_torch_s(make_run, tmp_path):
+    _, out = exported(make_run, "timm", tmp_path)
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_pillow_images_are_what_files_are(make_run, pixels, tmp_path):
+    ours = Backfold.load(make_run())
+    to_pil_image(pixels(1)[0]).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        given = ours.embed([picture])
+    assert torch.equal(given, ours.embed([tmp_path / "a.png"]))

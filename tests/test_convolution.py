@@ -1,0 +1,329 @@
+"""The convolution with a cheap second derivative, held against PyTorch's and finite differences."""
+
+import copy
+from collections import Counter
+
+import pytest
+import timm
+import torch
+from timm.layers import Conv2dSame
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from backfold.backbone import make_twice_differentiable
+from backfold.convolution import TwiceDifferentiableConv2d, is_plain_grouped
+from backfold.energy import EnergyModel
+from backfold.training.optimizer import freeze_unreachable
+from backfold.training.stepper import RestorationTraining
+
+GEOMETRIES = [
+    {"groups": 4, "padding": 1},
+    {"groups": 4, "kernel_size": 2, "stride": 2, "bias": False},
+    {"groups": 2, "out_channels": 6, "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)},
+    {"groups": 4, "out_channels": 8, "kernel_size": (1, 3), "padding": (0, 1), "stride": 3},
+    {"groups": 2, "padding": "same", "dilation": (2, 1)},
+    {"groups": 4, "padding": "valid"},
+]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pair(dtype=torch.float64, **geometry):
+    """(ours, PyTorch's) with the same parameters."""
+    options = {"in_channels": 4, "out_channels": 4, "kernel_size": 3, **geometry}
+    plain = nn.Conv2d(**options, dtype=dtype)
+    return TwiceDifferentiableConv2d.sharing(plain), plain
+
+
+def images(dtype=torch.float64, channels=4):
+    return torch.randn(2, channels, 6, 5, dtype=dtype, requires_grad=True)
+
+
+def call(module, inputs, *parameters):
+    names = [name for name, _ in module.named_parameters()]
+    return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), inputs)
+
+
+def all_derivatives(module, inputs):
+    """Outputs, their gradients, and the gradients of a function of all those gradients."""
+    outputs = module(inputs)
+    weights = torch.linspace(-1, 1, outputs.numel(), dtype=outputs.dtype).view_as(outputs)
+    weights.requires_grad_()
+    wanted = [inputs, *module.parameters()]
+    first = torch.autograd.grad(outputs, wanted, weights, create_graph=True)
+    second = torch.autograd.grad(
+        sum(g.sin().sum() for g in first), [inputs, weights, *wanted[1:]], allow_unused=True
+    )
+    return outputs, first, second
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_derivatives_agree_with_finite_differences(geometry):
+    ours, _ = pair(**geometry)
+    inputs = torch.randn(1, 4, 5, 4, dtype=torch.float64, requires_grad=True)
+    arguments = (inputs, *(p.detach().clone().requires_grad_() for p in ours.parameters()))
+    assert torch.autograd.gradcheck(lambda *x: call(ours, *x), arguments)
+    assert torch.autograd.gradgradcheck(lambda *x: call(ours, *x), arguments)
+
+
+def test_the_third_derivative_agrees_with_finite_differences():
+    ours, _ = pair(groups=2, padding=1, bias=False)
+    inputs = torch.randn(1, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+    weight = ours.weight.detach().clone().requires_grad_()
+
+    def gradients(inputs, weight):
+        outputs = call(ours, inputs, weight).sin().sum()
+        return torch.autograd.grad(outputs, [inputs, weight], create_graph=True)
+
+    assert torch.autograd.gradgradcheck(gradients, (inputs, weight))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_all_derivatives_equal_those_of_pytorch(geometry, dtype, layout):
+    inputs = images(dtype).detach().to(memory_format=layout).requires_grad_()
+    ours, expected = (all_derivatives(module, inputs) for module in pair(dtype, **geometry))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+    assert ours[0].stride() == expected[0].stride()
+
+
+def test_bf16_autocast_gives_what_it_gives_pytorch():
+    inputs = images(torch.float32)
+    results = []
+    for module in pair(torch.float32, groups=4, padding=1):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            results.append(all_derivatives(module, inputs))
+    ours, expected = results
+    assert ours[0].dtype == torch.bfloat16
+    assert ours[2][0].dtype == torch.float32
+    torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.02)
+
+
+def test_autocast_leaves_float64_alone():
+    ours, _ = pair(groups=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ours(images()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        ["inputs"],
+        ["weight"],
+        ["bias"],
+        ["weight", "bias"],
+        ["inputs", "weight"],
+        ["inputs", "bias"],
+    ],
+)
+def test_what_is_frozen_gets_no_gradient_and_all_else_its_own(frozen):
+    results = []
+    for module in pair(groups=2, padding=1):
+        leaves = {"inputs": images().detach().fill_(0.5), **dict(module.named_parameters())}
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name not in frozen).grad = None
+        outputs = module(leaves["inputs"])
+        asked = [leaf for leaf in leaves.values() if leaf.requires_grad]
+        first = torch.autograd.grad(outputs.sin().sum(), asked, create_graph=True)
+        sum(gradient.square().sum() for gradient in first).backward()
+        results.append([leaf.grad for leaf in leaves.values()])
+    assert [gradient is None for gradient in results[0]] == [name in frozen for name in leaves]
+    torch.testing.assert_close(*results)
+
+
+def test_an_activation_in_place_may_follow():
+    results = []
+    for module in pair(groups=4, padding=1):
+        inputs = images().detach().fill_(0.3).requires_grad_()
+        F.silu(module(inputs), inplace=True).sum().backward()
+        results.append(inputs.grad)
+    torch.testing.assert_close(*results)
+
+
+def slopes(module, weight, bias, points):
+    """Derivatives of a function of the energy's gradient with respect to the points."""
+
+    def slope(weight, bias, points):
+        def energy(points):
+            return call(module, points, weight, bias).sin().sum()
+
+        return torch.func.grad(energy)(points).sin().sum()
+
+    return torch.func.grad(slope, argnums=(0, 1, 2))(weight, bias, points)
+
+
+def test_functional_gradients_see_through_it():
+    ours, plain = pair(groups=2, padding=1)
+    parameters = [parameter.detach() for parameter in ours.parameters()]
+    inputs = images().detach()
+    torch.testing.assert_close(
+        slopes(ours, *parameters, inputs), slopes(plain, *parameters, inputs)
+    )
+
+
+@pytest.mark.parametrize("mapped", [(0, None, None), (None, None, 0), (0, 0, 0), (None, 0, None)])
+@pytest.mark.parametrize("inside", [True, False])
+def test_vmap_sees_through_it(mapped, inside):
+    ours, plain = pair(groups=2, padding=1)
+    leaves = [*(parameter.detach() for parameter in ours.parameters()), images().detach()]
+    several = [
+        leaf if dim is None else torch.stack([leaf, -2 * leaf, leaf + 1])
+        for leaf, dim in zip(leaves, mapped, strict=True)
+    ]
+
+    def derivatives(module):
+        if inside:
+            return torch.func.vmap(lambda *x: slopes(module, *x), in_dims=mapped)(*several)
+
+        def total(*leaves):
+            def outputs(weight, bias, points):
+                return call(module, points, weight, bias)
+
+            return torch.func.vmap(outputs, in_dims=mapped)(*leaves).sin().sum()
+
+        def slope(*leaves):
+            gradients = torch.func.grad(total, argnums=(0, 1, 2))(*leaves)
+            return sum(gradient.sin().sum() for gradient in gradients)
+
+        return torch.func.grad(slope, argnums=(0, 1, 2))(*several)
+
+    torch.testing.assert_close(derivatives(ours), derivatives(plain))
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts convolutions: "forward", "of inputs", "of weight"."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            self.counts["forward"] += 1
+        elif func is torch.ops.aten.convolution_backward.default:
+            self.counts["of inputs"] += args[-1][0]
+            self.counts["of weight"] += args[-1][1]
+        return func(*args, **(kwargs or {}))
+
+
+def restoration_counts(module, channels):
+    """Convolutions in the inner gradient, and in the backward pass through it."""
+    inputs = images(torch.float32, channels)
+    outputs = module(inputs).sin().sum()
+    with Convolutions() as inner:
+        (gradient,) = torch.autograd.grad(outputs, inputs, create_graph=True)
+    with Convolutions() as outer:
+        gradient.square().sum().backward(inputs=list(module.parameters()))
+    return inner.counts, outer.counts
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+def test_the_double_backward_does_not_grow_with_the_groups(channels):
+    geometry = {"in_channels": channels, "out_channels": channels, "groups": channels}
+    ours, plain = pair(torch.float32, **geometry)
+    inner, outer = restoration_counts(ours, channels)
+    assert inner == {"of inputs": 1, "of weight": 0}
+    # From the gradient's own graph one of each; from the outputs' graph the weight's once more.
+    assert outer == {"forward": 1, "of inputs": 0, "of weight": 2}
+    assert restoration_counts(plain, channels)[1].total() > channels
+
+
+def test_only_plain_grouped_convolutions_are_replaced():
+    layers = nn.Sequential(
+        nn.Conv2d(4, 4, 3, groups=4),
+        nn.Sequential(nn.Conv2d(4, 8, 3, groups=2, padding="same")),
+        nn.Conv2d(8, 8, 3),
+        nn.Conv2d(8, 8, 3, groups=8, padding=1, padding_mode="reflect"),
+        Conv2dSame(8, 8, 3, stride=2, groups=8),
+        nn.Conv2d(8, 8, 2, groups=8, padding="same"),
+        nn.ConvTranspose2d(8, 8, 3, groups=8),
+        nn.Flatten(2),
+        nn.Conv1d(8, 8, 3, groups=8),
+    )
+    kinds = [type(layer) for layer in layers]
+    inputs = torch.randn(2, 4, 12, 12)
+    before, state = layers(inputs), dict(layers.state_dict(keep_vars=True))
+    make_twice_differentiable(layers)
+    assert [type(layer) for layer in layers] == [TwiceDifferentiableConv2d, *kinds[1:]]
+    assert type(layers[1][0]) is TwiceDifferentiableConv2d
+    assert not is_plain_grouped(layers[0])
+    after = layers.state_dict(keep_vars=True)
+    assert list(after) == list(state)
+    assert all(after[key] is value for key, value in state.items())
+    assert torch.equal(layers(inputs), before)
+    assert torch.equal(copy.deepcopy(layers)(inputs), before)
+
+
+def test_hooks_and_attributes_come_along():
+    layers = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)).eval()
+    layers[0].register_forward_hook(lambda module, _, outputs: outputs * module.factor)
+    layers[0].factor = 3.0
+    before = layers(inputs := images(torch.float32))
+    make_twice_differentiable(layers)
+    assert not layers[0].training
+    assert torch.equal(layers(inputs), before)
+
+
+def test_a_compiled_or_exported_graph_has_the_plain_convolution():
+    ours, plain = pair(torch.float32, groups=4)
+    seen = []
+
+    def record(graph, _):
+        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    inputs = images(torch.float32)
+    compiled = torch.compile(ours, backend=record, fullgraph=True)
+    assert torch.equal(compiled(inputs), plain(inputs))
+    assert seen == [torch.conv2d]
+    exported = torch.export.export(ours, (inputs,)).graph.find_nodes(
+        op="call_function", target=torch.ops.aten.conv2d.default
+    )
+    assert len(exported) == 1
+
+
+def convnext():
+    options = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
+    energy = EnergyModel("convnext_atto", image_size=32, backbone_options=options)
+    return energy.double()
+
+
+def training_gradients(energy):
+    points, clean = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64).unbind()
+    mask = torch.rand(2, 1, 32, 32) < 0.5
+    RestorationTraining(energy, 1.0)(points, clean, mask)[0].backward()
+    return {name: parameter.grad for name, parameter in energy.named_parameters()}
+
+
+def test_the_training_step_of_a_convnext_has_the_same_gradient(monkeypatch):
+    energy = convnext()
+    kinds = [type(module) for module in energy.modules()]
+    assert kinds.count(TwiceDifferentiableConv2d) == 4
+    torch.manual_seed(1)
+    ours = training_gradients(energy)
+    energy.zero_grad()
+    monkeypatch.setattr(TwiceDifferentiableConv2d, "forward", nn.Conv2d.forward)
+    torch.manual_seed(1)
+    expected = training_gradients(energy)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    assert all(ours[name].any() for name in ours if name.endswith("conv_dw.weight"))
+
+
+def test_the_same_parameters_are_out_of_reach(monkeypatch):
+    inputs = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    ours = freeze_unreachable(convnext(), inputs)
+    monkeypatch.setattr(TwiceDifferentiableConv2d, "forward", nn.Conv2d.forward)
+    assert ours == freeze_unreachable(convnext(), inputs)
+
+
+def test_its_names_are_those_of_timm():
+    options = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "num_classes": 0}
+    assert list(convnext().backbone.state_dict()) == list(
+        timm.create_model("convnext_atto", **options).state_dict()
+    )
