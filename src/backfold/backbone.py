@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from backfold.activation import TwiceDifferentiableGELU
+from backfold.convolution import TwiceDifferentiableConv2d, is_plain_grouped
 from backfold.errors import UserError
 
 ImageSize = tuple[int, int]
@@ -61,6 +62,8 @@ def make_twice_differentiable(backbone: nn.Module) -> None:
                 setattr(parent, name, _HardSigmoid())
             elif _is_exact_gelu(child):
                 setattr(parent, name, TwiceDifferentiableGELU())
+            elif is_plain_grouped(child):
+                setattr(parent, name, TwiceDifferentiableConv2d.sharing(child))
 
 
 def _is_exact_gelu(module: nn.Module) -> bool:

@@ -84,7 +84,18 @@ def test_nothing_but_broken_files(make_folder, pretrain_refused):
         ("--tasks.sorting.sorting-patch-size=20", ("1 whole patches",)),
         ("--pretext=colorization", ("colorization needs more than 1 channel",)),
         ("--batch-size=64", ("54 images are fewer than one global batch of 64", "--batch-size")),
-        ("--accumulate=3", ("batch_size 8 does not divide", "change batch_size or accumulate")),
+        ("--micro-batch=0", ("micro_batch is 0", "give 1 or more")),
+        ("--micro-batch=some", ("--micro-batch",)),
+        ("--derivative=forward", ("--derivative",)),
+        (
+            "--derivative=finite-difference --precision=bf16-mixed",
+            ("finite-difference step needs float32", "--precision 32-true"),
+        ),
+        (
+            "--tasks.masking.hidden-share=0.5 --tasks.masking.mask-patch-size=5",
+            ("no multiple", "hidden_share"),
+        ),
+        ("--init=nowhere.safetensors", ("nowhere.safetensors",)),
         ("--accelerator=abacus", ("can't use accelerator 'abacus'", "--accelerator auto")),
         ("--max-steps=0", ("max_steps is 0; give 1 or more",)),
         ("--epochs=-3", ("epochs is -3; give a positive number",)),
@@ -100,7 +111,7 @@ def test_nothing_but_broken_files(make_folder, pretrain_refused):
 def test_settings_that_cannot_be(argument, parts, pretrain_refused, make_parquet):
     task = ["--pretext=sorting"] if "sorting" in argument else []
     task = ["--pretext=mixture"] if "mixture" in argument else task
-    line = pretrain_refused([f"--data={make_parquet()}", *task, argument])
+    line = pretrain_refused([f"--data={make_parquet()}", *task, *argument.split()])
     for part in parts:
         assert part in line.replace("_", "-") or part in line
 
@@ -185,7 +196,7 @@ def test_an_existing_run_stays(run_folder, refused, tiny, snapshot, make_parquet
     # What is refused for another reason must not have emptied the folder first.
     refused([*arguments, "--overwrite", "--backbone=no_such"], "unknown backbone")
     refused([*arguments, "--overwrite", "--data=nowhere"], "nowhere does not exist")
-    refused([*arguments, "--overwrite", "--accumulate=3"], "does not divide")
+    refused([*arguments, "--overwrite", "--micro-batch=0"], "micro_batch is 0")
     (run_folder / "notes.txt").write_text("mine")
     refused([*arguments, "--overwrite"], "notes.txt", "choose another --out")
     (run_folder / "notes.txt").unlink()

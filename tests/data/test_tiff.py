@@ -201,6 +201,20 @@ def test_bombs_are_refused_before_memory_is_taken():
         decode(content, max_pixels=2399)
 
 
+def test_tiles_far_larger_than_the_image_are_refused():
+    content = bytearray(tiff(u16(20, 24), tile=(16, 16)))
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        tags = file.pages[0].tags
+        for name in ("TileWidth", "TileLength"):
+            assert tags[name].dtype in (3, 4)
+            kind = "<H" if tags[name].dtype == 3 else "<I"
+            value = struct.pack(kind, 65520)
+            at = tags[name].valueoffset
+            content[at : at + len(value)] = value
+    with pytest.raises(BrokenImage, match="tiles or strips of 4292870400 values"):
+        decode(bytes(content))
+
+
 @pytest.mark.parametrize("bigtiff", [False, True])
 @pytest.mark.parametrize("byteorder", ["<", ">"])
 def test_pages_that_lead_in_a_circle_end(bigtiff, byteorder):

@@ -56,6 +56,8 @@ UNUSUAL = PretrainConfig(
     watch_labels=False,
     checkpoint_minutes=0.0,
     max_steps=17,
+    keep_checkpoints=5,
+    init="weights.safetensors",
     max_broken_share=0.5,
     embedding=EmbeddingChoice(-2, "max"),
 )

@@ -100,7 +100,7 @@ def on_black(array: Pixels) -> Pixels:
 def to_tensor(array: Pixels) -> Tensor:
     """(channels, height, width) from (height, width, channels) in the machine's byte order."""
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return torch.from_numpy(np.ascontiguousarray(native)).permute(2, 0, 1)
+    return torch.from_numpy(np.require(native, requirements=["C", "W"])).permute(2, 0, 1)
 
 
 def decode_npy(content: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:

@@ -27,7 +27,7 @@ BATCH_SECONDS = 300.0
 IMAGE_SECONDS = 60.0
 START_SECONDS = 120.0  # a process that is not forked imports torch first
 RETRIES = 2
-FAILURES = ("DataLoader worker", "DataLoader timed out")
+FAILURES = ("DataLoader worker", "DataLoader timed out", "Pin memory thread exited")
 TORCH_HANDLERS = "torch.utils.data._utils.signal_handling"
 BatchType = TypeVar("BatchType")
 

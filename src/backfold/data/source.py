@@ -39,8 +39,8 @@ STREAMED_BYTES = 50 * 2**30  # data sets on the hub of more are not downloaded
 SAVED_FILES = ("dataset_dict.json", "state.json")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)?")
 WAYS = (
-    "give a folder of images, parquet files, tar shards (as 'shards/{000..012}.tar'), a saved data "
-    "set, or a name on the Hugging Face hub as owner/name"
+    "give a folder of images, parquet files, uncompressed tar shards such as "
+    "shards/{000..012}.tar, a saved data set, or owner/name on the Hugging Face hub"
 )
 Part = TypeVar("Part")
 
@@ -193,8 +193,8 @@ def _packed_files(folder: Path) -> list[Path]:
 def _open_files(name: str, files: list[Path], split: Split, options: _Options) -> ImageSource:
     kinds = {file.suffix.lower() for file in files}
     if len(kinds) > 1 or not kinds <= {".parquet", ".tar"}:
-        what = "a single file" if len(files) == 1 else f"{len(files)} files"
-        raise UserError(f"{name} is {what} of kind {' '.join(sorted(kinds))}; {WAYS}")
+        what = f"{len(files)} files of kind {' '.join(sorted(kinds))}"
+        raise UserError(f"{name} is {'a single file' if len(files) == 1 else what}; {WAYS}")
     named = {
         start: [file for file in files if file.name.lower().startswith(start)]
         for start in ("train", *TEST_NAMES)

@@ -76,32 +76,31 @@ class StreamSource(ABC):
         """The first images, in memory; `stream_loader` leaves them out where it is told to.
 
         Raises:
-            UserError: there is no image.
+            UserError: there are no images beyond these.
         """
         items: list[StreamItem] = []
         for shard in range(self.shards):
             for item in self.open_shard(shard):
-                items.append(item)
                 if len(items) == count:
-                    return StreamHead(self, items)
-        if not items:
-            raise UserError(f"{self.name}: no images; give shards that hold images")
-        return StreamHead(self, items)
+                    return StreamHead(self, items, (item.shard, item.position))
+                items.append(item)
+        raise UserError(
+            f"{self.name} holds {len(items)} images, and {count} are held out; hold out fewer"
+        )
 
 
 class StreamHead(EncodedSource):
     """A stream's first images, as an `ImageSource` in memory.
 
     Attributes:
-        taken: how many images of each shard, from its beginning, these are.
+        following: shard and position of the first image that is none of them.
     """
 
-    def __init__(self, stream: StreamSource, items: Sequence[StreamItem]) -> None:
+    def __init__(
+        self, stream: StreamSource, items: Sequence[StreamItem], following: tuple[int, int]
+    ) -> None:
         self.name, self.max_pixels = f"{stream.name}, first images", stream.max_pixels
-        self._items = list(items)
-        self.taken: dict[int, int] = {}
-        for item in items:
-            self.taken[item.shard] = item.position + 1
+        self._items, self.following = list(items), following
 
     def __len__(self) -> int:
         return len(self._items)

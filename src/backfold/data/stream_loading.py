@@ -4,9 +4,11 @@ Which images a step has follows from the seed and the step alone. Every epoch be
 shards, in an order drawn from (seed, epoch), are dealt to lanes, a few on every rank; each lane
 reads its shards through a shuffle buffer, and the steps take their batches from the lanes in turn.
 A worker process serves whole lanes, so their number changes nothing. Resumption skips what the
-epoch has used up, without decoding it. A lane that ends before the epoch starts over.
+epoch has used up, without decoding it. A lane that ends before the epoch starts over, and what a
+longer one has left is not seen in this epoch: shards should be of about one size.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,10 +21,11 @@ from backfold.data.arrays import BrokenImage
 from backfold.data.augmentation import Augmentation, Augmenter, ImageSize
 from backfold.data.decode import decode, to_channels
 from backfold.data.loading import Batch, LoadingError, stack_images
-from backfold.data.stream import StreamItem, StreamSource
+from backfold.data.stream import StreamHead, StreamItem, StreamSource
 from backfold.errors import UserError
 
 MAX_LANES = 8
+SHARDS_A_LANE = 4  # at least, so that a lane's unread end is another one in every epoch
 SHARD_FACTOR = 2**32  # `Batch.indices` of a stream: shard number x this + position
 
 
@@ -40,7 +43,7 @@ class StreamPlan:
 
 
 def plan_stream(
-    source: StreamSource, batch_size: int, world_size: int, held_out: int = 0
+    source: StreamSource, batch_size: int, world_size: int, head: StreamHead | None = None
 ) -> StreamPlan:
     """Lanes and length of an epoch.
 
@@ -48,18 +51,20 @@ def plan_stream(
         source: the images.
         batch_size: on each rank.
         world_size: number of ranks.
-        held_out: images of the stream that are not trained on.
+        head: images of the stream that are not trained on.
 
     Raises:
         UserError: fewer images than one global batch.
     """
-    steps = (source.count - held_out) // (batch_size * world_size)
+    count = source.count - (len(head) if head else 0)
+    shards = source.shards - (head.following[0] if head else 0)
+    steps = count // (batch_size * world_size)
     if steps < 1:
         raise UserError(
-            f"{source.count - held_out} images are fewer than one global batch of "
-            f"{batch_size * world_size}; lower --batch-size, or correct the count"
+            f"{count} images are fewer than one global batch of {batch_size * world_size}; "
+            "lower --batch-size, or correct the count"
         )
-    lanes = _power_of_two(min(MAX_LANES, source.shards // world_size, steps))
+    lanes = _power_of_two(min(MAX_LANES, shards // (world_size * SHARDS_A_LANE), steps))
     return StreamPlan(lanes, steps // lanes * lanes)
 
 
@@ -84,7 +89,7 @@ class StreamBatches(IterableDataset[Batch]):
     rank: int
     world_size: int
     buffer: int
-    leave_out: dict[int, int]
+    first: tuple[int, int]
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -103,27 +108,25 @@ class StreamBatches(IterableDataset[Batch]):
             yield self._batch(items, epoch, augmenter)
 
     def _lane(self, epoch: int, lane: int) -> Iterator[StreamItem]:
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.source.shards).tolist()
+        shards = np.arange(self.first[0], self.source.shards)
+        order = np.random.default_rng([self.seed, epoch]).permutation(shards).tolist()
         lanes = self.plan.lanes * self.world_size
         number = lane * self.world_size + self.rank
+        random = np.random.default_rng([self.seed, epoch, number])
         # Where there are fewer shards than ranks, each reads all and keeps its share of the images.
         alone = len(order) >= lanes
-        shards, share = (order[number::lanes], 1) if alone else (order, self.world_size)
-        random = np.random.default_rng([self.seed, epoch, number])
-        return _shuffled(self._endless(shards, share), random, self.buffer)
-
-    def _endless(self, shards: list[int], share: int) -> Iterator[StreamItem]:
+        mine, share = (order[number::lanes], 1) if alone else (order, self.world_size)
         while True:
-            count = 0
-            for shard in shards:
-                for item in self.source.open_shard(shard):
-                    if item.position < self.leave_out.get(shard, 0):
-                        continue
-                    if count % share == self.rank % share:
-                        yield item
-                    count += 1
-            if not count:
-                raise LoadingError(f"{self.source.name}: no images in {len(shards)} shard(s)")
+            last = None
+            for last in _shuffled(self._once(mine, share), random, self.buffer):
+                yield last
+            if last is None:
+                raise LoadingError(f"{self.source.name}: no images in {len(mine)} shard(s)")
+
+    def _once(self, shards: list[int], share: int) -> Iterator[StreamItem]:
+        items = itertools.chain.from_iterable(map(self.source.open_shard, shards))
+        trained_on = (item for item in items if (item.shard, item.position) >= self.first)
+        return itertools.islice(trained_on, self.rank % share, None, share)
 
     def _batch(self, items: list[StreamItem], epoch: int, augmenter: Augmenter) -> Batch:
         broken: list[str] = []
@@ -162,12 +165,14 @@ class StreamBatches(IterableDataset[Batch]):
 def _shuffled(
     items: Iterator[StreamItem], random: np.random.Generator, size: int
 ) -> Iterator[StreamItem]:
-    """Endless items through a buffer, of which each draw takes one at random."""
-    buffer = [item for _, item in zip(range(size), items, strict=False)]
+    """Through a buffer, of which each draw takes one at random."""
+    buffer = list(itertools.islice(items, size))
     for item in items:
         chosen = int(random.integers(len(buffer)))
         yield buffer[chosen]
         buffer[chosen] = item
+    random.shuffle(buffer)
+    yield from buffer
 
 
 def stream_loader(
@@ -185,7 +190,7 @@ def stream_loader(
     prefetch: int = 2,
     timeout: float = 0.0,
     buffer: int = 500,
-    leave_out: dict[int, int] | None = None,
+    head: StreamHead | None = None,
 ) -> "DataLoader[Batch]":
     """As `training_loader`, of a stream.
 
@@ -204,8 +209,7 @@ def stream_loader(
         prefetch: batches that each of these processes has loaded or is loading ahead, 1 or more.
         timeout: seconds to wait for a batch before RuntimeError; 0 waits for ever.
         buffer: encoded images that each of up to 8 lanes keeps in memory to draw from, 1 or more.
-        leave_out: how many images at the beginning of a shard are not trained on, by shard; see
-            `StreamHead.taken`.
+        head: images of the stream that are not trained on.
 
     Raises:
         UserError: fewer images than one global batch, a negative seed; while iterating, an image of
@@ -214,13 +218,12 @@ def stream_loader(
     assert buffer > 0
     if seed < 0:
         raise UserError(f"seed is {seed}; give 0 or more")
-    leave_out = dict(leave_out or {})
-    plan = plan_stream(source, batch_size, world_size, sum(leave_out.values()))
+    plan = plan_stream(source, batch_size, world_size, head)
     workers = _power_of_two(min(num_workers, plan.lanes)) if num_workers else 0
     return DataLoader(
         StreamBatches(
             source, plan, image_size, channels, augmentation, batch_size, seed, start_step,
-            total_steps, rank, world_size, buffer, leave_out,
+            total_steps, rank, world_size, buffer, head.following if head else (0, 0),
         ),
         batch_size=None,
         num_workers=workers,

@@ -1,26 +1,20 @@
 """What a data set looks like: sizes, formats, channels, duplicates, broken files, statistics."""
 
-import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from backfold.data.arrays import BrokenImage
-from backfold.data.decode import Decoded, as_float, examine, to_channels
-from backfold.data.encoded import EncodedSource
-from backfold.data.guarded import BATCH_SECONDS, GuardedSource, survive
+from backfold.data.guarded import BATCH_SECONDS, survive
+from backfold.data.looks import BATCH, DIGEST_BYTES, Look, Looks
 from backfold.data.protocol import ImageSource
-from backfold.data.statistics import ChannelStatistics, ChannelSums, Moments, count_channels
+from backfold.data.statistics import ChannelStatistics, ChannelSums, count_channels
 from backfold.errors import UserError
 
 LISTED = 100  # broken files, and groups of duplicates, by name
-BATCH = 16
-DIGEST_BYTES = 16
 AHEAD = 2  # batches in the making in each worker
 
 
@@ -83,92 +77,6 @@ class Survey:
         ]
 
 
-@dataclass(frozen=True)
-class _Look:
-    """One image's facts; without ``moments`` its channels are unfit, with ``broken`` it has none.
-
-    Attributes:
-        size: channels, height and width.
-    """
-
-    index: int
-    broken: str | None = None
-    format: str = ""
-    kind: str = ""
-    conversions: tuple[str, ...] = ()
-    size: tuple[int, int, int] = (0, 0, 0)
-    digest: bytes = b""
-    extremes: tuple[float, float] = (0.0, 0.0)
-    moments: Moments | None = None
-
-
-class _Looks(Dataset[list[_Look]]):
-    """Batches of looks, by number."""
-
-    def __init__(
-        self, source: ImageSource, indices: Sequence[int], channels: int, start: int
-    ) -> None:
-        self._source, self._indices, self._channels = source, indices, channels
-        self._start = start
-
-    def __len__(self) -> int:
-        return -(-len(self._indices) // BATCH) - self._start
-
-    def __getitem__(self, number: int) -> list[_Look]:
-        if number >= len(self):
-            raise IndexError
-        first = (self._start + number) * BATCH
-        return [
-            _look(self._source, index, self._channels)
-            for index in self._indices[first : first + BATCH]
-        ]
-
-
-def _look(source: ImageSource, index: int, channels: int) -> _Look:
-    try:
-        found, digest = _examine(source, index)
-    except BrokenImage as error:
-        return _Look(index, broken=f"{source.describe(index)}: {error}")
-    floats = as_float(found.image)
-    try:
-        moments = Moments.of(to_channels(found.image, channels))
-    except UserError:
-        moments = None
-    count, height, width = found.image.shape
-    return _Look(
-        index,
-        None,
-        found.format,
-        found.kind,
-        found.conversions,
-        (count, height, width),
-        digest,
-        (float(floats.min()), float(floats.max())),
-        moments,
-    )
-
-
-def _examine(source: ImageSource, index: int) -> tuple[Decoded, bytes]:
-    if isinstance(source, GuardedSource):
-        source.check(index)
-        source = source.source
-    if isinstance(source, EncodedSource):
-        content = source.content(index)
-        return examine(content, max_pixels=source.max_pixels), _digest(content)
-    image = source.read(index)
-    kind = str(image.dtype).removeprefix("torch.")
-    return Decoded(image, "Python", kind), _digest_of_pixels(image)
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
-
-
-def _digest_of_pixels(image: Tensor) -> bytes:
-    shape = repr((tuple(image.shape), image.dtype)).encode()
-    return _digest(shape + image.contiguous().numpy().tobytes())
-
-
 @dataclass
 class _Tally:
     broken: list[str] = field(default_factory=list)
@@ -185,7 +93,7 @@ class _Tally:
     lowest: float = float("inf")
     highest: float = float("-inf")
 
-    def add(self, look: _Look, sums: ChannelSums) -> None:
+    def add(self, look: Look, sums: ChannelSums) -> None:
         if look.broken is not None:
             self.broken_count += 1
             self.broken += [look.broken][: LISTED - len(self.broken)]
@@ -256,10 +164,10 @@ def survey(
 
 def _looks(
     source: ImageSource, indices: list[int], channels: int, num_workers: int
-) -> Iterator[list[_Look]]:
-    def make_loader(guarded: ImageSource, start: int) -> "DataLoader[list[_Look]]":
+) -> Iterator[list[Look]]:
+    def make_loader(guarded: ImageSource, start: int) -> "DataLoader[list[Look]]":
         return DataLoader(
-            _Looks(guarded, indices, channels, start),
+            Looks(guarded, indices, channels, start),
             batch_size=None,
             num_workers=num_workers,
             prefetch_factor=AHEAD if num_workers else None,

@@ -2,6 +2,8 @@
 
 import io
 import logging
+import math
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,7 @@ from backfold.data.arrays import ALPHA_ON_BLACK, BrokenImage, Pixels, check_size
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION = 274
+MOST_PAGES = 1000  # channels, thumbnails and the levels of a pyramid
 ALPHA = {EXTRASAMPLE.UNASSALPHA, EXTRASAMPLE.ASSOCALPHA}
 # What Pillow reads without loss when it has 8 bits and no channels but the usual ones.
 PILLOW_SAMPLES = {
@@ -67,6 +70,7 @@ def decode_tiff(content: bytes, max_pixels: int) -> TiffImage | None:
     Raises:
         BrokenImage: too large, or axes and colours that are no image of channels.
     """
+    _check_pages(content)
     # Another file that the metadata name is never opened.
     with TiffFile(io.BytesIO(content), _multifile=False) as file:
         series = file.series[0]
@@ -86,6 +90,29 @@ def decode_tiff(content: bytes, max_pixels: int) -> TiffImage | None:
             orientation if orientation in range(1, 9) else 1,
             conversions,
         )
+
+
+def _check_pages(content: bytes) -> None:
+    """Follow the chain of pages; tifffile would follow one that leads back for minutes.
+
+    Raises:
+        BrokenImage: it leads back, or is too long.
+    """
+    order = "<" if content.startswith(b"II") else ">"
+    big = content[2:4] in (b"+\0", b"\0+")
+    count, offset, entry = ("Q", "Q", 20) if big else ("H", "I", 12)
+    seen: set[int] = set()
+    try:
+        (place,) = struct.unpack_from(order + offset, content, 8 if big else 4)
+        while place:
+            if place in seen or len(seen) == MOST_PAGES:
+                raise BrokenImage(f"pages that lead back, or more than {MOST_PAGES} of them")
+            seen.add(place)
+            (entries,) = struct.unpack_from(order + count, content, place)
+            after = place + struct.calcsize(order + count) + entry * entries
+            (place,) = struct.unpack_from(order + offset, content, after)
+    except struct.error:
+        return  # the chain ends too early: what there is of it may still be an image
 
 
 def _pillow_reads(series: TiffPageSeries, page: TiffPage) -> bool:
@@ -110,6 +137,10 @@ def _read_series(series: TiffPageSeries, max_pixels: int) -> Pixels:
         )
     channels = lengths[others[0]] if others else 1
     check_size(lengths["Y"], lengths["X"], channels, max_pixels)
+    # One tile or strip may be far larger than the image that it holds a corner of.
+    segment = math.prod(series.keyframe.chunks)
+    if segment > 4 * max_pixels:
+        raise BrokenImage(f"tiles or strips of {segment} values; write the file anew")
     array = np.asarray(series.asarray(maxworkers=1))
     order = [series.axes.index(axis) for axis in ("Y", "X", *others)]
     return array.transpose(order).reshape(lengths["Y"], lengths["X"], channels)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backfold.backbone import ImageSize
+from backfold.data.arrays import MAX_PIXELS
 from backfold.data.augmentation import Augmentation
 from backfold.embedding import EmbeddingChoice
 from backfold.energy import HeadName
@@ -82,7 +83,8 @@ class PretrainConfig:
     """Everything that a pretraining run depends on, but for the machine.
 
     Args:
-        data: folder of images (any depth) or parquet file; none takes the embedded images.
+        data: folder of images (any depth), parquet files, tar shards, or a Hugging Face data set;
+            none takes the embedded images.
         out: the run's folder.
         backbone: name of a timm model.
         backbone_options: further keyword arguments of the timm model, such as patch_size.
@@ -121,11 +123,13 @@ class PretrainConfig:
         init: existing weights to start from: a safetensors or torch file, the folder of a run or of
             an export, or "timm" for timm's own; none starts at random.
         max_steps: stop after this many optimizer steps, if the epochs come to more.
+        max_pixels: larger images are counted as unreadable, as they may be made to fill the memory.
+        stream_images: how many images a stream holds, where the data do not say it.
         max_broken_share: share of unreadable files at which the run stops.
         embedding: layer and pooling of the embeddings that are watched.
     """
 
-    data: Path | None = None
+    data: str | Path | None = None
     out: Path = Path("runs/pretrain")
     backbone: str = "vit_small_patch16_224"
     backbone_options: dict[str, Any] = field(default_factory=dict)
@@ -156,6 +160,8 @@ class PretrainConfig:
     keep_checkpoints: int = 2
     init: str | None = None
     max_steps: int | None = None
+    max_pixels: int = MAX_PIXELS
+    stream_images: int | None = None
     max_broken_share: float = 0.01
     embedding: EmbeddingChoice = field(default_factory=EmbeddingChoice)
 
@@ -163,7 +169,14 @@ class PretrainConfig:
         for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name):g}; give a positive number")
-        for name in ("max_steps", "micro_batch", "prefetch", "keep_checkpoints"):
+        for name in (
+            "max_steps",
+            "micro_batch",
+            "prefetch",
+            "keep_checkpoints",
+            "max_pixels",
+            "stream_images",
+        ):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise UserError(f"{name} is {value}; give 1 or more, or leave it out")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, NoReturn
 
+import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies import DDPStrategy
@@ -81,6 +82,16 @@ def _check_nodes_are_known(num_nodes: int, environment: Mapping[str, str]) -> No
             "with torchrun or srun, which name the machines, or set MASTER_ADDR, MASTER_PORT and "
             "NODE_RANK on each of them"
         )
+
+
+def largest(fabric: Fabric, *numbers: int) -> list[int]:
+    """Each number's largest value over the processes, which must all ask at the same point."""
+    values = torch.tensor(numbers, device=fabric.device)
+    if fabric.world_size > 1:
+        # Lightning's all_reduce adds a barrier, and its all_gather calls what PyTorch deprecated.
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+    result: list[int] = values.tolist()
+    return result
 
 
 def refuse_strategy(name: str) -> NoReturn:

@@ -13,8 +13,17 @@ from torch import Tensor, nn
 from backfold.backbone import ImageSize
 from backfold.data.broken import BrokenFiles
 from backfold.data.loading import evaluation_loader
-from backfold.data.source import ImageSource, SubsetSource, open_source, stratified_split
-from backfold.data.statistics import ChannelStatistics, count_channels, measure_statistics
+from backfold.data.source import (
+    ImageSource,
+    SubsetSource,
+    open_source,
+    open_stream,
+    stratified_split,
+)
+from backfold.data.statistics import ChannelStatistics, count_channels
+from backfold.data.stream import StreamHead, StreamSource
+from backfold.data.survey import survey
+from backfold.data.survey_file import find_survey
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.pretext import PretextTask
@@ -24,6 +33,7 @@ from backfold.training.health import HeldOut
 
 LOGGER = logging.getLogger("backfold")
 LARGEST_HELD_OUT_SHARE = 0.1
+SURVEYED_IMAGES = 1000
 KNN_IMAGES = 2000
 CALIBRATION_IMAGES = 32
 WATCHED_BYTES = 2**28  # of held-out and of labelled images each, kept on the device
@@ -31,12 +41,22 @@ WATCHED_BYTES = 2**28  # of held-out and of labelled images each, kept on the de
 
 @dataclass(frozen=True)
 class Images:
-    """The training images, and what was found out about them."""
+    """The training images, and what was found out about them.
+
+    Of a stream, ``training`` and ``held_out`` are its first images, on which nothing is trained.
+    """
 
     training: ImageSource
     held_out: ImageSource
     statistics: ChannelStatistics
     channels: int
+    count: int
+    stream: StreamSource | None = None
+
+    @property
+    def head(self) -> StreamHead | None:
+        """The stream's first images."""
+        return self.held_out if isinstance(self.held_out, StreamHead) else None
 
 
 def open_images(config: PretrainConfig) -> Images:
@@ -45,7 +65,10 @@ def open_images(config: PretrainConfig) -> Images:
     Raises:
         UserError: no data, too few images, or too many unreadable ones.
     """
-    source = open_source(config.data, "train", config.watch_labels)
+    stream = open_stream(config.data, config.stream_images, config.max_pixels)
+    if stream is not None:
+        return _open_stream(config, stream)
+    source = open_source(config.data, "train", config.watch_labels, config.max_pixels)
     if len(source) < 2:
         raise UserError(f"{source.name} holds {len(source)} image; give at least 2")
     held_out = min(config.held_out, max(1, int(LARGEST_HELD_OUT_SHARE * len(source))))
@@ -55,17 +78,45 @@ def open_images(config: PretrainConfig) -> Images:
     except UserError:  # fewer held-out images than classes
         training, kept = stratified_split(len(source), held_out / len(source), config.seed)
     channels = config.channels or count_channels(source)
-    statistics = measure_statistics(SubsetSource(source, training), channels, seed=config.seed)
-    LOGGER.info(
-        f"{source.name}: {len(training)} images to train, {len(kept)} held out, {channels} "
-        f"channel(s), mean {_rounded(statistics.mean)}, deviation {_rounded(statistics.std)}"
+    found = find_survey(config.data, source, channels) or survey(
+        source, channels, max_images=SURVEYED_IMAGES, seed=config.seed
     )
+    for line in found.notes():
+        LOGGER.info("%s", line)
+    _describe(source.name, len(training), len(kept), channels, found.statistics)
     if source.labels is not None:
         LOGGER.info(
             "labels of %d classes are there: used to watch kNN, never to train",
             len(source.class_names) or len(np.unique(source.labels)),
         )
-    return Images(SubsetSource(source, training), SubsetSource(source, kept), statistics, channels)
+    return Images(
+        SubsetSource(source, training),
+        SubsetSource(source, kept),
+        found.statistics,
+        channels,
+        len(training),
+    )
+
+
+def _open_stream(config: PretrainConfig, stream: StreamSource) -> Images:
+    held_out = min(config.held_out, max(1, int(LARGEST_HELD_OUT_SHARE * stream.count)))
+    head = stream.head(held_out)
+    channels = config.channels or count_channels(head)
+    found = survey(head, channels, seed=config.seed)
+    for line in found.notes():
+        LOGGER.info("%s", line)
+    count = stream.count - len(head)
+    _describe(stream.name, count, len(head), channels, found.statistics)
+    return Images(head, head, found.statistics, channels, count, stream)
+
+
+def _describe(
+    name: str, training: int, held_out: int, channels: int, statistics: ChannelStatistics
+) -> None:
+    LOGGER.info(
+        f"{name}: {training} images to train, {held_out} held out, {channels} "
+        f"channel(s), mean {_rounded(statistics.mean)}, deviation {_rounded(statistics.std)}"
+    )
 
 
 def _rounded(values: tuple[float, ...]) -> str:
@@ -172,8 +223,8 @@ def describe_run(
         "channels": images.channels,
         "mean": list(images.statistics.mean),
         "std": list(images.statistics.std),
-        "data": images.training.name,
-        "training_images": len(images.training),
+        "data": (images.stream or images.training).name,
+        "training_images": images.count,
         "held_out_images": len(images.held_out),
         "tasks": list(tasks),
     }

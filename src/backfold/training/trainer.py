@@ -10,7 +10,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import NoReturn, cast
 
@@ -18,15 +18,14 @@ import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from backfold.backbone import default_image_size
 from backfold.data.broken import BrokenFiles
-from backfold.data.loading import Batch, training_loader
-from backfold.data.sampling import steps_per_epoch
+from backfold.data.loading import Batch
 from backfold.errors import UserError
 from backfold.memory import keep_freed_memory
 from backfold.training import setup
+from backfold.training.batches import steps_in_epoch, training_batches
 from backfold.training.config import (
     PretrainConfig,
     build_tasks,
@@ -122,13 +121,13 @@ class Run:
             getattr(energy.backbone, "pretrained_cfg", None)
         )
         setup.check_tasks(tasks, images.channels, self.image_size, energy.backbone)
-        self.broken = BrokenFiles.for_source(images.training, config.max_broken_share)
+        self.broken = BrokenFiles(max(1, int(config.max_broken_share * images.count)))
         self.fabric = _fabric(config)
         if self.fabric.device.type == "cpu":
             keep_freed_memory()
         self.local_batch = _local_batch(config, self.fabric.world_size)
         device = self.fabric.device
-        self.steps_per_epoch = steps_per_epoch(len(images.training), config.batch_size)
+        self.steps_per_epoch = steps_in_epoch(images, self.local_batch, self.fabric.world_size)
         total = max(1, round(config.epochs * self.steps_per_epoch))
         self.total_steps = min(total, config.max_steps or total)
         self.watch_steps = max(1, round(config.watch_every * self.steps_per_epoch))
@@ -217,7 +216,15 @@ class Run:
 
     def _loop(self, bar: TrainingBar, metrics: MetricsLog | None, request: StopRequest) -> None:
         meter = Meter(self.state.seconds)
-        batches = self._batches()
+        batches = training_batches(
+            self.config,
+            self.images,
+            self.image_size,
+            self.local_batch,
+            self.plan,
+            range(self.state.step, self.total_steps),
+            self.fabric,
+        )
         self.energy.train()
         saved = time.monotonic()
         if self.state.step == 0 and not self.recorder.history and metrics is not None:
@@ -288,28 +295,6 @@ class Run:
 
     def _save(self) -> None:
         self.recorder.save(self._epoch(), self.stepper.optimizer.state_dict())
-
-    def _batches(self) -> Iterator[Batch]:
-        loader: DataLoader[Batch] = training_loader(
-            self.images.training,
-            self.image_size,
-            self.images.channels,
-            self.config.augmentation,
-            self.local_batch,
-            self.config.seed,
-            self.state.step,
-            self.total_steps,
-            self.fabric.global_rank,
-            self.fabric.world_size,
-            self.plan.workers,
-            self.plan.prefetch,
-        )
-        return iter(
-            cast(
-                "Iterable[Batch]",
-                self.fabric.setup_dataloaders(loader, use_distributed_sampler=False),
-            )
-        )
 
     def _row(self, loss: Tensor, norm: Tensor, last: Restored, meter: Meter) -> dict[str, float]:
         """A row of ``metrics.csv``; stops the run if the loss is not finite."""

@@ -1,0 +1,89 @@
+"""The batches of a run, from files or from a stream, whatever happens to the workers."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+from lightning.fabric import Fabric
+
+from backfold.backbone import ImageSize
+from backfold.data.guarded import BATCH_SECONDS, survive
+from backfold.data.loading import Batch, training_loader
+from backfold.data.protocol import ImageSource
+from backfold.data.sampling import StepSampler, steps_per_epoch
+from backfold.data.stream_loading import plan_stream, stream_loader
+from backfold.training.config import PretrainConfig
+from backfold.training.loading_plan import LoadingPlan
+from backfold.training.setup import Images
+
+
+def steps_in_epoch(images: Images, local_batch: int, world_size: int) -> int:
+    """Optimizer steps in one pass over the images.
+
+    Raises:
+        UserError: fewer images than one global batch.
+    """
+    if images.stream is None:
+        return steps_per_epoch(len(images.training), local_batch * world_size)
+    return plan_stream(images.stream, local_batch, world_size, images.head).steps_per_epoch
+
+
+def training_batches(
+    config: PretrainConfig,
+    images: Images,
+    image_size: ImageSize,
+    local_batch: int,
+    plan: LoadingPlan,
+    steps: range,
+    fabric: Fabric,
+) -> Iterator[Batch]:
+    """One batch on this device for each step.
+
+    An image at which a worker crashes or hangs is found and counted as broken. (A stream's images
+    have no such protection.)
+
+    Args:
+        config: augmentation and seed count here.
+        images: what to train on.
+        image_size: (height, width) in pixels.
+        local_batch: images in a batch on this device.
+        plan: workers and prefetch.
+        steps: from the next step to the last.
+        fabric: moves batches to its device.
+
+    Raises:
+        UserError: while iterating, what the loader raises.
+    """
+    rank, world_size = fabric.global_rank, fabric.world_size
+    shared: tuple[Any, ...] = (
+        image_size, images.channels, config.augmentation, local_batch, config.seed,
+    )  # fmt: skip
+    stream = images.stream
+    if stream is not None:
+        loader = stream_loader(
+            stream, *shared, steps.start, steps.stop, rank, world_size, plan.workers, plan.prefetch,
+            head=images.head,
+        )  # fmt: skip
+        yield from _on_device(fabric, loader)
+        return
+    source = images.training
+
+    def make_loader(guarded: ImageSource, step: int) -> Iterable[Batch]:
+        loader = training_loader(
+            guarded, *shared, step, steps.stop, rank, world_size, plan.workers, plan.prefetch,
+            timeout=BATCH_SECONDS,
+        )  # fmt: skip
+        return _on_device(fabric, loader)
+
+    def indices_of(step: int) -> list[int]:
+        sampler = StepSampler(
+            len(source), local_batch, config.seed, step, step + 1, rank, world_size
+        )
+        return [index for _, index in next(iter(sampler))]
+
+    ahead = plan.workers * plan.prefetch
+    yield from survive(source, make_loader, indices_of, steps.start, steps.stop, ahead)
+
+
+def _on_device(fabric: Fabric, loader: Any) -> Iterable[Batch]:
+    prepared = fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+    return cast("Iterable[Batch]", prepared)
