@@ -21,7 +21,7 @@ from backfold.training.config import (
 from backfold.training.config_file import config_from_dict, config_to_dict
 
 UNUSUAL = PretrainConfig(
-    data=Path("some/images"),
+    data="some/images",
     out=Path("there"),
     backbone="resnet18",
     backbone_options={"act_layer": "gelu", "deep": {"list": [1, 2]}},
@@ -57,6 +57,8 @@ UNUSUAL = PretrainConfig(
     checkpoint_minutes=0.0,
     max_steps=17,
     keep_checkpoints=5,
+    max_pixels=1000,
+    stream_images=12,
     init="weights.safetensors",
     max_broken_share=0.5,
     embedding=EmbeddingChoice(-2, "max"),

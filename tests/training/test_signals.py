@@ -114,6 +114,15 @@ def test_a_second_ctrl_c_leaves_at_once(runner):
     assert_goes_on(run, runner("whole"))
 
 
+def test_a_run_stops_that_waits_for_an_image_that_never_comes(runner):
+    run = runner("stopped", **TWO_WORKERS)
+    term = (0.3, signal.SIGTERM, True)
+    outcome = run.start(moment="batch", count=1, signals=[term], image_seconds=3600.0)
+    assert outcome.code == 143, run.said
+    assert "SIGTERM at step 0 of" in last_line(run)
+    assert_goes_on(run, runner("whole"))
+
+
 def test_a_repeated_sigterm_changes_nothing(runner):
     """A scheduler signals every process; a launcher passes on what it got."""
     run = runner("stopped")
@@ -181,3 +190,14 @@ def test_a_job_stopped_before_its_first_step_is_queued_again(runner, slurm):
         env=environment(),
     )
     assert (outcome.code, calls()) == (143, ["requeue 4711"]), run.said
+
+
+def test_a_requeued_job_goes_on_with_the_command_that_started_it(runner, slurm):
+    environment, _ = slurm
+    run = runner("stopped")
+    term = [(0.0, signal.SIGTERM, False)]
+    assert run.start(moment="step", count=4, signals=term, env=environment()).code == 143
+    again = run.start(env=environment() | {"SLURM_RESTART_COUNT": "1"})
+    assert again.code == 0, run.said
+    assert f"resuming at step 4 of {STEPS}" in run.said
+    assert_goes_on(run, runner("whole"))

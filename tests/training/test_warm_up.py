@@ -16,7 +16,7 @@ from backfold.training.compiled import CompiledStep
 from backfold.training.config import OptimizerSettings, PretrainConfig
 from backfold.training.optimizer import freeze_unreachable
 from backfold.training.stepper import Stepper
-from backfold.training.warm_up import warm_up
+from backfold.training.warm_up import compiles_soon, warm_up
 
 STATISTICS = ChannelStatistics((0.3,), (0.35,))
 OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -120,6 +120,15 @@ def test_a_compiled_step_with_another_gradient_is_not_used(pictures, monkeypatch
     stepper(pictures, 0)
     plain(pictures, 0)
     torch.testing.assert_close(gradients(energy), gradients(plain.energy))
+
+
+def test_backbones_with_many_groups_would_compile_for_long():
+    assert compiles_soon(
+        EnergyModel("vit_tiny_patch16_224", image_size=28, backbone_options=OPTIONS)
+    )
+    narrow = {"depths": (1, 0, 0, 0), "dims": (8, 8, 8, 8)}
+    assert compiles_soon(EnergyModel("convnext_atto", image_size=32, backbone_options=narrow))
+    assert not compiles_soon(EnergyModel("convnext_atto", image_size=32))
 
 
 @pytest.mark.usefixtures("quick_compiler")

@@ -51,7 +51,7 @@ class EvaluateSettings:
     """
 
     checkpoint: Path = DEMO_RUN
-    data: Path | None = None
+    data: str | Path | None = None
     protocol: str = "knn,linear"
     embedding: EmbeddingChoice = field(default_factory=EmbeddingChoice)
     labels_per_class: int = 10

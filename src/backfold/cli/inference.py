@@ -46,7 +46,7 @@ class InferenceSettings:
     """
 
     checkpoint: Path = DEMO_RUN
-    data: Path | None = None
+    data: str | Path | None = None
     split: Split = "train"
     batch_size: int = 64
     part_size: int = 1024

@@ -42,7 +42,7 @@ class LabelledImages:
     test: ImageSource
 
 
-def open_labelled(data: Path | None, seed: int = 0) -> LabelledImages:
+def open_labelled(data: str | Path | None, seed: int = 0) -> LabelledImages:
     """Open labelled data; where they have no test split, a fifth of each class is set apart.
 
     Raises:

@@ -54,14 +54,12 @@ def training_batches(
         UserError: while iterating, what the loader raises.
     """
     rank, world_size = fabric.global_rank, fabric.world_size
-    shared: tuple[Any, ...] = (
-        image_size, images.channels, config.augmentation, local_batch, config.seed,
-    )  # fmt: skip
+    channels, augmentation, seed = images.channels, config.augmentation, config.seed
     stream = images.stream
     if stream is not None:
         loader = stream_loader(
-            stream, *shared, steps.start, steps.stop, rank, world_size, plan.workers, plan.prefetch,
-            head=images.head,
+            stream, image_size, channels, augmentation, local_batch, seed, steps.start, steps.stop,
+            rank, world_size, plan.workers, plan.prefetch, head=images.head,
         )  # fmt: skip
         yield from _on_device(fabric, loader)
         return
@@ -69,8 +67,8 @@ def training_batches(
 
     def make_loader(guarded: ImageSource, step: int) -> Iterable[Batch]:
         loader = training_loader(
-            guarded, *shared, step, steps.stop, rank, world_size, plan.workers, plan.prefetch,
-            timeout=BATCH_SECONDS,
+            guarded, image_size, channels, augmentation, local_batch, seed, step, steps.stop,
+            rank, world_size, plan.workers, plan.prefetch, timeout=BATCH_SECONDS,
         )  # fmt: skip
         return _on_device(fabric, loader)
 

@@ -27,6 +27,9 @@ MIXTURE = "mixture"
 POSITIVE = (
     "num_steps", "step_size", "batch_size", "epochs", "watch_every", "held_out",
 )  # fmt: skip
+COUNTS = (
+    "max_steps", "micro_batch", "prefetch", "keep_checkpoints", "max_pixels", "stream_images",
+)  # fmt: skip
 Precision = Literal["auto", "32-true", "bf16-mixed"]
 Derivative = Literal["exact", "finite-difference"]
 
@@ -169,14 +172,7 @@ class PretrainConfig:
         for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name):g}; give a positive number")
-        for name in (
-            "max_steps",
-            "micro_batch",
-            "prefetch",
-            "keep_checkpoints",
-            "max_pixels",
-            "stream_images",
-        ):
+        for name in COUNTS:
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise UserError(f"{name} is {value}; give 1 or more, or leave it out")

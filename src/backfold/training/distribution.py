@@ -1,5 +1,6 @@
 """The devices and processes of a run: Lightning finds them, DistributedDataParallel joins them."""
 
+import logging
 import os
 from collections.abc import Mapping
 from inspect import signature
@@ -17,6 +18,8 @@ from backfold.training.config import PretrainConfig
 
 if TYPE_CHECKING:
     from torch.distributed.optim import ZeroRedundancyOptimizer
+
+LOGGER = logging.getLogger("backfold")
 
 
 def make_fabric(config: PretrainConfig) -> Fabric:
@@ -52,6 +55,8 @@ def make_fabric(config: PretrainConfig) -> Fabric:
             f"num_nodes {config.num_nodes!r}: {str(error).splitlines()[0]}; try --accelerator auto "
             "--devices auto --num-nodes auto"
         ) from error
+    if config.shard_optimizer and fabric.world_size == 1:
+        LOGGER.warning("shard_optimizer has no effect on one device")
     return fabric
 
 

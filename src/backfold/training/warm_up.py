@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backfold.backbone import ImageSize
 from backfold.first_order import best_displacement
@@ -33,6 +33,7 @@ from backfold.training.stepper import Part, Stepper
 LOGGER = logging.getLogger("backfold")
 # Compiling takes half a minute to two, and saves a tenth to a third of the time.
 COMPILE_PAYS_SECONDS = 600.0
+MOST_UNROLLED_GROUPS = 256
 # Throughput on a CPU hardly depends on the batch.
 TIMED_ON_CPU = 16
 # Those who need the finite difference may not have the memory for many exact steps at once.
@@ -67,7 +68,9 @@ def warm_up(stepper: Stepper, images: Tensor, steps_left: int, decisions: dict[s
         seconds = _seconds(stepper, timed) / len(timed)
         if "compiled" not in decisions:
             length = seconds * len(images) * steps_left
-            pays = length > COMPILE_PAYS_SECONDS if config.compile == "auto" else config.compile
+            pays = config.compile is True
+            if config.compile == "auto":
+                pays = length > COMPILE_PAYS_SECONDS and compiles_soon(stepper.energy)
             decisions["compiled"] = _on_every_device(stepper, pays and stepper.is_exact)
         if decisions["compiled"] and stepper.restoration is not None:
             start = time.perf_counter()
@@ -76,6 +79,20 @@ def warm_up(stepper: Stepper, images: Tensor, steps_left: int, decisions: dict[s
                 LOGGER.info("compiled the step in %.0f s", time.perf_counter() - start)
                 seconds = _seconds(stepper, images) / len(images)
     return seconds
+
+
+def compiles_soon(energy: nn.Module) -> bool:
+    """Whether compiling takes minutes at most.
+
+    The compiler unrolls the second derivative of grouped convolutions group by group: thousands of
+    operations in a ConvNeXt.
+    """
+    groups = (
+        module.groups
+        for module in energy.modules()
+        if isinstance(module, nn.Conv2d) and module.groups > 1
+    )
+    return sum(groups) <= MOST_UNROLLED_GROUPS
 
 
 def _on_every_device(stepper: Stepper, wanted: bool) -> bool:

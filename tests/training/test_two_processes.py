@@ -1,0 +1,145 @@
+"""Two processes, joined by gloo under torchrun, equal one with the whole batch."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_processes
+from lightning.fabric import Fabric
+from safetensors.torch import load_file
+from two_processes import CASES, make_stepper, resumed, run_config, take_steps
+
+from backfold.data.loading import training_loader
+from backfold.training import setup
+from backfold.training.run_folder import RunFolder, load_checkpoint
+
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where both processes have left their results."""
+    path = tmp_path_factory.mktemp("two")
+    source = str(Path(two_processes.__file__))
+    finished = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         source, str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return Fabric(accelerator="cpu", devices=1)
+
+
+def assert_same_weights(found, expected, start):
+    """Changes since the start differ by at most `TOLERANCE` of their length."""
+    assert found.keys() == expected.keys() == start.keys()
+    moved = 0
+    for name, value in expected.items():
+        change = (value - start[name]).norm()
+        moved += bool(change > 0)
+        assert (found[name] - value).norm() <= TOLERANCE * change, name
+    assert moved >= len(expected) - 1  # the last norm's bias is frozen
+
+
+def test_torchrun_s_processes_are_taken_without_being_asked_for(ranks):
+    assert [result["processes"] for result in ranks] == [(2, 0), (2, 1)]
+    assert {result["ddp"] for result in ranks} == {"DDPStrategy"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_three_steps_equal_those_of_one_process_with_the_whole_batch(ranks, alone, name):
+    case = CASES[name]
+    # Cutting a batch is tested against the uncut one.
+    case = two_processes.Case(case.task, {**case.settings, "micro_batch": None})
+    stepper = make_stepper(case, alone)
+    start = {key: value.clone() for key, value in stepper.energy.state_dict().items()}
+    expected = take_steps(stepper)
+    for result in ranks:
+        assert_same_weights(result[name]["weights"], expected["weights"], start)
+        assert result[name]["norms"] == pytest.approx(expected["norms"], rel=TOLERANCE)
+        assert result[name]["compiled"] == (name == "compiled")
+    pairs = zip(ranks[0][name]["losses"], ranks[1][name]["losses"], strict=True)
+    assert [sum(pair) / 2 for pair in pairs] == pytest.approx(expected["losses"], rel=TOLERANCE)
+    assert ranks[0][name]["losses"] != ranks[1][name]["losses"]
+
+
+@pytest.mark.parametrize("name", ["resumed", "resumed unsharded"])
+def test_a_sharded_optimizer_s_state_goes_on_sharded_or_not(ranks, alone, name):
+    expected = resumed(alone, shard=False, state=None)
+    start = expected["state"]["model"]
+    for result in ranks:
+        assert_same_weights(result[name]["weights"], expected["weights"], start)
+
+
+def test_a_sharded_optimizer_s_state_is_that_of_the_whole_one(ranks, alone):
+    expected = resumed(alone, shard=False, state=None)["state"]["optimizer"]
+    found = ranks[0]["resumed"]["state"]["optimizer"]
+    assert len(found["param_groups"]) == len(expected["param_groups"]) == 2
+    for group, reference in zip(found["param_groups"], expected["param_groups"], strict=True):
+        assert group == reference
+    assert found["state"].keys() == expected["state"].keys()
+    for number, reference in expected["state"].items():
+        for name, value in reference.items():
+            torch.testing.assert_close(
+                found["state"][number][name], value, rtol=1e-6, atol=1e-9, msg=name
+            )
+
+
+def test_the_processes_see_disjoint_images_that_are_one_process_s_batch(ranks, folder):
+    config = run_config(folder)
+    training = setup.open_images(config).training
+    batches = training_loader(training, (28, 28), 1, config.augmentation, 8, 3, 0, 4)
+    for step, batch in enumerate(batches):
+        shares = [result["run"]["images"][step] for result in ranks]
+        assert [len(share) for share in shares] == [4, 4]
+        assert torch.equal(torch.cat(shares), batch.images)
+        assert len(set(batch.indices.tolist())) == 8
+    assert step == 3
+
+
+def test_metrics_are_means_over_the_processes(ranks, folder):
+    with RunFolder(folder / "run").metrics.open(newline="") as file:
+        rows = {int(row["step"]): row for row in csv.DictReader(file)}
+    assert rows.keys() == {1, 4}
+    for step, row in rows.items():
+        for name in ("loss", "psnr_gain_db", "energy_gap"):
+            values = [result["run"]["measured"][name][step - 1] for result in ranks]
+            assert values[0] != values[1]
+            assert float(row[name]) == pytest.approx(sum(values) / 2, rel=1e-4, abs=1e-6)
+
+
+def test_only_the_first_process_writes(ranks, folder):
+    first, second = (result["run"]["written"] for result in ranks)
+    for name in ("metrics.csv", "train.log"):
+        assert str(folder / "run" / name) in first
+    assert any("last.ckpt" in path for path in first)
+    assert second == []
+
+
+def test_a_resumed_run_with_a_sharded_optimizer_ends_as_an_unbroken_one(ranks, folder):
+    assert [len(result["resumed run"]["measured"]["loss"]) for result in ranks] == [2, 2]
+    whole, broken = RunFolder(folder / "run"), RunFolder(folder / "sharded")
+    left, right = load_file(whole.backbone), load_file(broken.backbone)
+    for name, value in left.items():
+        torch.testing.assert_close(right[name], value, rtol=1e-5, atol=1e-7, msg=name)
+    states = [load_checkpoint(run.last_checkpoint)["optimizer"]["state"] for run in (whole, broken)]
+    assert states[0].keys() == states[1].keys()
+    assert len(states[0]) > 10

@@ -1,0 +1,243 @@
+"""What test_two_processes.py runs under torchrun, in each of two processes, and alone.
+
+torchrun --standalone --nproc-per-node 2 two_processes.py FOLDER
+"""
+
+import copy
+import os
+import sys
+import warnings
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from lightning.fabric import Fabric
+from rich.console import Console
+
+from backfold.data.source import EMBEDDED
+from backfold.data.statistics import ChannelStatistics
+from backfold.energy import EnergyModel
+from backfold.pretext import (
+    Colorization,
+    Corruption,
+    Denoising,
+    Masking,
+    Mixture,
+    PretextTask,
+    Sorting,
+    SuperResolution,
+)
+from backfold.pretext.corruption import RunningSquares
+from backfold.training.compiled import CompiledStep
+from backfold.training.config import OptimizerSettings, PretrainConfig, TaskSettings
+from backfold.training.distribution import make_fabric
+from backfold.training.optimizer import freeze_unreachable
+from backfold.training.run_folder import RunFolder
+from backfold.training.stepper import Stepper
+from backfold.training.trainer import pretrain
+
+VIT = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
+STATISTICS = ChannelStatistics((0.5, 0.4, 0.3), (0.3, 0.3, 0.2))
+MASKING = Masking(mask_patch_size=7)
+SORTING = Sorting(sorting_patch_size=7)
+STEPS, BATCH = 3, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task and the settings under which it trains."""
+
+    task: PretextTask
+    settings: dict[str, Any] = field(default_factory=dict)
+    compiled: bool = False
+
+
+CASES = {
+    "masking": Case(MASKING),
+    "sorting": Case(SORTING),
+    "superresolution": Case(SuperResolution()),
+    "denoising": Case(Denoising()),
+    "colorization": Case(Colorization()),
+    "mixture": Case(Mixture((MASKING, SORTING, Denoising(), Colorization()), (1, 1, 1, 1))),
+    "accumulation": Case(MASKING, {"micro_batch": 3}),
+    "K = 2": Case(MASKING, {"num_steps": 2, "step_size": 0.5}),
+    "K = 2 and accumulation": Case(SORTING, {"num_steps": 2, "micro_batch": 2}),
+    "sparse": Case(Masking(mask_patch_size=7, mask_ratio=0.75, hidden_share=1 / 3)),
+    "finite difference": Case(
+        Masking(mask_patch_size=7, fill="noise"), {"derivative": "finite-difference"}
+    ),
+    "compiled": Case(MASKING, compiled=True),
+    "sharded optimizer": Case(MASKING, {"shard_optimizer": True}),
+}
+
+
+@dataclass(frozen=True)
+class EachAlone:
+    """Corrupts each image by what the image itself shows, whatever batch it is in."""
+
+    task: PretextTask
+
+    def __call__(self, clean: torch.Tensor, generator: torch.Generator) -> Corruption:
+        del generator
+        made = []
+        for image in clean:
+            seed = zlib.crc32((1000 * image).round().to(torch.int32).numpy().tobytes())
+            made.append(self.task(image[None], torch.Generator().manual_seed(seed)))
+        running = [one.running for one in made if one.running is not None]
+        return Corruption(
+            torch.cat([one.corrupted for one in made]),
+            torch.cat([one.loss_mask for one in made]),
+            RunningSquares(torch.cat([r.indices for r in running]), running[0].square_size)
+            if running
+            else None,
+        )
+
+
+def pictures(step: int) -> torch.Tensor:
+    """The global batch of a step: smooth colours, float64 in [0, 1], (8, 3, 28, 28)."""
+    coarse = torch.rand(BATCH, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+    images = torch.nn.functional.interpolate(coarse.double(), size=28, mode="bilinear")
+    return images.clamp(0, 1)
+
+
+def make_stepper(case: Case, fabric: Fabric) -> Stepper:
+    """A stepper on a tiny ViT in float64."""
+    torch.manual_seed(0)
+    energy = EnergyModel("vit_tiny_patch16_224", image_size=28, backbone_options=VIT).double()
+    freeze_unreachable(energy, torch.randn(2, 3, 28, 28, dtype=torch.float64))
+    config = PretrainConfig(
+        batch_size=BATCH, optimizer=OptimizerSettings(base_lr=0.1, warmup_epochs=0), **case.settings
+    )
+    stepper = Stepper(config, energy, EachAlone(case.task), STATISTICS, fabric, 10, 5)
+    if case.compiled and fabric.world_size > 1:
+        assert stepper.restoration is not None
+        step = CompiledStep(stepper.restoration.restore, backend="aot_eager")
+        stepper.restoration.compiled = step
+    return stepper
+
+
+def take_steps(stepper: Stepper, first: int = 0, last: int = STEPS) -> dict[str, Any]:
+    """Train on this process's share of each batch; returns losses, norms and the weights."""
+    fabric, losses, norms = stepper.fabric, [], []
+    for step in range(first, last):
+        share = pictures(step).chunk(fabric.world_size)[fabric.global_rank]
+        loss, norm, _ = stepper(share, step)
+        losses.append(float(loss))
+        norms.append(float(norm))
+    compiled = stepper.restoration.compiled if stepper.restoration is not None else None
+    return {
+        "losses": losses,
+        "norms": norms,
+        "compiled": compiled is not None and compiled.is_compiled,
+        "weights": {name: v.clone() for name, v in stepper.energy.state_dict().items()},
+    }
+
+
+def resumed(fabric: Fabric, shard: bool, state: dict[str, Any] | None) -> dict[str, Any]:
+    """Two steps, and one more in a new stepper; with a state, only that one from the state."""
+    case = Case(MASKING, {"shard_optimizer": shard})
+    if state is None:
+        stepper = make_stepper(case, fabric)
+        state = {"model": take_steps(stepper, 0, 2)["weights"]}
+        state["optimizer"] = fabric.broadcast(stepper.optimizer.state_dict())
+    again = make_stepper(case, fabric)
+    again.energy.load_state_dict(state["model"])
+    # A sharded optimizer drops what is not its own from the state that it is given.
+    again.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+    return {"state": state, "weights": take_steps(again, 2, 3)["weights"]}
+
+
+def run_config(folder: Path, **changes: Any) -> PretrainConfig:
+    """A whole run of a second, on as many processes as there are."""
+    data = folder / "images.parquet"
+    if not data.exists() and int(os.environ.get("RANK", "0")) == 0:
+        table = pq.read_table(EMBEDDED / "fashion_mnist_train.parquet").slice(0, 80)
+        pq.write_table(table, data)
+    settings: dict[str, Any] = {
+        "data": data, "backbone": "vit_tiny_patch16_224", "backbone_options": dict(VIT),
+        "image_size": 28, "batch_size": 8, "max_steps": 4, "held_out": 8, "seed": 3,
+        "tasks": TaskSettings(masking=MASKING, sorting=SORTING), "accelerator": "cpu",
+        "optimizer": OptimizerSettings(base_lr=0.05, warmup_epochs=0.1),
+        "precision": "32-true", "num_workers": 0, "watch_labels": False, **changes,
+    }  # fmt: skip
+    return PretrainConfig(**settings)
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a run."""
+
+
+def whole_run(config: PretrainConfig, stop_at: int | None = None, **options: Any) -> dict[str, Any]:
+    """`pretrain`, and what this process saw, computed and wrote in it."""
+    seen: list[torch.Tensor] = []
+    losses: list[float] = []
+    gains: list[float] = []
+    gaps: list[float] = []
+    original = Stepper.__call__
+
+    def step(self: Stepper, images: torch.Tensor, number: int) -> Any:
+        if number == stop_at:
+            raise Interrupted
+        result = original(self, images, number)
+        seen.append(images)
+        losses.append(float(result[0]))
+        gains.append(result[2].psnr_gain_db(torch.tensor(self.statistics.std)))
+        gaps.append(result[2].energy_gap(self.energy))
+        return result
+
+    Stepper.__call__ = step  # type: ignore[method-assign]
+    before = len(WRITTEN)
+    try:
+        pretrain(config, console=Console(quiet=True), **options)
+    except Interrupted:
+        assert stop_at is not None
+    finally:
+        Stepper.__call__ = original  # type: ignore[method-assign]
+    inside = [path for path in WRITTEN[before:] if path.startswith(str(config.out))]
+    measured = {"loss": losses, "psnr_gain_db": gains, "energy_gap": gaps}
+    return {"images": torch.stack(seen), "measured": measured, "written": inside}
+
+
+WRITTEN: list[str] = []
+WRITING = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.link")
+
+
+def note_writing(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook that keeps the paths of all files that are written, made or removed."""
+    if event == "open":
+        flags = arguments[2]
+        if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR):
+            WRITTEN.append(str(arguments[0]))
+    elif event in WRITING:
+        WRITTEN.extend(str(argument) for argument in arguments if isinstance(argument, str | Path))
+
+
+def main(folder: Path) -> None:
+    """Every case in this process of two; results go to ``rank-N.pt``."""
+    warnings.simplefilter("error", FutureWarning)
+    sys.addaudithook(note_writing)
+    first = run_config(folder, out=folder / "run")
+    fabric = make_fabric(first)
+    fabric.barrier()
+    results: dict[str, Any] = {
+        name: take_steps(make_stepper(case, fabric)) for name, case in CASES.items()
+    }
+    results["resumed"] = resumed(fabric, shard=True, state=None)
+    state = results["resumed"]["state"]
+    results["resumed unsharded"] = resumed(fabric, shard=False, state=state)
+    results["run"] = whole_run(first)
+    sharded = run_config(folder, out=folder / "sharded", shard_optimizer=True, checkpoint_minutes=0)
+    whole_run(sharded, stop_at=2)
+    fabric.barrier()
+    results["resumed run"] = whole_run(sharded, resume=True)
+    results["processes"] = (fabric.world_size, fabric.global_rank)
+    results["ddp"] = type(fabric.strategy).__name__
+    torch.save(results, folder / f"rank-{fabric.global_rank}.pt")
+    assert RunFolder(first.out).config.exists()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
