@@ -4,6 +4,7 @@ Starting Python and importing torch takes seconds. So one process does that and 
 each run; the tests talk to it in lines of JSON.
 """
 
+import atexit
 import errno
 import functools
 import gc
@@ -15,16 +16,18 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from backfold.training.run_folder import RunFolder, load_checkpoint
 
 LIMIT = 120.0  # seconds after which a run counts as hanging
+FOREVER = 10 * LIMIT
 TORN, AFTER = "torn ", "written "
 
 
@@ -41,7 +44,7 @@ class Request:
             renamed, ``write NAME`` (before the renaming), ``torn NAME`` (as before, and the
             temporary file is cut in half: a kill amid writing) and ``written NAME``.
         count: how often the event must have happened, from 1.
-        hold: the run stays in this moment until a signal ends it.
+        hold: seconds that the run stays in this moment, unless a signal ends it.
         signals: (seconds to wait, number, whether the process's group gets it) one after the other.
         full: folder whose disk is full from then on.
         largest_file: bytes beyond which no file grows from then on.
@@ -53,7 +56,7 @@ class Request:
     err: str
     moment: str = ""
     count: int = 1
-    hold: bool = False
+    hold: float = 0.0
     signals: list[tuple[float, int, bool]] = field(default_factory=list)
     full: str = ""
     largest_file: int = 0
@@ -139,7 +142,7 @@ def serve() -> None:
         pid = os.fork()
         if pid == 0:
             os.close(reader)
-            sys.exit(run(request, writer, main))
+            run(request, writer, main)
         os.close(writer)
         outcome = supervise(pid, reader, request)
         os.close(reader)
@@ -165,7 +168,7 @@ def supervise(pid: int, reader: int, request: Request) -> Outcome:
     raise TimeoutError(f"{request} hangs")
 
 
-def run(request: Request, writer: int, main: Any) -> int:
+def run(request: Request, writer: int, main: Any) -> NoReturn:
     """The run itself, in the forked process."""
     os.setpgid(0, 0)
     os.environ.update(request.env)
@@ -174,9 +177,14 @@ def run(request: Request, writer: int, main: Any) -> int:
     os.dup2(1, 2)
     install(Moment(request, writer), request)
     try:
-        return main(request.argv)
-    finally:
-        gc.unfreeze()  # extension modules tell of what is left at the end
+        code = main(request.argv)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    # As a Python process ends, but for taking its modules apart.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def redirect(source: int, target: int) -> None:
@@ -205,8 +213,7 @@ class Moment:
         if self._request.largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self._request.largest_file,) * 2)
         os.write(self._writer, b"!")
-        while self._request.hold:
-            signal.pause()
+        time.sleep(self._request.hold)
 
 
 def install(happens: Moment, request: Request) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forked_runs import Forge, Runner
+from forked_runs import FOREVER, Forge, Runner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import assert_same_run, rows
 
@@ -89,7 +89,7 @@ def run_unbroken(unbroken, runner, root, name, changes):
 def test_a_run_killed_at_this_moment_goes_on(runner, unbroken, tmp_path, moment, count, completed):
     whole = run_unbroken(unbroken, runner, tmp_path, "plain", {})
     killed = runner(tmp_path / "killed")
-    outcome = killed.start(moment=moment, count=count, hold=True, signals=KILL)
+    outcome = killed.start(moment=moment, count=count, hold=FOREVER, signals=KILL)
     assert (outcome.code, outcome.reached) == (-signal.SIGKILL, True), killed.said
     if completed is not None:
         assert killed.step == completed
@@ -103,7 +103,7 @@ def test_a_run_killed_before_it_wrote_anything_starts_anew(runner, unbroken, tmp
     whole = run_unbroken(unbroken, runner, tmp_path, "plain", {})
     killed = runner(tmp_path / "killed")
     for moment in ("torn config.yaml", "write config.yaml"):
-        outcome = killed.start(moment=moment, hold=True, signals=KILL)
+        outcome = killed.start(moment=moment, hold=FOREVER, signals=KILL)
         assert (outcome.code, outcome.reached) == (-signal.SIGKILL, True), killed.said
     assert killed.start().code == 0, killed.said
     assert_nothing_lost(whole, killed.folder)
@@ -131,7 +131,7 @@ def draw(random):
     moments = {"*": 40, "step": 4, "torn *": 12, "write *": 12, "written *": 12, "watch": 1}
     moment = str(random.choice(list(moments)))
     # Who goes on after half of its file is gone would not have been killed.
-    hold = moment in ("*", "torn *") or bool(random.random() < 0.3)
+    hold = FOREVER if moment in ("*", "torn *") or random.random() < 0.3 else 0.0
     delay = 0.0 if hold else float(random.uniform(0, 0.05))
     return {
         "moment": moment,

@@ -166,7 +166,7 @@ def run_config(folder: Path, **changes: Any) -> PretrainConfig:
     return PretrainConfig(**settings)
 
 
-class Interrupted(Exception):
+class RunEndedError(Exception):
     """Stands for whatever ends a run."""
 
 
@@ -180,7 +180,7 @@ def whole_run(config: PretrainConfig, stop_at: int | None = None, **options: Any
 
     def step(self: Stepper, images: torch.Tensor, number: int) -> Any:
         if number == stop_at:
-            raise Interrupted
+            raise RunEndedError
         result = original(self, images, number)
         seen.append(images)
         losses.append(float(result[0]))
@@ -192,7 +192,7 @@ def whole_run(config: PretrainConfig, stop_at: int | None = None, **options: Any
     before = len(WRITTEN)
     try:
         pretrain(config, console=Console(quiet=True), **options)
-    except Interrupted:
+    except RunEndedError:
         assert stop_at is not None
     finally:
         Stepper.__call__ = original  # type: ignore[method-assign]
