@@ -20,6 +20,8 @@ from backfold.cli.inference import EmbedSettings, ScoreSettings, run_embed, run_
 from backfold.cli.stats import StatsSettings, run_stats
 from backfold.errors import UserError
 from backfold.training.config import PretrainConfig
+from backfold.training.distribution import refuse_strategy
+from backfold.training.progress import is_first_process
 from backfold.training.stopping import RunStopped
 from backfold.version import __version__
 
@@ -39,7 +41,7 @@ UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
 # What may differ between a run and its continuation without changing its result.
 FREE_ON_RESUME = {
     "out", "num_workers", "prefetch", "accelerator", "devices", "checkpoint_minutes",
-    "keep_checkpoints", "micro_batch", "compile",
+    "keep_checkpoints", "micro_batch", "compile", "num_nodes", "shard_optimizer",
 }  # fmt: skip
 # Commands that are given by their settings alone.
 PLAIN: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -91,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except RunStopped as stop:
         print(f"backfold: {stop}", file=sys.stderr)
-        return stop.exit_code
+        # Launchers take another process's failure for a reason to kill the first.
+        return stop.exit_code if is_first_process() else 0
     except KeyboardInterrupt:
         hint = GO_ON.get(argv[0] if argv else "", "run it again")
         print(f"backfold: interrupted; {hint}", file=sys.stderr)
@@ -108,6 +111,8 @@ def _run(argv: list[str]) -> None:
     parser, parsers = build_parsers()
     command = shlex.join(["backfold", *argv])
     argv = [_with_underscores(argument) for argument in argv]
+    if "--strategy" in {argument.partition("=")[0] for argument in argv}:
+        refuse_strategy(_value(argv, "--strategy", ""))
     if argv[:1] == ["pretrain"]:
         argv = ["pretrain", *_base_config(argv[1:]), *argv[1:]]
     elif argv[:1] == ["demo"]:

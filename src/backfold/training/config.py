@@ -29,6 +29,7 @@ POSITIVE = (
 )  # fmt: skip
 COUNTS = (
     "max_steps", "micro_batch", "prefetch", "keep_checkpoints", "max_pixels", "stream_images",
+    "num_nodes",
 )  # fmt: skip
 Precision = Literal["auto", "32-true", "bf16-mixed"]
 Derivative = Literal["exact", "finite-difference"]
@@ -112,7 +113,10 @@ class PretrainConfig:
         augmentation: random crop and flip.
         precision: "32-true", "bf16-mixed", or "auto": bf16 where the hardware has it.
         accelerator: Lightning's name of the hardware: auto, cpu, cuda, mps.
-        devices: how many devices, or auto.
+        devices: how many devices of each machine, or "auto": all, or as torchrun or srun says.
+        num_nodes: how many machines, or "auto": as torchrun or srun says, or one.
+        shard_optimizer: share the optimizer's state out over all devices, which saves each of them
+            up to 8 bytes a parameter, and costs half as much communication again.
         num_workers: processes that load images; none measures how many keep up with training.
         prefetch: batches that each of them keeps ready; none measures how many hide their jitter.
         seed: of weights, order, augmentation and corruption.
@@ -153,6 +157,8 @@ class PretrainConfig:
     precision: Precision = "auto"
     accelerator: str = "auto"
     devices: int | str = "auto"
+    num_nodes: int | Literal["auto"] = "auto"
+    shard_optimizer: bool = False
     num_workers: int | None = None
     prefetch: int | None = None
     seed: int = 0

@@ -6,7 +6,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from backfold.energy import EnergyModel
 from backfold.restoration import training_step
@@ -55,7 +55,7 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings, batch_size: 
 
 
 def build_schedule(
-    optimizer: AdamW, settings: OptimizerSettings, total_steps: int, steps_per_epoch: int
+    optimizer: Optimizer, settings: OptimizerSettings, total_steps: int, steps_per_epoch: int
 ) -> CosineLRScheduler:
     """Linear warm-up, then a cosine; ``step_update(step)`` depends on the step alone."""
     longest = int(total_steps * LARGEST_WARMUP_SHARE)

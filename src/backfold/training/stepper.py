@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from backfold.backbone import use_plain_attention
 from backfold.data.statistics import ChannelStatistics
@@ -23,6 +23,7 @@ from backfold.restoration import restoration_losses, training_step
 from backfold.sparse import running_tokens, token_size
 from backfold.training.compiled import CompiledStep
 from backfold.training.config import PretrainConfig
+from backfold.training.distribution import shard_optimizer
 from backfold.training.meter import Restored
 from backfold.training.micro_batch import out_of_memory, out_of_memory_message, split_sizes
 from backfold.training.optimizer import build_optimizer, build_schedule
@@ -126,7 +127,9 @@ class Stepper:
     ) -> None:
         self.config, self.task, self.statistics, self.fabric = config, task, statistics, fabric
         self.micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else None
-        optimizer: AdamW = build_optimizer(energy, config.optimizer, config.batch_size)
+        whole = build_optimizer(energy, config.optimizer, config.batch_size)
+        sharded = config.shard_optimizer and fabric.world_size > 1
+        optimizer: Optimizer = shard_optimizer(whole) if sharded else whole
         self.schedule = build_schedule(optimizer, config.optimizer, total_steps, steps_per_epoch)
         self.energy, self.displacement = energy, DISPLACEMENT
         self.is_exact = config.derivative == "exact"

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
 from lightning.fabric import Fabric
-from torch import Tensor
+
+from backfold.training.distribution import largest
 
 LOGGER = logging.getLogger("backfold")
 JOB = "SLURM_JOB_ID"
@@ -37,13 +37,20 @@ class StopRequest:
     def __init__(self) -> None:
         self.number = 0
 
-    def agreed(self, fabric: Fabric) -> int:
-        """The signal that any of the processes got, or 0; all must ask at the same step."""
+    def agreed(self, fabric: Fabric, due: bool) -> tuple[int, bool]:
+        """What all processes do after a step; all must ask at the same one.
+
+        Args:
+            fabric: joins the processes.
+            due: this process wants a checkpoint.
+
+        Returns:
+            The signal that any of them got, or 0, and whether any wants a checkpoint.
+        """
         if fabric.world_size == 1:
-            return self.number
-        numbers = fabric.all_gather(torch.tensor(self.number, device=fabric.device))
-        assert isinstance(numbers, Tensor)
-        return int(numbers.max())
+            return self.number, due
+        number, wanted = largest(fabric, self.number, int(due))
+        return number, bool(wanted)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from typing import NoReturn, cast
 
 import torch
-from lightning.fabric import Fabric
 from rich.console import Console
 from torch import Tensor
 
@@ -35,6 +34,7 @@ from backfold.training.config import (
     whole_images,
 )
 from backfold.training.config_file import config_to_dict
+from backfold.training.distribution import make_fabric
 from backfold.training.initial import initialise
 from backfold.training.loading_plan import LoadingPlan
 from backfold.training.meter import Meter, Restored
@@ -92,9 +92,17 @@ def pretrain(
     with log_to(None, console) as messages:
         run = Run(config, RunFolder(config.out), command, resume)
     with ExitStack() as stack:
+        problem = ""
         if run.fabric.is_global_zero:
-            stack.enter_context(claim(config.out, resume=resume, overwrite=overwrite))
-            stack.enter_context(log_to(run.folder.log, console, messages))
+            try:
+                stack.enter_context(claim(config.out, resume=resume, overwrite=overwrite))
+            except UserError as error:
+                problem = str(error)
+        problem = run.fabric.broadcast(problem)  # or the others would wait for the first
+        if problem:
+            raise UserError(problem)
+        log = run.folder.log if run.fabric.is_global_zero else None
+        stack.enter_context(log_to(log, console, messages if log else ()))
         if resume:
             run.load()
         run.train(console)
@@ -122,7 +130,7 @@ class Run:
         )
         setup.check_tasks(tasks, images.channels, self.image_size, energy.backbone)
         self.broken = BrokenFiles(max(1, int(config.max_broken_share * images.count)))
-        self.fabric = _fabric(config)
+        self.fabric = make_fabric(config)
         if self.fabric.device.type == "cpu":
             keep_freed_memory()
         self.local_batch = _local_batch(config, self.fabric.world_size)
@@ -210,7 +218,7 @@ class Run:
             self.image_size,
             self.local_batch,
             seconds,
-            self.fabric.world_size,
+            self.fabric.world_size // getattr(self.fabric.strategy, "num_nodes", 1),
             self.fabric.device,
         )
 
@@ -227,8 +235,9 @@ class Run:
         )
         self.energy.train()
         saved = time.monotonic()
-        if self.state.step == 0 and not self.recorder.history and metrics is not None:
-            self.recorder.watch(0.0, metrics)
+        if self.state.step == 0 and not self.recorder.history:
+            if metrics is not None:
+                self.recorder.watch(0.0, metrics)
             self._save()
             meter.resume()
         while self.state.step < self.total_steps:
@@ -258,16 +267,13 @@ class Run:
                 self.recorder.watch(self._epoch(), metrics)
                 meter.resume()
             due = watched or time.monotonic() - saved > 60 * self.config.checkpoint_minutes
-            # No barrier: the clocks of the processes may disagree on when a checkpoint is due.
-            if due and self.fabric.is_global_zero:
+            number, due = request.agreed(self.fabric, due)
+            if due or number:
                 self._check_finite(float(losses), float(norm))
                 self._save()
                 saved = time.monotonic()
-            number = request.agreed(self.fabric)
             if number and done < self.total_steps:
-                if not due:
-                    self._check_finite(float(losses), float(norm))
-                self._stop(number, saved=due)
+                self._stop(number)
 
     def _next(self, batches: Iterator[Batch], request: StopRequest) -> Batch:
         try:
@@ -275,30 +281,36 @@ class Run:
         except RuntimeError:
             # Ctrl-C reaches the workers too, and they leave.
             if request.number and self.fabric.world_size == 1:
-                self._stop(request.number, saved=False)
+                self._save()
+                self._stop(request.number)
             raise
 
-    def _stop(self, number: int, saved: bool) -> NoReturn:
-        """Leave behind a checkpoint of the last step."""
+    def _stop(self, number: int) -> NoReturn:
+        """Leave after the last step, which is saved."""
+        # Lightning kills the first process when it finds that another has left.
+        self.fabric.barrier()
         message = (
             f"stopped by {signal.Signals(number).name} at step {self.state.step} of "
             f"{self.total_steps}, which is saved"
         )
-        if self.fabric.is_global_zero:
-            if not saved:
-                self._save()
-            if number != signal.SIGINT and requeue():
-                message += "; SLURM has queued the job again"
+        if self.fabric.is_global_zero and number != signal.SIGINT and requeue():
+            message += "; SLURM has queued the job again"
         raise RunStopped(
             number, f"{message}; `backfold pretrain --resume --out {self.config.out}` goes on"
         )
 
     def _save(self) -> None:
-        self.recorder.save(self._epoch(), self.stepper.optimizer.state_dict())
+        # All processes: a sharded optimizer's state is gathered in the first.
+        optimizer = self.stepper.optimizer.state_dict()
+        if self.fabric.is_global_zero:
+            self.recorder.save(self._epoch(), optimizer)
 
     def _row(self, loss: Tensor, norm: Tensor, last: Restored, meter: Meter) -> dict[str, float]:
         """A row of ``metrics.csv``; stops the run if the loss is not finite."""
-        mean_loss = float(cast(Tensor, self.fabric.all_reduce(loss.detach(), reduce_op="mean")))
+        gain = last.psnr_gain_db(torch.tensor(self.images.statistics.std))
+        here = [float(loss), gain, last.energy_gap(self.energy)]
+        mean = self.fabric.all_reduce(torch.tensor(here, device=loss.device), reduce_op="mean")
+        mean_loss, gain, gap = cast(Tensor, mean).tolist()
         self._check_finite(mean_loss, float(norm))
         speed, wait = meter.read()
         return {
@@ -310,8 +322,8 @@ class Run:
             "lr": self.stepper.optimizer.param_groups[0]["lr"],
             "loss": mean_loss,
             "gradient_norm": float(norm),
-            "psnr_gain_db": last.psnr_gain_db(torch.tensor(self.images.statistics.std)),
-            "energy_gap": last.energy_gap(self.energy),
+            "psnr_gain_db": gain,
+            "energy_gap": gap,
         }
 
     def _epoch(self) -> float:
@@ -326,23 +338,6 @@ class Run:
                 f"in {self.folder.last_checkpoint}; lower optimizer.base_lr (now "
                 f"{self.config.optimizer.base_lr:g}) or step_size, or set precision to 32-true"
             )
-
-
-def _fabric(config: PretrainConfig) -> Fabric:
-    try:
-        probe = Fabric(accelerator=config.accelerator, devices=config.devices)
-        fabric = Fabric(
-            accelerator=config.accelerator,
-            devices=config.devices,
-            precision=setup.choose_precision(config, probe.device),
-        )
-    except Exception as error:
-        raise UserError(
-            f"can't use accelerator {config.accelerator!r} with devices {config.devices!r}: "
-            f"{str(error).splitlines()[0]}; try --accelerator auto --devices auto"
-        ) from error
-    fabric.launch()
-    return fabric
 
 
 def _local_batch(config: PretrainConfig, ranks: int) -> int:

@@ -18,6 +18,7 @@ from backfold.first_order import best_displacement
 from backfold.full_precision import full_float32
 from backfold.training.compiled import GRADIENT_TOLERANCE, CompiledStep, gradient_distance
 from backfold.training.config import PretrainConfig
+from backfold.training.distribution import largest
 from backfold.training.loading_plan import (
     LoadingPlan,
     describe_plan,
@@ -97,8 +98,8 @@ def compiles_soon(energy: nn.Module) -> bool:
 
 def _on_every_device(stepper: Stepper, wanted: bool) -> bool:
     """Whether all processes want it: they must go the same way."""
-    votes = stepper.fabric.all_gather(torch.tensor(wanted, device=stepper.fabric.device))
-    return bool(torch.as_tensor(votes).all())
+    (refused,) = largest(stepper.fabric, int(not wanted))
+    return not refused
 
 
 def _compile(stepper: Stepper, images: Tensor) -> bool:
@@ -133,8 +134,8 @@ def _common_micro_batch(stepper: Stepper, images: Tensor) -> int:
     # Devices may make different numbers of attempts: none may wait for another's.
     with stepper.fabric.no_backward_sync(stepper.training):
         found = find_micro_batch(len(images), attempt, list(stepper.energy.parameters()))
-    everywhere = stepper.fabric.all_gather(torch.tensor(found, device=images.device))
-    return int(torch.as_tensor(everywhere).min())
+    (smallest,) = largest(stepper.fabric, -found)
+    return -smallest
 
 
 def _best_displacement(stepper: Stepper, images: Tensor) -> float:

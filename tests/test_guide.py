@@ -1,0 +1,196 @@
+"""The newcomer's guide: every step of the page runs in order, on tiny TIFFs."""
+
+import csv
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tifffile
+import timm
+import torch
+from safetensors.torch import load_file
+
+from backfold import Backfold
+from backfold.cli.main import main
+
+PAGE = Path(__file__).parents[1] / "docs" / "your-own-images.md"
+CLASSES = ("columns", "rows", "slanted")
+HEIGHT, WIDTH, CHANNELS = 48, 80, 4
+UNLABELLED, TRAIN, TEST = 16, 12, 6  # images a class
+# The page's numbers are for real images: these make them small. Each stands once on the page.
+SMALLER = {
+    "192x320": f"{HEIGHT}x{WIDTH}",
+    "--epochs 200": "--epochs 3",
+    "--batch-size 64": "--batch-size 16",
+    "EPOCHS, BATCH_SIZE, LEARNING_RATE, SEEDS = 30, 32,":
+        "EPOCHS, BATCH_SIZE, LEARNING_RATE, SEEDS = 6, 12,",
+}  # fmt: skip
+LAST, STEPS = Path("runs/microscope/checkpoints/last.ckpt"), 9
+WEIGHTS = Path("runs/microscope/backbone.safetensors")
+
+
+def draw(kind, random):
+    """A 16-bit picture (channels, height, width) of waves, whose direction is the class."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    along = {"columns": x, "rows": y, "slanted": (x + y) / np.sqrt(2)}[kind]
+    wave = np.sin(along / 3 + random.uniform(0, 2 * np.pi))
+    gains = random.uniform(4000, 10000, (CHANNELS, 1, 1))
+    picture = 20000 + gains * wave + random.normal(0, 1500, (CHANNELS, HEIGHT, WIDTH))
+    return picture.clip(0, 65535).astype(np.uint16)
+
+
+def write_images():
+    random = np.random.default_rng(0)
+    for kind in CLASSES:
+        names = [
+            *(f"microscope/day{number % 2}/{kind}{number}.tif" for number in range(UNLABELLED)),
+            *(f"labelled/train/{kind}/{number}.tif" for number in range(TRAIN)),
+            *(f"labelled/test/{kind}/{number}.tiff" for number in range(TEST)),
+        ]
+        for name in names:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            tifffile.imwrite(name, draw(kind, random), photometric="minisblack")
+
+
+def read_blocks():
+    """The page's shell and Python blocks as (language, code), with small numbers."""
+    text = PAGE.read_text(encoding="utf-8")
+    for given, smaller in SMALLER.items():
+        assert text.count(given) == 1, given
+        text = text.replace(given, smaller)
+    return re.findall(r"^```(sh|python)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def run_shell(code, outputs, capsys):
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line)
+        assert words[0] == "backfold", line
+        before = None
+        if "--resume" in words:
+            before = load_file(WEIGHTS)
+            lose_the_last_epoch()
+        assert main(words[1:]) == 0, line
+        captured = capsys.readouterr()
+        outputs["resume" if before else words[1]] = captured.out + captured.err
+        if before:
+            after = load_file(WEIGHTS)
+            outputs["changed"] = [name for name in before if not before[name].equal(after[name])]
+
+
+def lose_the_last_epoch():
+    """Leave the run as if it had been killed behind the checkpoint before the last."""
+    newest, previous = sorted(LAST.parent.glob("step-*.ckpt"), reverse=True)
+    newest.unlink()
+    LAST.unlink()
+    LAST.write_bytes(previous.read_bytes())
+    WEIGHTS.unlink()
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory):
+    """What each command printed, what each Python block printed and left, in a filled folder."""
+    outputs, scripts = {}, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("guide"))
+        write_images()
+        yield outputs, scripts
+
+
+def test_every_step_of_the_page_runs(guide, capsys):
+    outputs, scripts = guide
+    for language, code in read_blocks():
+        if language == "sh":
+            run_shell(code, outputs, capsys)
+        else:
+            names = {"__name__": "__main__"}
+            exec(compile(code, str(PAGE), "exec"), names)
+            scripts.append((names, capsys.readouterr().out))
+    assert set(outputs) == {
+        "stats", "pretrain", "resume", "changed", "report", "evaluate", "export", "score", "embed",
+    }  # fmt: skip
+    assert len(scripts) == 3
+    check_statistics(outputs["stats"])
+    check_run(outputs)
+    check_export()
+    check_fine_tuning(*scripts[0])
+    check_scores(scripts[1][1])
+    check_vectors(scripts[2][1])
+
+
+def check_statistics(printed):
+    assert "uint16 (48)" in printed
+    (path,) = Path("runs/stats").glob("microscope-*.json")
+    files = sorted(Path("microscope").rglob("*.tif"))
+    pixels = np.stack([tifffile.imread(file) for file in files]) / 65535
+    found = json.loads(path.read_text())
+    found = found.get("survey", found)
+    np.testing.assert_allclose(found["mean"], pixels.mean(axis=(0, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(found["std"], pixels.std(axis=(0, 2, 3)), rtol=1e-4)
+
+
+def check_run(outputs):
+    assert f"resuming at step {STEPS - STEPS // 3} of {STEPS}" in outputs["resume"]
+    assert outputs["changed"] == []
+    for word in ("loss ", "gain ", "energy gap ", "images/s", "data wait", "effective rank"):
+        assert word in outputs["pretrain"]
+    assert "labels of" not in outputs["pretrain"]
+    report = Path("runs/microscope/report.html").read_text()
+    for words in ("Is the run healthy?", "Did pretraining pay?", "Energies"):
+        assert words in report
+    for word in ("knn", "linear", "untrained", "pretrained", "difference", "±"):
+        assert word in outputs["evaluate"]
+
+
+def check_export():
+    model = timm.create_model("local-dir:exported", pretrained=True).eval()
+    config = model.pretrained_cfg
+    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    images = torch.rand(2, CHANNELS, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = model((images - mean) / std)
+    expected = Backfold.load("runs/microscope", device="cpu").embed(images)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def check_fine_tuning(names, printed):
+    scratch, again = names["create"](False, 0), names["create"](True, 0)
+    trained = load_file("exported/model.safetensors")
+    for name, values in trained.items():
+        assert again.state_dict()[name].equal(values)
+    assert not scratch.state_dict()["blocks.0.attn.qkv.weight"].equal(
+        trained["blocks.0.attn.qkv.weight"]
+    )
+    assert again.head.weight.equal(scratch.head.weight) == (again.head.weight.shape[0] == 0)
+    assert again.head.weight.shape[0] == len(CLASSES)
+    lines = printed.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["pretrained", "from scratch"]
+    for line, runs in zip(lines, names["results"].values(), strict=True):
+        assert f": {runs.mean():.1f} ± {runs.std():.1f} % of 18 test images" in line
+        # Waves by direction are easy: labels that were mixed up would leave chance.
+        assert runs.mean() > 60
+
+
+def check_scores(printed):
+    rows = list(csv.DictReader(Path("scores.csv").read_text().splitlines()))
+    files = sorted(str(path) for path in Path("microscope").rglob("*.tif"))
+    assert sorted(row["path"] for row in rows) == files
+    assert Path("scores.html").is_file()
+    highest = max(rows, key=lambda row: float(row["energy"]))
+    lines = printed.splitlines()
+    assert len(lines) == 10
+    assert lines[0].endswith(highest["path"])
+    # bf16 and batches of other sizes round otherwise.
+    energy = float(Backfold.load("runs/microscope").energy([highest["path"]]))
+    assert energy == pytest.approx(float(highest["energy"]), rel=0.02, abs=0.5)
+
+
+def check_vectors(printed):
+    assert pq.read_table("vectors.parquet").num_rows == UNLABELLED * len(CLASSES)
+    similarities = [float(line.split()[0]) for line in printed.splitlines()]
+    assert similarities[0] == 1.0
+    assert similarities == sorted(similarities, reverse=True)
+    assert len(similarities) == 6
