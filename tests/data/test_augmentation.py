@@ -37,7 +37,8 @@ def test_crops_are_torchvisions(dtype):
     image = torch.rand(3, 40, 60) if dtype.is_floating_point else torch.arange(7200) % 251
     image = image.to(dtype).view(3, 40, 60)
     augment = Augmenter(Augmentation(crop_scale=(0.1, 0.9), horizontal_flip=False), (16, 24))
-    reference = v2.RandomResizedCrop((16, 24), scale=(0.1, 0.9), antialias=True)
+    ratio = (3 / 4 * 1.5, 4 / 3 * 1.5)
+    reference = v2.RandomResizedCrop((16, 24), scale=(0.1, 0.9), ratio=ratio, antialias=True)
     for seed in range(20):
         torch.manual_seed(seed)
         view = augment(image)
@@ -107,3 +108,20 @@ def test_an_image_of_the_right_size_is_untouched():
 def test_wrong_crop_scales_are_the_users_error(scale):
     with pytest.raises(UserError, match=r"crop_scale is .*; give two"):
         Augmentation(crop_scale=scale)
+
+
+def test_crops_have_about_the_shape_of_the_training_size():
+    # A ramp along each side: its slope in the crop tells how much of the side was taken.
+    rows = torch.linspace(0, 1, 300)[:, None].expand(300, 600)
+    columns = torch.linspace(0, 1, 600)[None].expand(300, 600)
+    image = torch.stack([rows, columns])
+    augmenter = Augmenter(Augmentation(horizontal_flip=False, crop_scale=(0.1, 0.3)), (40, 120))
+    torch.manual_seed(0)
+    stretches = []
+    for _ in range(50):
+        crop = augmenter(image)
+        height = float(crop[0, -1].mean() - crop[0, 0].mean()) * 300
+        width = float(crop[1, :, -1].mean() - crop[1, :, 0].mean()) * 600
+        stretches.append((width / 120) / (height / 40))
+    assert 0.7 < min(stretches) < 0.9
+    assert 1.1 < max(stretches) < 1.45

@@ -127,7 +127,8 @@ def test_images_that_are_not_much_larger_keep_their_bits(jpeg):
 def test_no_crop_is_smaller_than_its_result(size, low):
     augment = Augmenter(Augmentation(crop_scale=(low, 1.0)), size)
     side = augment.min_side
-    crop = v2.RandomResizedCrop(size, (low, 1.0))
+    aspect = size[1] / size[0]
+    crop = v2.RandomResizedCrop(size, (low, 1.0), (3 / 4 * aspect, 4 / 3 * aspect))
     torch.manual_seed(0)
     for shape in [(side, side), (side, 2 * side), (9 * side, side)]:
         image = torch.empty(1, *shape)

@@ -135,16 +135,17 @@ def test_weights_and_biases_gets_settings_and_rows(wandb, folder, monkeypatch):
     loggers.close(succeeded=True)
     (run,) = wandb
     assert (run.started["project"], run.started["name"]) == ("backfold", "night")
-    # Where its files go and whether it is offline is left to its own environment.
-    assert run.started["dir"] is None
+    # Whether it is offline is left to its own environment.
     assert "mode" not in run.started
     assert run.settings == SETTINGS
     assert run.rows == [{"train/loss": 0.5, "train/lr": 0.1, "trainer/global_step": 7}]
     assert run.ended == 0
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.setenv("WANDB_NAME", "day")
+    monkeypatch.setenv("WANDB_DIR", "there")
     ServiceLoggers(["wandb"], folder, SETTINGS)
-    assert (wandb[-1].started["project"], wandb[-1].started["name"]) == ("mine", "day")
+    started = wandb[-1].started
+    assert (started["project"], started["name"], started["dir"]) == ("mine", "day", "there")
 
 
 def test_mlflow_gets_settings_and_rows(mlflow, folder):

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as TF
 from backfold.errors import UserError
 
 ImageSize = tuple[int, int]
-CROP_RATIO = (3 / 4, 4 / 3)
+CROP_RATIO = (3 / 4, 4 / 3)  # of a crop's aspect to that of the training size
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ class Augmenter:
 
     def __init__(self, augmentation: Augmentation, image_size: ImageSize) -> None:
         self._augmentation, self._image_size = augmentation, image_size
-        self._crop = v2.RandomResizedCrop(image_size, augmentation.crop_scale, CROP_RATIO)
+        height, width = image_size
+        low, high = (ratio * width / height for ratio in CROP_RATIO)
+        self._crop = v2.RandomResizedCrop(image_size, augmentation.crop_scale, (low, high))
 
     @property
     def min_side(self) -> int:
@@ -60,7 +62,8 @@ class Augmenter:
         longest = max(self._image_size)
         if not self._augmentation.random_crop:
             return longest
-        return math.ceil(longest * math.sqrt(CROP_RATIO[1] / self._augmentation.crop_scale[0]))
+        area = math.prod(self._image_size) * CROP_RATIO[1] / self._augmentation.crop_scale[0]
+        return max(longest, math.ceil(math.sqrt(area)))
 
     def __call__(self, image: Tensor) -> Tensor:
         """From (channels, any height, any width) to (channels, *image_size); same dtype."""

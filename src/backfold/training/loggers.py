@@ -17,7 +17,7 @@ from backfold.errors import UserError
 from backfold.training.run_folder import RunFolder, write_json
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers.logger import Logger
+    from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 
 LOGGER = logging.getLogger("backfold")
 LoggerName = Literal["wandb", "mlflow"]
@@ -60,7 +60,7 @@ class ServiceLoggers:
         check_loggers(names)
         path = folder.root / "loggers.json"
         known = _identities(path) if names else {}
-        self._loggers: dict[LoggerName, Logger] = {}
+        self._loggers: dict[LoggerName, WandbLogger | MLFlowLogger] = {}
         for name in dict.fromkeys(names):
             try:
                 logger = _open(name, folder.root.name, known.get(name))
@@ -91,10 +91,9 @@ class ServiceLoggers:
         """Send what is left, and say how the run ended."""
         for name, logger in self._loggers.items():
             try:
+                logger.finalize("success" if succeeded else "failed")
                 if name == "wandb":
                     logger.experiment.finish(exit_code=0 if succeeded else 1)
-                else:
-                    logger.finalize("success" if succeeded else "failed")
             except Exception as error:
                 LOGGER.warning("%s failed at the end (%s)", name, _first_line(error))
         self._loggers.clear()
@@ -105,7 +104,7 @@ def _identities(path: Path) -> dict[str, str]:
     return identities
 
 
-def _open(name: LoggerName, run: str, identity: str | None) -> "Logger":
+def _open(name: LoggerName, run: str, identity: str | None) -> "WandbLogger | MLFlowLogger":
     # Lightning's Trainer, which these come with, takes a second to import.
     from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 
@@ -113,7 +112,7 @@ def _open(name: LoggerName, run: str, identity: str | None) -> "Logger":
         return WandbLogger(
             name=os.environ.get("WANDB_NAME", run),
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            save_dir=None,  # WANDB_DIR, or the current folder
+            save_dir=os.environ.get("WANDB_DIR", "."),
             version=identity or os.environ.get("WANDB_RUN_ID"),
         )
     import mlflow
@@ -127,7 +126,10 @@ def _open(name: LoggerName, run: str, identity: str | None) -> "Logger":
 
 
 def _identity(
-    name: LoggerName, logger: "Logger", known: str | None, settings: Mapping[str, Any]
+    name: LoggerName,
+    logger: "WandbLogger | MLFlowLogger",
+    known: str | None,
+    settings: Mapping[str, Any],
 ) -> str:
     """What the service calls the run; the first call to reach it."""
     found = str(logger.experiment.id if name == "wandb" else logger.version)
