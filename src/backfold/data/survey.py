@@ -157,7 +157,8 @@ def survey(
     if not sums.count:
         reason = tally.broken[0] if tally.broken else f"none can be given {channels} channels"
         raise UserError(
-            f"{source.name}: none of {len(indices)} images can be used ({reason}); check the files, or --channels"
+            f"{source.name}: none of {len(indices)} images can be used ({reason}); "
+            "check the files, or --channels"
         )
     return _summary(source, indices, channels, tally, sums)
 
