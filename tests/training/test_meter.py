@@ -86,4 +86,4 @@ def test_energy_gap_compares_the_same_images():
     corrupted_energies = torch.cat([torch.arange(GAP_IMAGES) + 3.0, torch.full((10,), 1e6)])
     mask = torch.ones(count, 1, 1, 1, dtype=torch.bool)
     last = Restored(clean, Corruption(clean, mask), clean, corrupted_energies)
-    assert last.energy_gap(lambda images: images.sum(dim=(1, 2, 3))) == pytest.approx(3.0)
+    assert last.energy_gap(lambda images, _: images.sum(dim=(1, 2, 3))) == pytest.approx(3.0)
