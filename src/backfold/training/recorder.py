@@ -156,9 +156,10 @@ class Recorder:
             "history": self.history,
             "energies": self.energies,
         }
-        add_checkpoint(self.folder, self.state.step, content, self.config.keep_checkpoints)
+        # The best first: a run that dies between the two takes the step, and both, again.
         if is_best:
             save_checkpoint(self.folder.best_checkpoint, content)
+        add_checkpoint(self.folder, self.state.step, content, self.config.keep_checkpoints)
         write_json(self.folder.health, {"history": self.history, "energies": self.energies})
         write_json(self.folder.facts, self._facts(epoch))
 
