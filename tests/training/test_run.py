@@ -16,8 +16,8 @@ from backfold.batch_norm import batch_norms
 from backfold.data.loading import evaluation_loader
 from backfold.data.source import open_source
 from backfold.errors import UserError
-from backfold.training import trainer
-from backfold.training.config import OptimizerSettings
+from backfold.training import setup
+from backfold.training.config import OptimizerSettings, PretrainConfig
 from backfold.training.config_file import config_from_dict
 from backfold.training.health import watch_task
 from backfold.training.pretrained import load_pretrained
@@ -74,7 +74,7 @@ def test_restoration_with_exported_batch_norms_is_that_of_training(tiny, quiet):
     exported = load_file(folder.backbone)
     assert any(not torch.allclose(exported[name], before[name]) for name in before)
     run.energy.backbone.load_state_dict(exported)
-    held_out = trainer.setup.open_images(config).held_out
+    held_out = setup.open_images(config).held_out
     loader = evaluation_loader(held_out, (32, 32), 1, 64)
     images = run.statistics.normalize(torch.cat([batch.images for batch in loader]))
     task = config.tasks.masking
@@ -120,6 +120,17 @@ def test_config_yaml_repeats_the_run_bit_for_bit(tiny, quiet, tmp_path):
     assert all(torch.equal(left[name], right[name]) for name in left)
     other = pretrain(dataclasses.replace(again, out=tmp_path / "third", seed=1), console=quiet)
     assert any(not torch.equal(left[n], value) for n, value in load_file(other.backbone).items())
+
+
+def test_sub_folders_are_classes_only_on_request(tmp_path):
+    for number in range(12):
+        path = tmp_path / f"day {number % 2}" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 20 * number).save(path)
+    assert setup.open_images(PretrainConfig(data=tmp_path)).training.labels is None
+    asked = setup.open_images(PretrainConfig(data=tmp_path, watch_labels=True)).training
+    assert asked.class_names == ("day 0", "day 1")
+    assert len(asked.labels) == len(asked)
 
 
 def test_what_a_run_leaves(tiny, quiet, make_parquet):

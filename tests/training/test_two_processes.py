@@ -11,7 +11,15 @@ import torch
 import two_processes
 from lightning.fabric import Fabric
 from safetensors.torch import load_file
-from two_processes import CASES, make_stepper, resumed, run_config, take_steps
+from two_processes import (
+    CASES,
+    MOST_TORN,
+    make_stepper,
+    resumed,
+    run_config,
+    take_steps,
+    torn_config,
+)
 
 from backfold.data.loading import training_loader
 from backfold.training import setup
@@ -132,6 +140,36 @@ def test_only_the_first_process_writes(ranks, folder):
         assert str(folder / "run" / name) in first
     assert any("last.ckpt" in path for path in first)
     assert second == []
+
+
+def torn_images(folder, rank, world_size=2):
+    """The lines on images that this process could not read, those held out left aside."""
+    config = torn_config(folder)
+    training = setup.open_images(config).training
+    batches = training_loader(
+        training, (28, 28), 1, config.augmentation, 8 // world_size, 3, 0, 9, rank, world_size
+    )
+    return {line for batch in batches for line in batch.broken}
+
+
+def test_what_any_process_can_t_read_is_in_the_log_once(ranks, folder):
+    first, second = (torn_images(folder, rank) for rank in (0, 1))
+    assert first - second
+    assert second - first
+    assert "stopped" in ranks[0]
+    log = RunFolder(folder / "torn").log.read_text().splitlines()
+    told = [line.partition("skipped: ")[2] for line in log if "skipped: " in line]
+    assert len(told) == len(set(told)) == 12
+    assert first | second <= set(told)
+
+
+def test_the_limit_counts_over_all_processes_and_stops_them_together(ranks, folder):
+    both = torn_images(folder, 0) | torn_images(folder, 1)
+    held_out = 12 - len(both)
+    assert all(len(torn_images(folder, rank)) + held_out <= MOST_TORN for rank in (0, 1))
+    messages = [result["stopped"] for result in ranks]
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(f"12 images can't be read, {MOST_TORN} are allowed: ")
 
 
 def test_a_resumed_run_with_a_sharded_optimizer_ends_as_an_unbroken_one(ranks, folder):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from lightning.fabric import Fabric
@@ -20,6 +21,7 @@ from rich.console import Console
 from backfold.data.source import EMBEDDED
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
+from backfold.errors import UserError
 from backfold.pretext import (
     Colorization,
     Corruption,
@@ -44,6 +46,7 @@ STATISTICS = ChannelStatistics((0.5, 0.4, 0.3), (0.3, 0.3, 0.2))
 MASKING = Masking(mask_patch_size=7)
 SORTING = Sorting(sorting_patch_size=7)
 STEPS, BATCH = 3, 8
+MOST_TORN = 10  # of 12 torn images: more than any process meets, and fewer than both do
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,17 @@ def run_config(folder: Path, **changes: Any) -> PretrainConfig:
     return PretrainConfig(**settings)
 
 
+def torn_config(folder: Path, **changes: Any) -> PretrainConfig:
+    """An epoch on images of which every seventh can't be read."""
+    data = folder / "torn.parquet"
+    if not data.exists() and int(os.environ.get("RANK", "0")) == 0:
+        rows = pq.read_table(EMBEDDED / "fashion_mnist_train.parquet").slice(0, 80).to_pylist()
+        for row in rows[::7]:
+            row["image"] = b"torn"
+        pq.write_table(pa.Table.from_pylist(rows), data)
+    return run_config(folder, data=data, max_steps=9, **changes)
+
+
 class RunEndedError(Exception):
     """Stands for whatever ends a run."""
 
@@ -220,6 +234,7 @@ def main(folder: Path) -> None:
     warnings.simplefilter("error", FutureWarning)
     sys.addaudithook(note_writing)
     first = run_config(folder, out=folder / "run")
+    torn = torn_config(folder, out=folder / "torn", max_broken_share=0.5)
     fabric = make_fabric(first)
     fabric.barrier()
     results: dict[str, Any] = {
@@ -233,6 +248,11 @@ def main(folder: Path) -> None:
     whole_run(sharded, stop_at=2)
     fabric.barrier()
     results["resumed run"] = whole_run(sharded, resume=True)
+    whole_run(torn)
+    try:
+        whole_run(torn_config(folder, out=folder / "stopped", max_broken_share=MOST_TORN / 72))
+    except UserError as error:
+        results["stopped"] = str(error)
     results["processes"] = (fabric.world_size, fabric.global_rank)
     results["ddp"] = type(fabric.strategy).__name__
     torch.save(results, folder / f"rank-{fabric.global_rank}.pt")

@@ -43,8 +43,11 @@ class Batch:
 
 
 def default_workers() -> int:
-    """Processes that load where nothing is measured: up to 8, one core left to the caller."""
-    return min(8, max(0, (torch.multiprocessing.cpu_count() or 1) - 1))
+    """Processes that load where nothing is measured: up to 8, one core left to the caller.
+
+    One at least, so that a decoder that crashes does not take the caller along.
+    """
+    return min(8, max(1, (torch.multiprocessing.cpu_count() or 1) - 1))
 
 
 class LoadingError(UserError):

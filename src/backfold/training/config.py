@@ -33,6 +33,7 @@ COUNTS = (
 )  # fmt: skip
 Precision = Literal["auto", "32-true", "bf16-mixed"]
 Derivative = Literal["exact", "finite-difference"]
+LoggerName = Literal["wandb", "mlflow"]
 
 
 @dataclass
@@ -122,8 +123,10 @@ class PretrainConfig:
         seed: of weights, order, augmentation and corruption.
         held_out: images kept from training to watch the run; at most a tenth of the data.
         watch_every: epochs between looks at the held-out images.
-        watch_labels: take class folders or a label column, where the data have them, to watch the
+        watch_labels: take first-level sub-folders for classes, or a label column, to watch the
             accuracy of kNN on held-out images; labels never train.
+        loggers: services that get the run's numbers too, beside TensorBoard and ``metrics.csv``:
+            "wandb", "mlflow"; their own environment variables say where they send them.
         checkpoint_minutes: a checkpoint is written after each look at the held-out images, and
             when this many minutes have passed since the last.
         keep_checkpoints: the newest checkpoints that are kept, 1 or more.
@@ -164,7 +167,8 @@ class PretrainConfig:
     seed: int = 0
     held_out: int = 512
     watch_every: float = 1.0
-    watch_labels: bool = True
+    watch_labels: bool = False
+    loggers: list[LoggerName] = field(default_factory=list)
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 2
     init: str | None = None

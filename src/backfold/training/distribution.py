@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, NoReturn
 
@@ -98,6 +98,17 @@ def largest(fabric: Fabric, *numbers: int) -> list[int]:
         torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     result: list[int] = values.tolist()
     return result
+
+
+def gather_lines(fabric: Fabric, lines: Sequence[str]) -> list[str]:
+    """The lines of all processes, which must all ask at the same point; in the order of ranks."""
+    if fabric.world_size == 1:
+        return list(lines)
+    if not largest(fabric, len(lines))[0]:
+        return []  # nearly always, and cheaper than sending objects
+    parts: list[list[str]] = [[] for _ in range(fabric.world_size)]
+    torch.distributed.all_gather_object(parts, list(lines))
+    return [line for part in parts for line in part]
 
 
 def refuse_strategy(name: str) -> NoReturn:

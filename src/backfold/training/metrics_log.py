@@ -1,4 +1,4 @@
-"""A run's numbers by step, as CSV and as TensorBoard events."""
+"""A run's numbers by step: as CSV, as TensorBoard events, and to the services that it names."""
 
 import csv
 import io
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from backfold.training.loggers import ServiceLoggers
 from backfold.training.run_folder import RunFolder, write_atomically
 
 COLUMNS = (
@@ -17,16 +18,20 @@ COLUMNS = (
 
 
 class MetricsLog:
-    """Appends rows to ``metrics.csv`` and to TensorBoard.
+    """Appends rows to ``metrics.csv`` and to TensorBoard, and passes them on to services.
 
     Lightning's CSVLogger deletes an existing file where a run goes on, hence these few lines.
 
     Args:
         folder: the run's.
         steps_done: rows of later steps are dropped: a resumed run writes them again.
+        services: further receivers; none by default.
     """
 
-    def __init__(self, folder: RunFolder, steps_done: int) -> None:
+    def __init__(
+        self, folder: RunFolder, steps_done: int, services: ServiceLoggers | None = None
+    ) -> None:
+        self._services = services
         kept = _rows_until(folder.metrics, steps_done) if steps_done else []
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -35,9 +40,7 @@ class MetricsLog:
         write_atomically(folder.metrics, text.getvalue().encode())
         self._file = folder.metrics.open("a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
-        self._board = SummaryWriter(
-            str(folder.tensorboard), purge_step=steps_done + 1 if steps_done else None
-        )
+        self._board = SummaryWriter(str(folder.tensorboard), purge_step=steps_done + 1)
 
     def add(self, row: Mapping[str, float]) -> None:
         """One row; its keys are `COLUMNS`."""
@@ -45,22 +48,32 @@ class MetricsLog:
             {name: f"{row[name]:.6g}" for name in COLUMNS} | {"step": row["step"]}
         )
         self._file.flush()
-        for name in COLUMNS[3:]:
-            self._board.add_scalar(f"train/{name}", row[name], int(row["step"]))
+        self._send({f"train/{name}": row[name] for name in COLUMNS[3:]}, int(row["step"]))
 
     def add_health(self, entry: Mapping[str, Any]) -> None:
-        """An entry of the health history, to TensorBoard only; ``health.json`` has it whole."""
-        for name in ("psnr_gain_db", "energy_gap", "auroc", "rank_me", "knn"):
-            if entry[name] is not None:
-                self._board.add_scalar(f"held_out/{name}", entry[name], int(entry["step"]))
+        """An entry of the health history; not to the CSV, as ``health.json`` has it whole."""
+        names = ("psnr_gain_db", "energy_gap", "auroc", "rank_me", "knn")
+        numbers = {f"held_out/{name}": entry[name] for name in names if entry[name] is not None}
         for task, measures in entry["tasks"].items():
-            for name, value in measures.items():
-                self._board.add_scalar(f"held_out_{task}/{name}", value, int(entry["step"]))
+            numbers |= {f"held_out_{task}/{name}": value for name, value in measures.items()}
+        self._send(numbers, int(entry["step"]))
 
-    def close(self) -> None:
-        """Flush and close both."""
+    def _send(self, numbers: Mapping[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        if self._services is not None:
+            self._services.add(numbers, step)
+
+    def close(self, *, succeeded: bool = True) -> None:
+        """Flush and close all.
+
+        Args:
+            succeeded: the run has come to its end.
+        """
         self._file.close()
         self._board.close()
+        if self._services is not None:
+            self._services.close(succeeded=succeeded)
 
 
 def _rows_until(path: Path, step: int) -> list[dict[str, str]]:

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lightning.fabric.utilities import rank_zero_only
@@ -24,7 +24,7 @@ def log_to(
     kept = _Keeper()
     handlers: list[logging.Handler] = [_ConsoleHandler(console), kept]
     if path is not None:
-        file = logging.FileHandler(path)
+        file = _FileHandler(path)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
         for record in earlier:
@@ -51,6 +51,18 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         self._console.print(prefix + record.getMessage(), markup=False, highlight=False)
+
+
+class _FileHandler(logging.FileHandler):
+    """Leaves a full disk to who writes the run's results, in one line and not for each message."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the library's name)
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):  # what could not be written is tried once more
+            super().close()
 
 
 class _Keeper(logging.Handler):

@@ -160,6 +160,10 @@ class Recorder:
         if is_best:
             save_checkpoint(self.folder.best_checkpoint, content)
         add_checkpoint(self.folder, self.state.step, content, self.config.keep_checkpoints)
+        self.describe(epoch)
+
+    def describe(self, epoch: float) -> None:
+        """What the report reads, as of the last checkpoint."""
         write_json(self.folder.health, {"history": self.history, "energies": self.energies})
         write_json(self.folder.facts, self._facts(epoch))
 

@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 LOCK = ".lock"
 OURS = {
     "config.yaml", "run.json", "checkpoints", "backbone.safetensors", "metrics.csv", "previews",
-    "health.json", "evaluation.json", "train.log", "tensorboard", "report.html", LOCK,
+    "health.json", "evaluation.json", "measures", "train.log", "tensorboard", "report.html", LOCK,
 }  # fmt: skip
 
 
@@ -77,6 +77,11 @@ class RunFolder:
     def evaluation(self) -> Path:
         """What the evaluation found."""
         return self.root / "evaluation.json"
+
+    @property
+    def measures(self) -> Path:
+        """What the evaluation measured besides accuracies: a PROTOCOL.json each, and a picture."""
+        return self.root / "measures"
 
     @property
     def log(self) -> Path:
@@ -144,7 +149,7 @@ def check_available(root: Path, *, resume: bool, overwrite: bool) -> None:
     if root.exists() and not root.is_dir():
         raise UserError(f"{root} is a file; choose another --out")
     found = {path.name for path in root.iterdir()} if root.is_dir() else set()
-    if found - {LOCK} and not (resume or overwrite):
+    if not (resume or overwrite) and any(map(_is_worth_keeping, found)):
         raise UserError(
             f"{root} exists; give --resume to go on, --overwrite to replace it, or another --out"
         )
@@ -157,8 +162,17 @@ def check_available(root: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    # A run that was killed while it wrote leaves a temporary file.
-    return name in OURS or (name.startswith(".") and name.endswith(".tmp"))
+    return name in OURS or _is_temporary(name)
+
+
+def _is_worth_keeping(name: str) -> bool:
+    # A run that was killed before it wrote its settings has nothing to go on from.
+    return name not in (LOCK, RunFolder(Path()).log.name) and not _is_temporary(name)
+
+
+def _is_temporary(name: str) -> bool:
+    # A run that was killed while it wrote leaves such a file.
+    return name.startswith(".") and name.endswith(".tmp")
 
 
 @contextmanager
@@ -178,6 +192,8 @@ def claim(root: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
         raise UserError(
             f"can't write to {root}: {error.strerror or error}; choose another --out"
         ) from error
+    # Else loading workers, which outlive a killed run by seconds, would hold its lock.
+    os.register_at_fork(after_in_child=lock.close)
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

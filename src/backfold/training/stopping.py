@@ -8,11 +8,15 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from lightning.fabric import Fabric
 
 from backfold.training.distribution import largest
+from backfold.training.progress import is_first_process
+from backfold.training.run_folder import RunFolder
 
 LOGGER = logging.getLogger("backfold")
 JOB = "SLURM_JOB_ID"
@@ -31,11 +35,35 @@ class RunStopped(Exception):  # noqa: N818 (nothing went wrong)
         self.exit_code = 128 + number
 
 
+class StopNow(BaseException):
+    """A signal came while the process could leave at once; no ``except Exception`` catches it."""
+
+
 class StopRequest:
     """Whether this process was asked to stop, and by which signal."""
 
     def __init__(self) -> None:
         self.number = 0
+        self._at_once = False
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, where nothing is lost by leaving, a signal raises `StopNow`."""
+        self._at_once = True
+        try:
+            self._leave_if_asked()
+            yield
+        finally:
+            self._at_once = False
+
+    def note(self, number: int) -> None:
+        """A signal has come."""
+        self.number = self.number or number
+        self._leave_if_asked()
+
+    def _leave_if_asked(self) -> None:
+        if self._at_once and self.number:
+            raise StopNow
 
     def agreed(self, fabric: Fabric, due: bool) -> tuple[int, bool]:
         """What all processes do after a step; all must ask at the same one.
@@ -55,10 +83,11 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Within, the first signal to stop is kept for the loop to find; the second acts at once.
+    """Within, signals to stop are kept for the loop to find; a second Ctrl-C acts at once.
 
     SIGINT (Ctrl-C), SIGTERM and, in a SLURM job, SIGUSR1, which `sbatch --signal` sends ahead of
-    the time limit. Outside the main thread, where Python takes no signals, nothing changes.
+    the time limit. Launchers and schedulers repeat theirs, which changes nothing. Outside the main
+    thread, where Python takes no signals, nothing changes at all.
     """
     request = StopRequest()
     numbers = [signal.SIGINT, signal.SIGTERM]
@@ -67,20 +96,33 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
+    process = os.getpid()
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
 
     def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        request.number = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if os.getpid() != process:  # a loading worker leaves when the process that uses it does
+            return
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
+        request.note(number)
 
-    before = {number: signal.getsignal(number) for number in numbers}
     for number in numbers:
         signal.signal(number, note)
     try:
         yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in numbers:
+            signal.signal(number, before[number])
+
+
+def ignore_dying_workers() -> None:
+    """From now on PyTorch raises nothing for loading workers that a signal has reached too.
+
+    Not taken back: it would raise while the process cleans up. Loaders made later still find a dead
+    worker by themselves, some seconds later.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def requeue() -> bool:
@@ -97,3 +139,34 @@ def requeue() -> bool:
     if answer.returncode != 0:
         LOGGER.warning("SLURM did not requeue job %s: %s", job, answer.stderr.strip())
     return answer.returncode == 0
+
+
+def was_requeued(out: Path) -> bool:
+    """Whether SLURM runs this job once more, and its first time has left a run to go on with.
+
+    A queue repeats the command that it was given, which has no ``--resume``.
+    """
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and RunFolder(out).config.exists()
+
+
+def stopped(number: int, when: str, out: Path, *, may_requeue: bool) -> RunStopped:
+    """What to raise where a run leaves because of a signal; SLURM is asked to queue it again.
+
+    Args:
+        number: the signal's.
+        when: where in the run, for the user.
+        out: the run's folder.
+        may_requeue: this process speaks for the job.
+    """
+    message = f"stopped by {signal.Signals(number).name} {when}"
+    if may_requeue and number != signal.SIGINT and requeue():
+        message += "; SLURM has queued the job again"
+    return RunStopped(number, f"{message}; `backfold pretrain --resume --out {out}` goes on")
+
+
+def stopped_early(number: int, out: Path) -> RunStopped:
+    """As `stopped`, for a process that has not come to its first step."""
+    if RunFolder(out).config.exists():
+        return stopped(number, "before a step", out, may_requeue=is_first_process())
+    name = signal.Signals(number).name
+    return RunStopped(number, f"stopped by {name} before anything was done; start it again")

@@ -8,7 +8,6 @@ and would be overridden hooks there.
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,28 +17,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from backfold.backbone import default_image_size
-from backfold.data.broken import BrokenFiles
 from backfold.data.loading import Batch
 from backfold.errors import UserError
-from backfold.memory import keep_freed_memory
-from backfold.training import setup
-from backfold.training.batches import steps_in_epoch, training_batches
-from backfold.training.config import (
-    PretrainConfig,
-    build_tasks,
-    combine_tasks,
-    parse_image_size,
-    settings_without_effect,
-    whole_images,
-)
+from backfold.training.batches import training_batches
+from backfold.training.config import PretrainConfig, build_tasks
 from backfold.training.config_file import config_to_dict
-from backfold.training.distribution import make_fabric
-from backfold.training.initial import initialise
+from backfold.training.distribution import gather_lines
 from backfold.training.loading_plan import LoadingPlan
+from backfold.training.loggers import ServiceLoggers, check_loggers
 from backfold.training.meter import Meter, Restored
 from backfold.training.metrics_log import MetricsLog
-from backfold.training.optimizer import freeze_unreachable
 from backfold.training.progress import (
     TrainingBar,
     describe_row,
@@ -47,20 +34,20 @@ from backfold.training.progress import (
     log_to,
     terminal,
 )
-from backfold.training.recorder import Recorder
-from backfold.training.run_folder import (
-    RunFolder,
-    check_available,
-    claim,
-    write_yaml,
+from backfold.training.run_folder import RunFolder, check_available, claim, write_yaml
+from backfold.training.run_parts import RunParts
+from backfold.training.stopping import (
+    StopNow,
+    StopRequest,
+    ignore_dying_workers,
+    stop_requests,
+    stopped,
+    stopped_early,
 )
-from backfold.training.stepper import Stepper
-from backfold.training.stopping import RunStopped, StopRequest, requeue, stop_requests
 from backfold.training.warm_up import plan_loading, warm_up
 
 LOGGER = logging.getLogger("backfold")
 LOG_EVERY = 20
-PREVIEW_IMAGES = 6
 
 
 def pretrain(
@@ -86,10 +73,26 @@ def pretrain(
     console = console or terminal()
     if not is_first_process():
         console = Console(quiet=True)
+    with stop_requests() as request:
+        try:
+            return _pretrain(config, resume, overwrite, command, console, request)
+        except StopNow:
+            raise stopped_early(request.number, config.out) from None
+
+
+def _pretrain(
+    config: PretrainConfig,
+    resume: bool,
+    overwrite: bool,
+    command: str,
+    console: Console,
+    request: StopRequest,
+) -> RunFolder:
     # What can be refused is refused before the folder is touched.
     check_available(config.out, resume=resume, overwrite=overwrite)
     build_tasks(config, config.channels or 3)
-    with log_to(None, console) as messages:
+    check_loggers(config.loggers)
+    with log_to(None, console) as messages, request.at_once():
         run = Run(config, RunFolder(config.out), command, resume)
     with ExitStack() as stack:
         problem = ""
@@ -105,73 +108,19 @@ def pretrain(
         stack.enter_context(log_to(log, console, messages if log else ()))
         if resume:
             run.load()
-        run.train(console)
+        run.train(console, request)
     return run.folder
 
 
-class Run:
-    """A run's parts, made from its settings."""
+class Run(RunParts):
+    """A run's parts at work."""
 
     def __init__(
         self, config: PretrainConfig, folder: RunFolder, command: str, resume: bool
     ) -> None:
-        self.config, self.folder = config, folder
-        for line in settings_without_effect(config):
-            LOGGER.warning("%s", line)
-        images = self.images = setup.open_images(config)
-        tasks = build_tasks(config, images.channels)
-        # Watched as they are used: on whole images, whatever part of them training runs on.
-        self.tasks = whole_images(tasks)
-        energy = setup.build_energy(config, images.channels)
-        if config.init is not None and not (resume and folder.last_checkpoint.exists()):
-            initialise(energy.backbone, config.init)
-        self.image_size = parse_image_size(config.image_size) or default_image_size(
-            getattr(energy.backbone, "pretrained_cfg", None)
-        )
-        setup.check_tasks(tasks, images.channels, self.image_size, energy.backbone)
-        self.broken = BrokenFiles(max(1, int(config.max_broken_share * images.count)))
-        self.fabric = make_fabric(config)
-        if self.fabric.device.type == "cpu":
-            keep_freed_memory()
-        self.local_batch = _local_batch(config, self.fabric.world_size)
-        device = self.fabric.device
-        self.steps_per_epoch = steps_in_epoch(images, self.local_batch, self.fabric.world_size)
-        total = max(1, round(config.epochs * self.steps_per_epoch))
-        self.total_steps = min(total, config.max_steps or total)
-        self.watch_steps = max(1, round(config.watch_every * self.steps_per_epoch))
-        energy = energy.to(device)
-        self.held_out = setup.load_held_out(images, self.image_size, device, self.broken)
-        setup.calibrate(energy, self.tasks, self.held_out.images)
-        frozen = freeze_unreachable(energy, self.held_out.images[:2])
-        if frozen:
-            LOGGER.info(
-                "%d parameter(s) get no gradient from restoration and stay as they are: %s",
-                len(frozen),
-                ", ".join(frozen[:4]) + (", ..." if len(frozen) > 4 else ""),
-            )
-        self.stepper = Stepper(
-            config,
-            energy,
-            combine_tasks(config, tasks),
-            images.statistics,
-            self.fabric,
-            self.total_steps,
-            self.steps_per_epoch,
-        )
-        self.energy = energy
-        self.recorder = Recorder(
-            config,
-            folder,
-            command,
-            images,
-            self.image_size,
-            self.tasks,
-            energy,
-            self.held_out,
-            str(self.fabric.strategy.precision.precision),
-            self.total_steps,
-        )
+        super().__init__(config, folder, command, resume)
         self.state = self.recorder.state
+        self._unreadable: list[str] = []  # lines that are not counted yet
 
     def load(self) -> None:
         """Take up the last checkpoint.
@@ -184,23 +133,30 @@ class Run:
             self.stepper.optimizer.load_state_dict(optimizer)
             self.state = self.recorder.state
 
-    def train(self, console: Console) -> None:
+    def train(self, console: Console, request: StopRequest) -> None:
         """Go on to the last step, and leave the weights."""
         if self.fabric.is_global_zero:
             write_yaml(self.folder.config, config_to_dict(self.config))
-        self.plan = self._prepare()
-        metrics = MetricsLog(self.folder, self.state.step) if self.fabric.is_global_zero else None
+            if self.state.step:  # a run that was killed just behind a checkpoint had not yet
+                self.recorder.describe(self._epoch())
+        with request.at_once():
+            self.plan = self._prepare()
+        metrics = self._open_metrics() if self.fabric.is_global_zero else None
+        succeeded = False
         try:
-            with (
-                TrainingBar(console, self.state.step, self.total_steps) as bar,
-                stop_requests() as request,
-            ):
+            with TrainingBar(console, self.state.step, self.total_steps) as bar:
                 self._loop(bar, metrics, request)
+            succeeded = True
         finally:
             if metrics is not None:
-                metrics.close()
+                metrics.close(succeeded=succeeded)
         if self.fabric.is_global_zero:
             self.recorder.export()
+
+    def _open_metrics(self) -> MetricsLog:
+        settings = config_to_dict(self.config)
+        services = ServiceLoggers(self.config.loggers, self.folder, settings)
+        return MetricsLog(self.folder, self.state.step, services)
 
     def _prepare(self) -> LoadingPlan:
         """Find out what the step costs, then how to load images fast enough for it."""
@@ -244,23 +200,21 @@ class Run:
             meter.before_batch()
             batch = self._next(batches, request)
             meter.before_step(len(batch.images) * self.fabric.world_size)
-            for line in self.broken.add(batch.broken):
-                LOGGER.warning("skipped: %s", line)
+            self._unreadable += batch.broken
+            if self.fabric.world_size == 1:
+                self._count_unreadable()
             losses, norm, last = self.stepper(batch.images, self.state.step)
             self.state.step += 1
             bar.advance()
             done = self.state.step
-            if (
-                done % LOG_EVERY == 0
-                or done in (1, self.total_steps)
-                or done % self.watch_steps == 0
-            ):
+            watched = done % self.watch_steps == 0 or done == self.total_steps
+            if done % LOG_EVERY == 0 or done == 1 or watched:
+                self._count_unreadable()
                 row = self._row(losses, norm, last, meter)
                 bar.show(row)
                 if metrics is not None:
                     metrics.add(row)
             self.state.seconds = meter.seconds()
-            watched = done % self.watch_steps == 0 or done == self.total_steps
             if watched and metrics is not None:
                 LOGGER.info("epoch %.1f: %s", self._epoch(), describe_row(row))
                 meter.pause()
@@ -270,34 +224,40 @@ class Run:
             number, due = request.agreed(self.fabric, due)
             if due or number:
                 self._check_finite(float(losses), float(norm))
+                self._count_unreadable()
                 self._save()
                 saved = time.monotonic()
             if number and done < self.total_steps:
                 self._stop(number)
 
     def _next(self, batches: Iterator[Batch], request: StopRequest) -> Batch:
-        try:
+        if self.fabric.world_size > 1:  # processes leave together, behind a step
             return next(batches)
-        except RuntimeError:
-            # Ctrl-C reaches the workers too, and they leave.
-            if request.number and self.fabric.world_size == 1:
-                self._save()
-                self._stop(request.number)
-            raise
+        try:
+            with request.at_once():
+                return next(batches)
+        except (StopNow, RuntimeError):
+            # A signal reaches the workers too, and they leave: that is the RuntimeError.
+            if not request.number:
+                raise
+            ignore_dying_workers()
+            self._save()
+            self._stop(request.number)
+
+    def _count_unreadable(self) -> None:
+        """Tell and count what any process could not read; all of them stop if it is too much."""
+        lines = gather_lines(self.fabric, self._unreadable)
+        self._unreadable = []
+        for line in self.broken.add(lines):
+            LOGGER.warning("skipped: %s", line)
 
     def _stop(self, number: int) -> NoReturn:
         """Leave after the last step, which is saved."""
         # Lightning kills the first process when it finds that another has left.
         self.fabric.barrier()
-        message = (
-            f"stopped by {signal.Signals(number).name} at step {self.state.step} of "
-            f"{self.total_steps}, which is saved"
-        )
-        if self.fabric.is_global_zero and number != signal.SIGINT and requeue():
-            message += "; SLURM has queued the job again"
-        raise RunStopped(
-            number, f"{message}; `backfold pretrain --resume --out {self.config.out}` goes on"
-        )
+        done = f"at step {self.state.step} of {self.total_steps}, which is saved"
+        first = self.fabric.is_global_zero
+        raise stopped(number, done, self.config.out, may_requeue=first)
 
     def _save(self) -> None:
         # All processes: a sharded optimizer's state is gathered in the first.
@@ -338,12 +298,3 @@ class Run:
                 f"in {self.folder.last_checkpoint}; lower optimizer.base_lr (now "
                 f"{self.config.optimizer.base_lr:g}) or step_size, or set precision to 32-true"
             )
-
-
-def _local_batch(config: PretrainConfig, ranks: int) -> int:
-    size = config.batch_size
-    if size % ranks:
-        raise UserError(
-            f"batch_size {size} does not divide into {ranks} devices; change batch_size or devices"
-        )
-    return size // ranks

@@ -1,0 +1,167 @@
+"""Runs killed with SIGKILL at chosen and at random moments, and resumed until they end."""
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from forked_runs import FOREVER, Forge, Runner
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_resume import assert_same_run, rows
+
+from backfold.data.augmentation import Augmentation
+from backfold.training.config_file import config_to_dict
+
+STEPS = 12  # of which 9 are an epoch
+KILL = [(0.0, signal.SIGKILL, False)]
+RANDOM = {
+    "augmentation": Augmentation(crop_scale=(0.3, 1.0)),
+    "backbone_options": {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2,
+                         "drop_path_rate": 0.3, "proj_drop_rate": 0.1},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def forge():
+    with Forge() as forge:
+        yield forge
+
+
+@pytest.fixture
+def runner(forge, tiny):
+    def make(out: Path, **changes) -> Runner:
+        settings = {"max_steps": STEPS, "checkpoint_minutes": 0, **changes}
+        return Runner(forge, config_to_dict(tiny(out=out, **settings)))
+
+    return make
+
+
+def losses_by_step(folder):
+    """The steps in TensorBoard's events."""
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    return [event.step for event in events.Scalars("train/loss")]
+
+
+def assert_nothing_lost(whole, folder):
+    assert_same_run(whole, folder)
+    assert [int(row["step"]) for row in rows(folder)] == list(range(1, STEPS + 1))
+    assert losses_by_step(folder) == list(range(1, STEPS + 1))
+    assert not list(folder.root.rglob("*.tmp"))
+
+
+@pytest.fixture(scope="module")
+def unbroken():
+    """Runs that were never killed, by their settings."""
+    return {}
+
+
+def run_unbroken(unbroken, runner, root, name, changes):
+    if name not in unbroken:
+        whole = runner(root / "whole", **changes)
+        assert whole.start().code == 0, whole.said
+        unbroken[name] = whole.folder
+    return unbroken[name]
+
+
+@pytest.mark.parametrize(
+    ("moment", "count", "completed"),
+    [
+        pytest.param("warm-up", 1, None, id="warming up"),
+        pytest.param("watch", 1, None, id="first look"),
+        pytest.param("torn step-*.ckpt", 1, None, id="first checkpoint"),
+        pytest.param("write last.ckpt", 1, None, id="first checkpoint, still unnamed"),
+        pytest.param("step", 1, 0, id="first step"),
+        pytest.param("stepped", 5, 4, id="after a step"),
+        pytest.param("torn step-*.ckpt", 6, 4, id="writing a checkpoint"),
+        pytest.param("torn last.ckpt", 6, 4, id="naming a checkpoint"),
+        pytest.param("written last.ckpt", 6, 5, id="behind a checkpoint"),
+        pytest.param("batch", 10, 9, id="between epochs"),
+        pytest.param("watch", 2, 8, id="evaluating"),
+        pytest.param("torn *.png", 2, 8, id="drawing"),
+        pytest.param("written last.ckpt", 10, 9, id="behind the best checkpoint"),
+        pytest.param("torn best.ckpt", 2, None, id="writing the best checkpoint"),
+        pytest.param("written last.ckpt", STEPS + 1, STEPS, id="behind the last checkpoint"),
+        pytest.param("torn health.json", STEPS + 1, None, id="last health"),
+        pytest.param("torn run.json", STEPS + 1, None, id="last facts"),
+        pytest.param("torn backbone.safetensors", 1, STEPS, id="exporting"),
+    ],
+)
+def test_a_run_killed_at_this_moment_goes_on(runner, unbroken, tmp_path, moment, count, completed):
+    whole = run_unbroken(unbroken, runner, tmp_path, "plain", {})
+    killed = runner(tmp_path / "killed")
+    outcome = killed.start(moment=moment, count=count, hold=FOREVER, signals=KILL)
+    assert (outcome.code, outcome.reached) == (-signal.SIGKILL, True), killed.said
+    if completed is not None:
+        assert killed.step == completed
+    assert killed.resume().code == 0, killed.said
+    if completed is not None:
+        assert f"resuming at step {completed} of" in killed.said
+    assert_nothing_lost(whole, killed.folder)
+
+
+def test_a_run_killed_before_it_wrote_anything_starts_anew(runner, unbroken, tmp_path):
+    whole = run_unbroken(unbroken, runner, tmp_path, "plain", {})
+    killed = runner(tmp_path / "killed")
+    for moment in ("torn config.yaml", "write config.yaml"):
+        outcome = killed.start(moment=moment, hold=FOREVER, signals=KILL)
+        assert (outcome.code, outcome.reached) == (-signal.SIGKILL, True), killed.said
+    assert killed.start().code == 0, killed.said
+    assert_nothing_lost(whole, killed.folder)
+
+
+def test_steps_behind_no_checkpoint_are_taken_and_told_once_more(runner, unbroken, tmp_path):
+    whole = run_unbroken(unbroken, runner, tmp_path, "plain", {})
+    killed = runner(tmp_path / "killed", checkpoint_minutes=1000.0)
+    outcome = killed.start(moment="stepped", count=5, hold=FOREVER, signals=KILL)
+    assert (outcome.code, killed.step) == (-signal.SIGKILL, 0), killed.said
+    assert killed.resume().code == 0, killed.said
+    assert_nothing_lost(whole, killed.folder)
+
+
+def kill_until_done(run, seed, kills):
+    """Kill at random moments, then let it end; returns how many died."""
+    random = np.random.default_rng(seed)
+    outcome = run.start(**draw(random))
+    died, step = 0, 0
+    while outcome.code != 0:
+        assert outcome.code == -signal.SIGKILL, run.said
+        died += 1
+        has_checkpoint = run.folder.last_checkpoint.exists()
+        before, step = step, run.step if has_checkpoint else 0
+        assert step >= before
+        outcome = run.resume(**(draw(random) if died < kills else {}))
+        line = f"resuming at step {step} of" if has_checkpoint else "starting from step 0"
+        assert line in run.said or outcome.code, run.said
+    return died
+
+
+def draw(random):
+    """Some events into the run; then at once, or some milliseconds later, in whatever it does."""
+    moments = {"*": 40, "step": 4, "torn *": 12, "write *": 12, "written *": 12, "watch": 1}
+    moment = str(random.choice(list(moments)))
+    # Who goes on after half of its file is gone would not have been killed.
+    hold = FOREVER if moment in ("*", "torn *") or random.random() < 0.3 else 0.0
+    delay = 0.0 if hold else float(random.uniform(0, 0.05))
+    return {
+        "moment": moment,
+        "count": int(random.integers(1, moments[moment] + 1)),
+        "hold": hold,
+        "signals": [(delay, signal.SIGKILL, False)],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("seed", "changes"),
+    [
+        pytest.param(1, RANDOM, id="crops, drop path"),
+        pytest.param(2, RANDOM | {"pretext": "mixture", "num_workers": 2}, id="mixture, 2 workers"),
+        pytest.param(3, RANDOM | {"checkpoint_minutes": 0.002}, id="checkpoints by the clock"),
+    ],
+)
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(runner, tmp_path, seed, changes):
+    whole = runner(tmp_path / "whole", **changes)
+    assert whole.start().code == 0, whole.said
+    killed = runner(tmp_path / "killed", **changes)
+    assert kill_until_done(killed, seed, kills=8) >= 4
+    assert_nothing_lost(whole.folder, killed.folder)
