@@ -59,6 +59,9 @@ def fill(text: str, parts: Mapping[str, str]) -> str:
     return text
 
 
+OTHER_BACKBONES = "other-backbones"  # folder of a run with backbones that the main run lacks
+
+
 def write_page(page: Path, results: Path) -> None:
     """Renew all tables of the page from the results that are there."""
     parts = {}
@@ -71,6 +74,11 @@ def write_page(page: Path, results: Path) -> None:
             f"kinds-{device}": kind_tables(cost) if cost else NOT_MEASURED,
             f"growth-{device}": _with_facts(grown, growth_tables),
         }
+    other = _read(results / OTHER_BACKBONES / "cost-cpu.json")
+    parts |= {
+        "bars-others": _with_facts(other, bars_table),
+        "cost-others": cost_tables(other) if other else NOT_MEASURED,
+    }
     write_atomically(page, fill(page.read_text(), parts).encode())
 
 
