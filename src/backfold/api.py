@@ -179,7 +179,8 @@ class Backfold:
             if isinstance(image, Image.Image):
                 decoded = decode_pillow(image).image
             else:
-                decoded = decode(Path(image).read_bytes(), max(run.image_size))
+                content = Path(image).read_bytes()
+                decoded = decode(content, max(run.image_size), run.config.max_pixels)
         except OSError as error:
             raise UserError(
                 f"can't read {image}: {error.strerror or error}; check the path"

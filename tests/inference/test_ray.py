@@ -3,6 +3,7 @@
 import os
 import signal
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -89,7 +90,7 @@ def test_a_killed_worker_loses_no_row(run, folder, plan_of, tmp_path):
         def read(self, index, *rest):
             if index == 13 and not marker.exists():
                 marker.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getppid(), signal.SIGKILL)  # Ray's worker, whose child loads
             return super().read(index, *rest)
 
     job = EmbeddingJob(run, EmbeddingChoice(), CPU)
@@ -98,6 +99,20 @@ def test_a_killed_worker_loses_no_row(run, folder, plan_of, tmp_path):
     given = rows(partial(ray_parts, actors=2), job, Deadly(folder), plan, tmp_path / "ray.parquet")
     assert marker.exists()
     assert_equal_rows(given, expected)
+
+
+def test_an_image_that_crashes_its_decoder_costs_its_row_alone(run, folder, plan_of, tmp_path):
+    class Deadly(FolderSource):
+        def read(self, index, *rest):
+            if index == 13:
+                os._exit(3)
+            return super().read(index, *rest)
+
+    job = EmbeddingJob(run, EmbeddingChoice(), CPU)
+    plan = plan_of(job, FolderSource(folder), 3, 3)
+    given = rows(partial(ray_parts, actors=1), job, Deadly(folder), plan, tmp_path / "ray.parquet")
+    names = [Path(path).name for path in given["path"].to_pylist()]
+    assert names == [f"{number:02}.png" for number in range(22) if number not in (5, 13, 21)]
 
 
 def test_a_mistake_comes_back_in_one_line(run, folder, plan_of):

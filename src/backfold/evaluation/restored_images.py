@@ -11,8 +11,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from backfold.data.augmentation import cover
-from backfold.data.decode import BrokenImage, as_float, decode, to_channels
-from backfold.data.loading import evaluation_loader
+from backfold.data.decode import BrokenImage, decode, to_channels
+from backfold.data.loading import evaluation_loader, stack_images
 from backfold.data.source import NoTestSplit, open_source
 from backfold.errors import UserError
 from backfold.metrics import psnr_db, ssim
@@ -38,21 +38,25 @@ class RestoredImage:
 
 
 def read_images(paths: list[Path], run: Pretrained) -> Tensor:
-    """Decode, scale and normalise image files to (images, channels, height, width).
+    """Decode, scale and normalise image files, as loading does, to (images, channels, *image_size).
 
     Raises:
-        UserError: a file is missing or no image.
+        UserError: a file is missing, no image, larger than the run allows, or of unfit channels.
     """
     images = []
     for path in paths:
         try:
-            decoded = decode(path.read_bytes())
+            content = path.read_bytes()
+            decoded = decode(content, max(run.image_size), run.config.max_pixels)
+            image = to_channels(decoded, run.channels)
         except OSError as error:
             raise UserError(f"can't read {path}: {error.strerror}; check the path") from error
         except BrokenImage as error:
             raise UserError(f"{path} is no image: {error}; give image files") from error
-        images.append(cover(as_float(to_channels(decoded, run.channels)), run.image_size))
-    return run.statistics.normalize(torch.stack(images))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        images.append(cover(image, run.image_size))
+    return run.statistics.normalize(stack_images(images))
 
 
 def sample_images(run: Pretrained, count: int) -> tuple[list[str], Tensor]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from backfold.batch_norm import measure_batch_norm
+from backfold.data.arrays import MAX_PIXELS
 from backfold.data.broken import BrokenFiles
-from backfold.data.loading import evaluation_loader
+from backfold.data.guarded_loading import evaluation_batches
 from backfold.data.source import (
     ImageSource,
     NoTestSplit,
@@ -42,20 +43,28 @@ class LabelledImages:
     test: ImageSource
 
 
-def open_labelled(data: str | Path | None, seed: int = 0) -> LabelledImages:
+def open_labelled(
+    data: str | Path | None, seed: int = 0, max_pixels: int = MAX_PIXELS
+) -> LabelledImages:
     """Open labelled data; where they have no test split, a fifth of each class is set apart.
+
+    Args:
+        data: as `open_source` takes it.
+        seed: of the images that are set apart.
+        max_pixels: larger images are counted as broken.
 
     Raises:
         UserError: no data or no labels.
     """
-    train = open_source(data, "train", labelled=True)
+    train = open_source(data, "train", labelled=True, max_pixels=max_pixels)
     if train.labels is None:
         raise UserError(
             f"{train.name} has no labels; give a folder with one sub-folder a class, or parquet "
             "files with a label column"
         )
     try:
-        return LabelledImages(train, open_source(data, "test", labelled=True))
+        own_test = open_source(data, "test", labelled=True, max_pixels=max_pixels)
+        return LabelledImages(train, own_test)
     except NoTestSplit:
         LOGGER.info(f"{train.name} has no test split: {TEST_SHARE:.0%} of each class is set apart")
         training, test = stratified_split(train.labels, TEST_SHARE, seed)
@@ -85,23 +94,19 @@ def evaluate_run(
     """
     untrained = build_energy(run.config, run.channels).backbone.eval().to(device)
     loader = _Batches(run, batch_size, num_workers)
-    first = torch.cat(
-        list(loader.of(images.train, range(min(BATCH_NORM_IMAGES, len(images.train)))))
-    )
+    some = range(min(BATCH_NORM_IMAGES, len(images.train)))
+    first = torch.cat([batch for batch, _ in loader.of(images.train, some)])
     measure_batch_norm(untrained, first.to(device))
     backbones: dict[BackboneName, nn.Module] = {
         "untrained": untrained,
         "pretrained": run.energy.backbone.to(device),
     }
-    train_labels, test_labels = _labels(images.train), _labels(images.test)
     rows: list[EvaluationRow] = []
     for name, backbone in backbones.items():
         LOGGER.info(f"embedding {len(images.train) + len(images.test)} images, {name} backbone")
         rows += evaluate_embeddings(
-            embed_batches(backbone, loader.of(images.train), choice, device),
-            train_labels,
-            embed_batches(backbone, loader.of(images.test), choice, device),
-            test_labels,
+            *_embed(backbone, loader, images.train, choice, device),
+            *_embed(backbone, loader, images.test, choice, device),
             protocols,
             name,
             labels_per_class,
@@ -112,21 +117,46 @@ def evaluate_run(
 
 
 class _Batches:
-    """Normalised batches of a source, as the run saw its images but without augmentation."""
+    """Normalised batches of a source, as the run saw its images but without augmentation.
+
+    Beside each are the indices of its images: the next image stands in for a broken one.
+    """
 
     def __init__(self, run: Pretrained, batch_size: int, num_workers: int) -> None:
         self._run, self._batch_size, self._num_workers = run, batch_size, num_workers
 
-    def of(self, source: ImageSource, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
+    def of(
+        self, source: ImageSource, indices: Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         run = self._run
         broken = BrokenFiles.for_source(source, run.config.max_broken_share)
-        loader = evaluation_loader(
+        loader = evaluation_batches(
             source, run.image_size, run.channels, self._batch_size, self._num_workers, indices
         )
         for batch in loader:
             for line in broken.add(batch.broken):
                 LOGGER.warning(f"skipped: {line}")
-            yield run.statistics.normalize(batch.images)
+            yield run.statistics.normalize(batch.images), batch.indices
+
+
+def _embed(
+    backbone: nn.Module,
+    loader: _Batches,
+    source: ImageSource,
+    choice: EmbeddingChoice,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """(images, features) and (images,): embeddings, and labels of the images that were embedded."""
+    labels = _labels(source)
+    indices: list[Tensor] = []
+
+    def images() -> Iterator[Tensor]:
+        for batch, places in loader.of(source):
+            indices.append(places)
+            yield batch
+
+    embeddings = embed_batches(backbone, images(), choice, device)
+    return embeddings, labels[torch.cat(indices)]
 
 
 def _labels(source: ImageSource) -> Tensor:

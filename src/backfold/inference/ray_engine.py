@@ -21,6 +21,7 @@ from backfold.inference.local import local_parts
 from backfold.inference.table import Plan, from_bytes, to_bytes
 
 MOST_BLOCKS = 10_000
+LOADERS = 1  # of each actor: a process apart, for a decoder that crashes or hangs
 
 
 class PartWorker:
@@ -41,7 +42,7 @@ class PartWorker:
         try:
             done = [
                 to_bytes(table)
-                for _, table in local_parts(self._job, self._source, self._plan, parts)
+                for _, table in local_parts(self._job, self._source, self._plan, parts, LOADERS)
             ]
         except UserError as error:
             return {
