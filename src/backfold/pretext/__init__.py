@@ -3,6 +3,7 @@
 from backfold.pretext.colorization import Colorization, chroma_error, luminance
 from backfold.pretext.corruption import Corruption, PretextTask
 from backfold.pretext.denoising import Denoising
+from backfold.pretext.exchange import Exchange
 from backfold.pretext.masking import Masking
 from backfold.pretext.mixture import Mixture
 from backfold.pretext.sorting import Sorting, patches_placed_right
@@ -12,6 +13,7 @@ __all__ = [
     "Colorization",
     "Corruption",
     "Denoising",
+    "Exchange",
     "Masking",
     "Mixture",
     "PretextTask",

@@ -15,6 +15,7 @@ from backfold.errors import UserError
 from backfold.pretext import (
     Colorization,
     Denoising,
+    Exchange,
     Masking,
     Mixture,
     PretextTask,
@@ -22,7 +23,8 @@ from backfold.pretext import (
     SuperResolution,
 )
 
-TASK_NAMES = ("masking", "sorting", "superresolution", "denoising", "colorization")
+PAPER_TASKS = ("masking", "sorting", "superresolution", "denoising", "colorization")
+TASK_NAMES = (*PAPER_TASKS, "exchange")
 MIXTURE = "mixture"
 POSITIVE = (
     "num_steps", "step_size", "batch_size", "epochs", "watch_every", "held_out",
@@ -45,14 +47,17 @@ class TaskSettings:
         sorting: permute patches.
         superresolution: scale down and up.
         denoising: add noise.
+        exchange: show squares of other images.
         mixture: weight of each task where the pretext is "mixture", by the tasks' names; tasks that
-            are not named are left out (default: all that the images allow, equally).
+            are not named are left out (default: the paper's five, those that the images allow,
+            equally).
     """
 
     masking: Masking = field(default_factory=Masking)
     sorting: Sorting = field(default_factory=Sorting)
     superresolution: SuperResolution = field(default_factory=SuperResolution)
     denoising: Denoising = field(default_factory=Denoising)
+    exchange: Exchange = field(default_factory=Exchange)
     mixture: dict[str, float] = field(default_factory=dict)
 
 
@@ -96,7 +101,7 @@ class PretrainConfig:
         image_size: N or HxW in pixels; none takes the backbone's own.
         channels: channels of the images; none counts them in the data.
         head: the energy's head: "linear", the paper's, or "quadratic" in the features.
-        pretext: masking, sorting, superresolution, denoising, colorization or mixture.
+        pretext: masking, sorting, superresolution, denoising, colorization, exchange or mixture.
         tasks: the pretext tasks' own settings.
         num_steps: restoration steps K in training.
         step_size: factor of the energy gradient in a restoration step.
@@ -235,7 +240,7 @@ def task_names(config: PretrainConfig) -> tuple[str, ...]:
         raise UserError(f"mixture weights are {weights}; give numbers of 0 or more, not all 0")
     if config.pretext != MIXTURE:
         return (config.pretext,)
-    return tuple(name for name in TASK_NAMES if not weights or weights.get(name, 0) > 0)
+    return tuple(name for name in TASK_NAMES if weights.get(name, 0) > 0) or PAPER_TASKS
 
 
 def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]:
@@ -250,6 +255,7 @@ def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]
         "superresolution": config.tasks.superresolution,
         "denoising": config.tasks.denoising,
         "colorization": Colorization(),
+        "exchange": config.tasks.exchange,
     }
     names = task_names(config)
     if channels == 1 and "colorization" in names:
