@@ -1,0 +1,20 @@
+"""The recipes that the energy races with: what differs from the product's defaults.
+
+Learning rate, batch size, schedule and backbone are the race's own.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Of the trials in results/recipe-log.md. Patches of 32-pixel images move and hide in eighths.
+MIXED: Mapping[str, Any] = {
+    "pretext": "mixture",
+    "tasks": {
+        "mixture": {"masking": 1.0, "sorting": 1.0, "colorization": 1.0},
+        "sorting": {"sorting_patch_size": 8},
+    },
+}
+DENSE: Mapping[str, Any] = MIXED
+# As MAE: three quarters are hidden; and a third of those run beside the visible quarter.
+SPARSE: Mapping[str, Any] = {"tasks": {"masking": {"mask_ratio": 0.75, "hidden_share": 1 / 3}}}
+CONVOLUTIONAL: Mapping[str, Any] = MIXED

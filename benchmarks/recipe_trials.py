@@ -1,0 +1,153 @@
+"""Trials for the recipe: what makes the representation good, judged on validation images only.
+
+    python benchmarks/recipe_trials.py --data ../shared/data/cifar10 --only mae dense  # appends
+    python benchmarks/recipe_trials.py --write-log                     # recipe-log.md from the JSON
+
+Each trial is a short pretraining in the setting of the CPU race (`racing`), with one seed that no
+reported run has; its backbone is judged by a linear probe, kNN and 10 labels a class on the race's
+validation images, which no reported number uses. Hypotheses stand in `racing/trials.py`, verdicts in
+`benchmarks/results/recipe-verdicts.json`, results in `benchmarks/results/recipe-trials.json`.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backfold import restoration
+from backfold.data.source import open_source
+from backfold.embedding import EmbeddingChoice
+from backfold.evaluation.probes import linear_probe_accuracy
+from backfold.evaluation.protocol import draw_labelled
+from backfold.memory import keep_freed_memory
+from backfold.metrics import knn_accuracy
+from backfold.training.run_folder import write_json
+from racing.judging import Judge
+from racing.pretraining import pretrain
+from racing.race import HALF, Race
+from racing.sizes import CPU
+from racing.trials import TRIALS, Trial
+
+RESULTS = Path(__file__).parent / "results"
+SEED = 100
+LABELLED = 2000
+DRAWS = 5
+
+
+@contextmanager
+def trial_loss(trial: Trial) -> Iterator[None]:
+    """Within, the product trains with the trial's loss."""
+    before = restoration.restoration_loss
+    if trial.loss is not None:
+        restoration.restoration_loss = trial.loss
+    try:
+        yield
+    finally:
+        restoration.restoration_loss = before
+
+
+def judge_backbone(judge: Judge, weights: Any) -> dict[str, Any]:
+    """Accuracies on the validation images in percent, with the layer and pooling best for each."""
+    known, held = judge.images.labelled.first(LABELLED), judge.images.validation
+    trains, tests = (judge._embed(weights, SEED, part, ()) for part in (known, held))
+    found: dict[str, tuple[float, EmbeddingChoice]] = {"linear": (0, EmbeddingChoice())}
+    found["knn"] = found["linear"]
+    parts = {}
+    for choice in trains:
+        train, test = parts[choice] = trains[choice], tests[choice]
+        scores = {
+            "linear": linear_probe_accuracy(train, known.labels, test, held.labels),
+            "knn": knn_accuracy(train, known.labels, test, held.labels),
+        }
+        for name, score in scores.items():
+            found[name] = max(found[name], (score, choice), key=lambda pair: pair[0])
+    train, test = parts[found["linear"][1]]
+    few = []
+    for draw in range(DRAWS):
+        rows = draw_labelled(known.labels, 10, 0, draw)
+        few.append(
+            linear_probe_accuracy(train[rows], known.labels[rows], test, held.labels)
+        )
+    described = {name: f"{c.layer} {c.pooling}" for name, (_, c) in found.items()}
+    return {
+        "linear": 100 * found["linear"][0],
+        "knn": 100 * found["knn"][0],
+        "few": 100 * sum(few) / DRAWS,
+        "choices": described,
+    }
+
+
+def run_trial(race: Race, trial: Trial, epochs: float) -> dict[str, Any]:
+    """Pretrain and judge."""
+    contender = trial.contender
+    total = round(epochs * race.steps_per_epoch)
+    started = time.monotonic()
+    spec = race.size.backbones[contender.backbone]
+    judge = Judge(race.size, spec, race.images, race.device, race.best_precision, "plain")
+    row: dict[str, Any] = {"name": trial.name, "lr": trial.lr, "epochs": epochs, "batch": race.size.batch}
+    weights = None
+    if contender.is_trained:
+        with trial_loss(trial):
+            attention = "plain" if contender.kind == "energy" else "fused"
+            setting = race.setting(contender, total, trial.lr, SEED, HALF, attention)
+            method = contender.method(setting)
+            trial.prepare(method)
+            folder = race.folder(f"recipe-{trial.name}")
+            progress = pretrain(method, total, [], folder, math.inf)
+        weights = method.backbone()
+        row |= {
+            "seconds_a_step": round(sum(progress.seconds) / total, 4),
+            "loss": round(sum(progress.losses[-20:]) / len(progress.losses[-20:]), 5),
+        }
+    row |= judge_backbone(judge, weights)
+    return row | {
+        "recipe": dict(contender.recipe),
+        "trial_seconds": round(time.monotonic() - started),
+        "threads": torch.get_num_threads(),
+        "command": shlex.join(["python", "benchmarks/recipe_trials.py", *sys.argv[1:]]),
+        "facts": dict(race.facts()),
+    }
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    rows = json.loads(path.read_text()) if path.exists() else []
+    write_json(path, [*rows, row])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/cifar10"))
+    parser.add_argument("--only", nargs="+", choices=list(TRIALS), default=list(TRIALS))
+    parser.add_argument("--epochs", type=float, default=4.0)
+    parser.add_argument("--batch", type=int, default=CPU.batch)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, default=RESULTS / "recipe-trials.json")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    assert open_source(options.data, "train")
+    race = Race(replace(CPU, batch=options.batch), options.data, options.out.parent, Path("runs/recipe-trials"))
+    for name in options.only:
+        row = run_trial(race, TRIALS[name], options.epochs)
+        append(options.out, row)
+        print(
+            f"{name:28s} lin {row['linear']:.1f} knn {row['knn']:.1f} few {row['few']:.1f} "
+            f"loss {row.get('loss')} {row['choices']} {row['trial_seconds']} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
