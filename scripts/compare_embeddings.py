@@ -6,7 +6,7 @@ python scripts/compare_embeddings.py runs/demo
 import sys
 from pathlib import Path
 
-from backfold.cli.commands import choose_device
+from backfold.cli.evaluation import choose_device
 from backfold.embedding import EmbeddingChoice, Pooling
 from backfold.evaluation.run import evaluate_run, open_labelled
 from backfold.training.pretrained import load_pretrained

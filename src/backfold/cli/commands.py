@@ -1,17 +1,14 @@
 """What each command does, as functions of its typed settings."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from backfold.data.loading import default_workers
-from backfold.embedding import EmbeddingChoice
+from backfold.cli.evaluation import evaluate
 from backfold.errors import UserError
-from backfold.evaluation.protocol import EvaluationRow, ProtocolName, write_rows
+from backfold.evaluation.measure_suite import Measured
 from backfold.evaluation.restored_images import (
     RestoredImage,
     distinct_names,
@@ -19,7 +16,7 @@ from backfold.evaluation.restored_images import (
     restore_images,
     sample_images,
 )
-from backfold.evaluation.run import evaluate_run, open_labelled
+from backfold.evaluation.settings import DEMO_RUN, EvaluateSettings
 from backfold.evaluation.table import render_table
 from backfold.reporting.report import write_report
 from backfold.training.config import PretrainConfig, build_tasks
@@ -28,37 +25,7 @@ from backfold.training.progress import is_first_process, log_to, terminal
 from backfold.training.run_folder import RunFolder
 from backfold.training.trainer import pretrain
 
-PROTOCOLS = ("knn", "linear")
-DEMO_RUN = Path("runs/demo")
 SAMPLED_IMAGES = 4
-
-
-@dataclass
-class EvaluateSettings:
-    """How `backfold evaluate` measures a frozen backbone, beside the same backbone untrained.
-
-    Args:
-        checkpoint: a run's folder or a .ckpt file.
-        data: labelled images: a folder with a sub-folder a class, or parquet files with a label
-            column; none takes the run's own data.
-        protocol: comma-separated: knn (k = 20, cosine) and linear (logistic regression).
-        embedding: which layer and pooling give the embedding.
-        labels_per_class: labelled training images a class in the low-label rows.
-        draws: how often these are drawn; the table shows mean and deviation.
-        seed: of the draws and splits.
-        out: folder for evaluation.json; none takes the run's.
-        accelerator: cpu, cuda, mps, or auto.
-    """
-
-    checkpoint: Path = DEMO_RUN
-    data: str | Path | None = None
-    protocol: str = "knn,linear"
-    embedding: EmbeddingChoice = field(default_factory=EmbeddingChoice)
-    labels_per_class: int = 10
-    draws: int = 5
-    seed: int = 0
-    out: Path | None = None
-    accelerator: str = "auto"
 
 
 @dataclass
@@ -67,8 +34,8 @@ class RestoreSettings:
 
     Args:
         checkpoint: a run's folder or a .ckpt file.
-        pretext: masking, sorting, superresolution, denoising or colorization; none takes the run's
-            first.
+        pretext: masking, sorting, superresolution, denoising, colorization or exchange; none takes
+            the run's first.
         num_steps: restoration steps; 0 shows the corruption alone.
         step_size: factor of the energy gradient; none takes the run's.
         out: folder for NAME.png (corrupted, restored, clean) and NAME.gif (the trajectory).
@@ -88,73 +55,6 @@ def run_pretrain(config: PretrainConfig, resume: bool, overwrite: bool, command:
     pretrain(config, resume=resume, overwrite=overwrite, command=command)
     if is_first_process():
         print(f"run: {config.out}")
-
-
-def run_evaluate(settings: EvaluateSettings) -> None:
-    """`backfold evaluate`: prints the table, writes ``evaluation.json``."""
-    console = terminal()
-    with log_to(None, console):
-        rows = evaluate(settings)
-    Console().print(render_table(rows))
-    print(f"rows: {evaluation_path(settings)}")
-
-
-def evaluate(settings: EvaluateSettings) -> list[EvaluationRow]:
-    """The rows, also written to `evaluation_path`."""
-    protocols = parse_protocols(settings.protocol)
-    run = load_pretrained(settings.checkpoint)
-    images = open_labelled(settings.data or run.config.data, settings.seed)
-    rows = evaluate_run(
-        run,
-        images,
-        protocols,
-        settings.embedding,
-        labels_per_class=(None, settings.labels_per_class),
-        draws=settings.draws,
-        seed=settings.seed,
-        num_workers=default_workers(),
-        device=choose_device(settings.accelerator),
-    )
-    write_rows(evaluation_path(settings), rows)
-    return rows
-
-
-def evaluation_path(settings: EvaluateSettings) -> Path:
-    """Where ``evaluation.json`` goes: the given folder, or the run's."""
-    if settings.out is not None:
-        return RunFolder(settings.out).evaluation
-    given = settings.checkpoint
-    return RunFolder(given if given.is_dir() else given.parent.parent).evaluation
-
-
-def parse_protocols(text: str) -> list[ProtocolName]:
-    """The protocols of a comma-separated list.
-
-    Raises:
-        UserError: an unknown one, or none.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in PROTOCOLS]
-    if unknown or not names:
-        raise UserError(
-            f"unknown protocol {', '.join(unknown) or text!r}; choose from {', '.join(PROTOCOLS)}"
-        )
-    return cast("list[ProtocolName]", names)
-
-
-def choose_device(accelerator: str) -> torch.device:
-    """The device that Lightning would take.
-
-    Raises:
-        UserError: an accelerator that is not there.
-    """
-    from lightning.fabric import Fabric
-
-    try:
-        return Fabric(accelerator=accelerator, devices=1).device
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"can't use accelerator {accelerator!r}: {reason}; try auto") from error
 
 
 def run_restore(settings: RestoreSettings, images: list[Path]) -> None:
@@ -216,7 +116,8 @@ def run_demo(config: PretrainConfig, command: str) -> None:
     if not is_first_process():
         return
     with log_to(RunFolder(config.out).log, console):
-        rows = evaluate(EvaluateSettings(checkpoint=config.out))
+        found = list(evaluate(EvaluateSettings(checkpoint=config.out)))
     report = write_report(config.out)
+    rows = [row for part in found if not isinstance(part, Measured) for row in part]
     Console().print(render_table(rows))
     print(f"report: {report}")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from backfold.cli.commands import DEMO_RUN
+from backfold.evaluation.settings import DEMO_RUN
 from backfold.exporting.run import Format, export_run
 from backfold.training.progress import log_to, terminal
 

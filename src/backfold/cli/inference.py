@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from rich.console import Console
 
-from backfold.cli.commands import DEMO_RUN, choose_device
+from backfold.cli.evaluation import choose_device
 from backfold.data.loading import default_workers
 from backfold.data.source import ImageSource, Split, open_source
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
+from backfold.evaluation.settings import DEMO_RUN
 from backfold.inference.contact_sheet import render_contact_sheet
 from backfold.inference.jobs import EmbeddingJob, Job, ScoringJob
 from backfold.inference.local import local_parts
@@ -134,7 +135,8 @@ def run_score(settings: ScoreSettings) -> None:
 
 def _open(settings: InferenceSettings) -> tuple[Pretrained, ImageSource]:
     run = load_pretrained(settings.checkpoint)
-    return run, open_source(settings.data or run.config.data, settings.split)
+    data = settings.data or run.config.data
+    return run, open_source(data, settings.split, max_pixels=run.config.max_pixels)
 
 
 def _device(settings: InferenceSettings) -> torch.device:

@@ -15,14 +15,16 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from backfold.cli import commands
+from backfold.cli.evaluation import run_evaluate
 from backfold.cli.export import ExportSettings, run_export
 from backfold.cli.inference import EmbedSettings, ScoreSettings, run_embed, run_score
 from backfold.cli.stats import StatsSettings, run_stats
 from backfold.errors import UserError
+from backfold.evaluation.settings import DEMO_RUN, EvaluateSettings
 from backfold.training.config import PretrainConfig
 from backfold.training.distribution import refuse_strategy
 from backfold.training.progress import is_first_process
-from backfold.training.stopping import RunStopped
+from backfold.training.stopping import RunStopped, was_requeued
 from backfold.version import __version__
 
 RECIPES = files("backfold") / "recipes"
@@ -41,11 +43,11 @@ UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
 # What may differ between a run and its continuation without changing its result.
 FREE_ON_RESUME = {
     "out", "num_workers", "prefetch", "accelerator", "devices", "checkpoint_minutes",
-    "keep_checkpoints", "micro_batch", "compile", "num_nodes", "shard_optimizer",
+    "keep_checkpoints", "micro_batch", "compile", "num_nodes", "shard_optimizer", "loggers",
 }  # fmt: skip
 # Commands that are given by their settings alone.
 PLAIN: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "evaluate": (commands.EvaluateSettings, commands.run_evaluate),
+    "evaluate": (EvaluateSettings, run_evaluate),
     "export": (ExportSettings, run_export),
     "embed": (EmbedSettings, run_embed),
     "score": (ScoreSettings, run_score),
@@ -125,9 +127,12 @@ def _run(argv: list[str]) -> None:
         if name == "demo":
             commands.run_demo(config, command)
             return
+        requeued = was_requeued(config.out)
         if given.resume:
             _refuse_changes(config)
-        commands.run_pretrain(config, given.resume, given.overwrite, command)
+        commands.run_pretrain(
+            config, given.resume or requeued, given.overwrite and not requeued, command
+        )
     elif name in PLAIN:
         settings, run = PLAIN[name]
         run(settings(**_fields(given, settings)))
@@ -150,7 +155,7 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
     commands_group = parser.add_subcommands(required=True)
     parsers = {
         "pretrain": _pretrain_parser(),
-        "evaluate": _class_parser(commands.EvaluateSettings, "measure a frozen backbone"),
+        "evaluate": _class_parser(EvaluateSettings, "measure a backbone and its energy"),
         "restore": _class_parser(commands.RestoreSettings, "corrupt and restore image files"),
         "report": Parser(exit_on_error=False, description="write one HTML file on a run"),
         "demo": _demo_parser(),
@@ -163,7 +168,7 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
         "images", type=Path, nargs="*", help="image files; none takes a few of the run's own data"
     )
     parsers["report"].add_argument(
-        "run", type=Path, nargs="?", default=commands.DEMO_RUN, help="a run's folder"
+        "run", type=Path, nargs="?", default=DEMO_RUN, help="a run's folder"
     )
     parsers["report"].add_argument(
         "--out", type=Path | None, default=None, help="the file; none takes RUN/report.html"

@@ -1,11 +1,11 @@
 """The evaluation protocol: probes on frozen embeddings, with all labels and with few."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from backfold.evaluation.probes import linear_probe_accuracy
 from backfold.metrics import knn_accuracy
 from backfold.training.run_folder import write_json
 
-ProtocolName = Literal["knn", "linear"]
+ProtocolName = Literal["knn", "linear", "attentive", "finetune"]
 BackboneName = Literal["pretrained", "untrained"]
 Probe = Callable[[Tensor, Tensor, Tensor, Tensor], float]
 
@@ -26,15 +26,16 @@ class EvaluationRow:
     """One probe's accuracy on the test images.
 
     Args:
-        protocol: "knn" or "linear".
-        labels: "all", or how many labelled training images each class had.
-        backbone: "pretrained" or "untrained".
+        protocol: "knn", "linear" or "attentive" on a frozen backbone, or "finetune".
+        labels: "all", how many labelled training images each class had, or which share of each
+            class's was labelled, such as "1 %".
+        backbone: "pretrained" or "untrained"; fine-tuning the latter is training from scratch.
         accuracy_mean: in percent, over the draws of the labelled images.
         accuracy_std: in percent, the sample deviation over the draws; 0 for a single draw.
     """
 
     protocol: ProtocolName
-    labels: int | Literal["all"]
+    labels: int | str
     backbone: BackboneName
     accuracy_mean: float
     accuracy_std: float
@@ -51,7 +52,7 @@ def evaluate_embeddings(
     test_labels: Tensor,
     protocols: Sequence[ProtocolName],
     backbone_name: BackboneName,
-    labels_per_class: Sequence[int | None] = (None, 10),
+    labels_per_class: Sequence[int | float | None] = (None, 10),
     draws: int = 5,
     seed: int = 0,
 ) -> list[EvaluationRow]:
@@ -65,34 +66,50 @@ def evaluate_embeddings(
         train_labels: (training images,), whole numbers.
         test_embeddings: (test images, features).
         test_labels: (test images,), whole numbers.
-        protocols: which probes.
+        protocols: which probes: "knn", "linear".
         backbone_name: goes into the rows.
-        labels_per_class: how many labelled training images of each class; None means all.
+        labels_per_class: how many labelled training images of each class, or which share of them
+            (see `labelled_subsets`); None means all.
         draws: how often few labels are drawn.
         seed: of the draws and of the linear probe's folds.
 
     Raises:
         UserError: an unknown protocol, no draws or labels, or a class with too few images.
     """
-    if draws < 1:
-        raise UserError(f"draws is {draws}; give 1 or more")
     rows = []
     for protocol in protocols:
         probe = _probe(protocol, seed)
         for count in labels_per_class:
-            subsets: list[Any] = (
-                [slice(None)]
-                if count is None
-                else [draw_labelled(train_labels, count, seed, draw) for draw in range(draws)]
-            )
             accuracies = [
-                100 * probe(train_embeddings[i], train_labels[i], test_embeddings, test_labels)
-                for i in subsets
+                probe(train_embeddings[i], train_labels[i], test_embeddings, test_labels)
+                for i in labelled_subsets(train_labels, count, draws, seed)
             ]
-            rows.append(
-                _row(protocol, "all" if count is None else count, backbone_name, accuracies)
-            )
+            rows.append(accuracy_row(protocol, count, backbone_name, accuracies))
     return rows
+
+
+def labelled_subsets(
+    labels: Tensor, count: int | float | None, draws: int, seed: int
+) -> list[Tensor]:
+    """Indices of the labelled images of each draw; they depend on the arguments alone.
+
+    Args:
+        labels: (images,), whole numbers.
+        count: labels a class; or a share of every class's, above 0 and below 1; None gives all
+            images, once.
+        draws: how often.
+        seed: of all draws.
+
+    Raises:
+        UserError: no draws or labels, or a class with too few images.
+    """
+    if draws < 1:
+        raise UserError(f"draws is {draws}; give 1 or more")
+    if count is None:
+        return [torch.arange(len(labels), device=labels.device)]
+    if isinstance(count, float):
+        return [draw_share(labels, count, seed, draw) for draw in range(draws)]
+    return [draw_labelled(labels, count, seed, draw) for draw in range(draws)]
 
 
 def draw_labelled(labels: Tensor, per_class: int, seed: int, draw: int) -> Tensor:
@@ -116,10 +133,37 @@ def draw_labelled(labels: Tensor, per_class: int, seed: int, draw: int) -> Tenso
             f"class {classes[counts.argmin()]} has {counts.min()} training images, fewer than the "
             f"{per_class} labels a class; ask for {counts.min()} or fewer, or add images"
         )
-    generator = np.random.default_rng([seed, draw])
+    return _draw(labels, dict.fromkeys(classes.tolist(), per_class), seed, draw)
+
+
+def draw_share(labels: Tensor, share: float, seed: int, draw: int) -> Tensor:
+    """Indices of a share of every class's images, drawn without replacement.
+
+    A class gets its share rounded half up to whole images, and one image at least.
+
+    Args:
+        labels: (images,), whole numbers.
+        share: above 0 and below 1.
+        seed: of all draws.
+        draw: which draw, from 0.
+
+    Raises:
+        UserError: a share outside its range.
+    """
+    if not 0.0 < share < 1.0:
+        raise UserError(
+            f"the share of labels is {share:g}; give a number above 0 and below 1, or None for all"
+        )
+    classes, counts = np.unique(labels.cpu().numpy(), return_counts=True)
+    sizes = np.maximum(1, np.floor(share * counts + 0.5)).astype(int)
+    return _draw(labels, dict(zip(classes.tolist(), sizes.tolist(), strict=True)), seed, draw)
+
+
+def _draw(labels: Tensor, sizes: Mapping[int, int], seed: int, draw: int) -> Tensor:
+    array, generator = labels.cpu().numpy(), np.random.default_rng([seed, draw])
     drawn = [
-        generator.choice(np.flatnonzero(array == label), per_class, replace=False)
-        for label in classes
+        generator.choice(np.flatnonzero(array == label), size, replace=False)
+        for label, size in sizes.items()
     ]
     return torch.from_numpy(np.concatenate(drawn)).to(labels.device)
 
@@ -132,14 +176,30 @@ def _probe(protocol: str, seed: int) -> Probe:
     raise UserError(f"unknown protocol {protocol!r}; choose from knn, linear")
 
 
-def _row(
+def accuracy_row(
     protocol: ProtocolName,
-    labels: int | Literal["all"],
+    count: int | float | None,
     backbone: BackboneName,
     accuracies: Sequence[float],
 ) -> EvaluationRow:
-    std = float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else 0.0
-    return EvaluationRow(protocol, labels, backbone, float(np.mean(accuracies)), std)
+    """A row of the draws' accuracies.
+
+    Args:
+        protocol: goes into the row.
+        count: of labels, as for `labelled_subsets`.
+        backbone: goes into the row.
+        accuracies: from 0 to 1, one a draw.
+    """
+    percent = [100 * value for value in accuracies]
+    std = float(np.std(percent, ddof=1)) if len(percent) > 1 else 0.0
+    return EvaluationRow(protocol, label_text(count), backbone, float(np.mean(percent)), std)
+
+
+def label_text(count: int | float | None) -> int | str:
+    """How many labels there were, as rows say it: "all", a number a class, or "1 %"."""
+    if count is None:
+        return "all"
+    return f"{100 * count:g} %" if isinstance(count, float) else count
 
 
 def write_rows(path: Path, rows: Sequence[EvaluationRow]) -> None:

@@ -4,16 +4,20 @@ import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from backfold.errors import UserError
+from backfold.evaluation.measures import MeasureRow, read_measures
 from backfold.evaluation.protocol import EvaluationRow, read_rows
+from backfold.evaluation.settings import MEASURE_PROTOCOLS
 from backfold.reporting import fields
 from backfold.reporting.records import (
     HealthEntry,
+    Measures,
     Preview,
     Run,
     RunFacts,
@@ -22,6 +26,7 @@ from backfold.reporting.records import (
 )
 from backfold.training.run_folder import RunFolder
 
+PICTURE_KINDS = {"png": "image/png", "svg": "image/svg+xml"}
 PREVIEW_NAME = re.compile(r"step-(\d+)-(.+)\.png")
 
 
@@ -52,6 +57,7 @@ def read_run(path: Path) -> Run:
         previews=previews,
         broken_previews=broken_previews,
         evaluation=_read_evaluation(folder.evaluation) if folder.evaluation.exists() else (),
+        measures=_read_measures(folder.measures),
         other_files=tuple(other.name for other in others if other.exists()),
     )
 
@@ -94,9 +100,40 @@ def _read_evaluation(path: Path) -> tuple[EvaluationRow, ...]:
             fields.text(values, key, str(path))
         for key in ("accuracy_mean", "accuracy_std"):
             fields.number(values, key, str(path))
-        if values["labels"] != "all":
+        if not isinstance(values["labels"], str):
             fields.number(values, "labels", str(path))
     return rows
+
+
+def _read_measures(folder: Path) -> tuple[Measures, ...]:
+    return tuple(
+        Measures(
+            protocol,
+            _read_measure_rows(folder / f"{protocol}.json"),
+            _read_picture(folder, protocol),
+        )
+        for protocol in MEASURE_PROTOCOLS
+        if (folder / f"{protocol}.json").exists()
+    )
+
+
+def _read_measure_rows(path: Path) -> tuple[MeasureRow, ...]:
+    rows = tuple(read_measures(path))
+    # read_measures checks the names of the fields, not their types.
+    for values in map(asdict, rows):
+        for key in ("protocol", "case", "contender", "metric"):
+            fields.text(values, key, str(path))
+        for key in ("mean", "std", "count"):
+            fields.number(values, key, str(path))
+    return rows
+
+
+def _read_picture(folder: Path, protocol: str) -> str | None:
+    for suffix, kind in PICTURE_KINDS.items():
+        path = folder / f"{protocol}.{suffix}"
+        if path.is_file():
+            return f"data:{kind};base64," + base64.b64encode(path.read_bytes()).decode()
+    return None
 
 
 def _read_previews(

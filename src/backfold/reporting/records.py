@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backfold.evaluation.measures import MeasureRow
 from backfold.evaluation.protocol import EvaluationRow
 from backfold.reporting.fields import Series
 
@@ -107,6 +108,15 @@ class Preview:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What one protocol measured besides accuracies; the picture is a data URI, or missing."""
+
+    protocol: str
+    rows: tuple[MeasureRow, ...]
+    picture: str | None
+
+
+@dataclass(frozen=True)
 class Run:
     """All that a report is made from. ``metrics`` are columns over the same steps."""
 
@@ -119,6 +129,7 @@ class Run:
     previews: tuple[Preview, ...]
     broken_previews: tuple[str, ...]
     evaluation: tuple[EvaluationRow, ...]
+    measures: tuple[Measures, ...]
     other_files: tuple[str, ...]
 
     @property

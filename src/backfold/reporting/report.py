@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from backfold.reporting import wording
 from backfold.reporting.figures import plot_curves, plot_energies
 from backfold.reporting.health import measure_health
+from backfold.reporting.measure_tables import measure_sections
 from backfold.reporting.reading import read_run
 from backfold.reporting.records import Run
 from backfold.reporting.tables import describe_facts, evaluation_table, task_table
@@ -69,6 +70,7 @@ def render_report(run: Run) -> str:
         gaps=find_gaps(run, evaluate),
         tasks=task_table(run.latest),
         evaluation=evaluation_table(run.evaluation),
+        measured=measure_sections(run.measures),
         histograms=[plot for plot in plots if plot is not None],
         curves=plot_curves(run),
         facts=describe_facts(run.facts),

@@ -67,7 +67,8 @@ def evaluation_table(rows: Sequence[EvaluationRow]) -> Table | None:
     if not rows:
         return None
     return Table(
-        "Test accuracy in percent, the backbone frozen; mean ± deviation over draws of the labels.",
+        "Test accuracy in percent, the backbone frozen but for fine-tuning, where untrained means "
+        "from scratch; mean ± deviation over draws of the labels.",
         ("protocol", "labels a class", "untrained", "pretrained", "difference", "reading"),
         tuple(_evaluation_row(comparison) for comparison in compare(rows)),
     )

@@ -71,7 +71,12 @@ def counted(count: int, singular: str, plural: str) -> str:
     return f"{count} {singular if count == 1 else plural}"
 
 
-PROTOCOL_NAMES = {"knn": "kNN", "linear": "Linear probe"}
+PROTOCOL_NAMES = {
+    "knn": "kNN",
+    "linear": "Linear probe",
+    "attentive": "Attentive probe",
+    "finetune": "Fine-tuning",
+}
 
 
 def protocol_name(protocol: str) -> str:
@@ -83,4 +88,6 @@ def labels_phrase(labels: int | str) -> str:
     """How many labels a probe had."""
     if labels == "all":
         return "all labels"
+    if isinstance(labels, str):
+        return f"{labels} of the labels"
     return f"{labels} label a class" if labels == 1 else f"{labels} labels a class"

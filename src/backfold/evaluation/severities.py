@@ -1,0 +1,190 @@
+"""Corruptions at five severities: the pretext tasks', and those that a classifier may meet.
+
+Severity 3 of a pretext task is about the middle of what training draws by default. What is random
+is drawn from the seed, not from the severity: in each image, noise grows, and what is hidden or
+moved stays so, from one severity to the next (but for masks of `Masking.blocks`).
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from backfold.backbone import ImageSize
+from backfold.data.statistics import ChannelStatistics
+from backfold.errors import UserError
+from backfold.pretext import Colorization, Corruption, Denoising, PretextTask, SuperResolution
+from backfold.pretext.superresolution import down_and_up
+from backfold.training.config import TaskSettings
+
+SEVERITIES = (1, 2, 3, 4, 5)
+CASE = re.compile(r"(?P<name>.+), severity (?P<severity>\d)")
+
+MASK_RATIOS = (0.2, 0.4, 0.6, 0.75, 0.9)
+SORTED_SHARES = (0.2, 0.35, 0.5, 0.75, 1.0)
+FACTORS = (1.5, 2.0, 3.0, 4.0, 6.0)
+NOISE_STDS = (0.1, 0.25, 0.45, 0.8, 1.2)
+CHROMA_SHARES = (0.25, 0.5, 0.75, 0.9, 1.0)
+PATCHES_ACROSS = 4
+
+CORRUPTION_NAMES = ("noise", "blur", "low resolution", "gray", "occlusion")
+ROUNDING = 1e-3
+PIXEL_NOISE_STDS = (0.04, 0.08, 0.12, 0.18, 0.26)
+BLUR_SIGMAS = (0.5, 0.75, 1.0, 1.5, 2.0)
+BLUR_RADIUS_SIGMAS = 4
+OCCLUDED_AREAS = (0.05, 0.1, 0.2, 0.3, 0.45)
+
+
+@dataclass(frozen=True)
+class LossOfColour:
+    """Takes a share of the chroma away; with a share of 1 it is `Colorization`.
+
+    Args:
+        share: above 0 and up to 1.
+    """
+
+    share: float
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
+        """Fade normalised images (batch, channels, height, width); see `Colorization`."""
+        grey = Colorization()(clean, generator)
+        return replace(grey, corrupted=torch.lerp(clean, grey.corrupted, self.share))
+
+
+def pretext_severities(
+    settings: TaskSettings, channels: int, image_size: ImageSize
+) -> dict[str, tuple[PretextTask, ...]]:
+    """Each pretext task at severities 1 to 5; images of one channel have no colorization.
+
+    - masking: 20, 40, 60, 75 and 90 % of the patches hidden;
+    - sorting: 20, 35, 50, 75 and 100 % of the patches moved, two at least;
+    - superresolution: scaled down by 1.5, 2, 3, 4 and 6, and up again;
+    - denoising: noise_std 0.1, 0.25, 0.45, 0.8 and 1.2;
+    - colorization: 25, 50, 75, 90 and 100 % of the chroma gone; training knows only the last.
+
+    Args:
+        settings: patch sizes and the masking's fill are taken from here. A patch size that does not
+            fit twice into the images' shorter side becomes a quarter of that side.
+        channels: of the images.
+        image_size: (height, width) in pixels.
+    """
+    masking = replace(
+        settings.masking,
+        mask_patch_size=_fitting(settings.masking.mask_patch_size, image_size),
+        hidden_share=1.0,
+    )
+    patch_size = _fitting(settings.sorting.sorting_patch_size, image_size)
+    sorting = replace(settings.sorting, sorting_patch_size=patch_size)
+    tasks: dict[str, tuple[PretextTask, ...]] = {
+        "masking": tuple(replace(masking, mask_ratio=ratio) for ratio in MASK_RATIOS),
+        "sorting": tuple(replace(sorting, share=share) for share in SORTED_SHARES),
+        "superresolution": tuple(SuperResolution(factor, factor) for factor in FACTORS),
+        "denoising": tuple(Denoising(std, std) for std in NOISE_STDS),
+    }
+    if channels > 1:
+        tasks["colorization"] = tuple(LossOfColour(share) for share in CHROMA_SHARES)
+    return tasks
+
+
+def _fitting(patch_size: int, image_size: ImageSize) -> int:
+    side = min(image_size)
+    return patch_size if 2 * patch_size <= side else max(1, side // PATCHES_ACROSS)
+
+
+def corrupt_images(
+    images: Tensor, name: str, severity: int, statistics: ChannelStatistics, seed: int
+) -> Tensor:
+    """Corrupt pixels in [0, 1], keep them there, and normalise again.
+
+    - noise: Gaussian, of deviation 0.04, 0.08, 0.12, 0.18 and 0.26;
+    - blur: Gaussian, of sigma 0.5, 0.75, 1, 1.5 and 2 pixels;
+    - low resolution: scaled down by 1.5, 2, 3, 4 and 6, and up again, both bicubic;
+    - gray: 25, 50, 75, 90 and 100 % of the chroma gone, by Rec. 601; three channels only;
+    - occlusion: a rectangle shaped as the image, over 5, 10, 20, 30 and 45 % of it, at a random
+      place in each, in the data set's mean colour.
+
+    Blur and low resolution are counted in pixels, so large images suffer less from them.
+
+    Args:
+        images: (images, channels, height, width), normalised, of pixels that were in [0, 1].
+        name: one of `corruption_names`.
+        severity: 1 to 5.
+        statistics: of the normalisation.
+        seed: of what is drawn; the images are drawn for in one go, on the CPU.
+
+    Raises:
+        UserError: an unknown name or severity, or pixels outside [0, 1].
+    """
+    known = corruption_names(images.shape[1])
+    if name not in known or severity not in SEVERITIES:
+        raise UserError(
+            f"corruption {name!r} of severity {severity} is unknown for images of "
+            f"{images.shape[1]} channel(s); choose from {', '.join(known)}, and 1 to 5"
+        )
+    level, generator = severity - 1, torch.Generator().manual_seed(seed)
+    if name == "occlusion":
+        return _occlude(images, OCCLUDED_AREAS[level], generator)
+    pixels = statistics.denormalize(images)
+    _check_range(pixels)
+    if name == "noise":
+        noise = torch.randn(pixels.shape, generator=generator).to(pixels)
+        pixels = pixels + PIXEL_NOISE_STDS[level] * noise
+    elif name == "blur":
+        pixels = _blur(pixels, BLUR_SIGMAS[level])
+    elif name == "low resolution":
+        pixels = down_and_up(pixels, FACTORS[level])
+    else:
+        pixels = torch.lerp(pixels, TF.rgb_to_grayscale(pixels, 3), CHROMA_SHARES[level])
+    return statistics.normalize(pixels.clamp(0.0, 1.0))
+
+
+def corruption_names(channels: int) -> tuple[str, ...]:
+    """What `corrupt_images` can do to images of so many channels."""
+    return tuple(name for name in CORRUPTION_NAMES if name != "gray" or channels == 3)
+
+
+def _check_range(pixels: Tensor) -> None:
+    lowest, highest = float(pixels.min()), float(pixels.max())
+    if not -ROUNDING <= lowest <= highest <= 1 + ROUNDING:
+        raise UserError(
+            f"pixels lie between {lowest:.3g} and {highest:.3g}, and corruptions are defined for 0 "
+            "to 1; give images of 8 bits, or values scaled to 0..1"
+        )
+
+
+def _blur(pixels: Tensor, sigma: float) -> Tensor:
+    # The reflected border can't be wider than the image.
+    radius = min(round(BLUR_RADIUS_SIGMAS * sigma), min(pixels.shape[-2:]) - 1)
+    return TF.gaussian_blur(pixels, [2 * radius + 1] * 2, [sigma, sigma])
+
+
+def _occlude(images: Tensor, area: float, generator: torch.Generator) -> Tensor:
+    height, width = images.shape[-2:]
+    centres = torch.rand(2, len(images), 1, generator=generator).to(images.device)
+    rows = _covered(height, centres[0], area**0.5)
+    columns = _covered(width, centres[1], area**0.5)
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+
+
+def _covered(length: int, place: Tensor, share: float) -> Tensor:
+    """Which of 0 .. length - 1 lie in an interval of this share: bool, (images, length).
+
+    Intervals of one place lie within each other as the share grows.
+    """
+    extent = max(1, round(share * length))
+    start = (place * (length - extent + 1)).floor()
+    positions = torch.arange(length, device=place.device)
+    return (positions >= start) & (positions < start + extent)
+
+
+def severity_case(name: str, severity: int) -> str:
+    """The case of a row: "denoising, severity 3"."""
+    return f"{name}, severity {severity}"
+
+
+def parse_case(case: str) -> tuple[str, int] | None:
+    """The inverse of `severity_case`; None for any other case."""
+    found = CASE.fullmatch(case)
+    return (found["name"], int(found["severity"])) if found else None
