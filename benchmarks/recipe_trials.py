@@ -5,8 +5,8 @@
 
 Each trial is a short pretraining in the setting of the CPU race (`racing`), with one seed that no
 reported run has; its backbone is judged by a linear probe, kNN and 10 labels a class on the race's
-validation images, which no reported number uses. Hypotheses stand in `racing/trials.py`, verdicts in
-`benchmarks/results/recipe-verdicts.json`, results in `benchmarks/results/recipe-trials.json`.
+validation images, which no reported number uses. Hypotheses stand in `racing/trials.py`, results
+and verdicts in `results/recipe-trials.json` and `results/recipe-verdicts.json`.
 """
 
 import argparse
@@ -24,13 +24,12 @@ from typing import Any
 import torch
 
 from backfold import restoration
-from backfold.data.source import open_source
 from backfold.embedding import EmbeddingChoice
 from backfold.evaluation.probes import linear_probe_accuracy
 from backfold.evaluation.protocol import draw_labelled
 from backfold.memory import keep_freed_memory
 from backfold.metrics import knn_accuracy
-from backfold.training.run_folder import write_json
+from backfold.training.run_folder import write_atomically, write_json
 from racing.judging import Judge
 from racing.pretraining import pretrain
 from racing.race import HALF, Race
@@ -74,9 +73,7 @@ def judge_backbone(judge: Judge, weights: Any) -> dict[str, Any]:
     few = []
     for draw in range(DRAWS):
         rows = draw_labelled(known.labels, 10, 0, draw)
-        few.append(
-            linear_probe_accuracy(train[rows], known.labels[rows], test, held.labels)
-        )
+        few.append(linear_probe_accuracy(train[rows], known.labels[rows], test, held.labels))
     described = {name: f"{c.layer} {c.pooling}" for name, (_, c) in found.items()}
     return {
         "linear": 100 * found["linear"][0],
@@ -93,7 +90,12 @@ def run_trial(race: Race, trial: Trial, epochs: float) -> dict[str, Any]:
     started = time.monotonic()
     spec = race.size.backbones[contender.backbone]
     judge = Judge(race.size, spec, race.images, race.device, race.best_precision, "plain")
-    row: dict[str, Any] = {"name": trial.name, "lr": trial.lr, "epochs": epochs, "batch": race.size.batch}
+    row: dict[str, Any] = {
+        "name": trial.name,
+        "lr": trial.lr,
+        "epochs": epochs,
+        "batch": race.size.batch,
+    }
     weights = None
     if contender.is_trained:
         with trial_loss(trial):
@@ -123,6 +125,48 @@ def append(path: Path, row: dict[str, Any]) -> None:
     write_json(path, [*rows, row])
 
 
+def write_log(rows: list[dict[str, Any]], verdicts: dict[str, str]) -> str:
+    """The log as a page."""
+    facts = rows[0]["facts"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines = [
+        "# Trials for the recipe",
+        "",
+        "Written by `python benchmarks/recipe_trials.py --write-log`; do not edit.",
+        "",
+        "CIFAR-10 (JPEG q92), 10,000 images, the race's small ViT (4 layers of 128, patch 8), one "
+        f"seed ({SEED}), bf16, {rows[0]['threads']} thread. Linear probe and kNN with {LABELLED} "
+        f"labels, and a linear probe with 10 labels a class ({DRAWS} draws), in percent on the "
+        "race's 2,000 validation images, each at its best layer and pooling. One seed: a point is "
+        "noise. The loss is the trial's own, so it compares with no other. "
+        f"{facts['date']}, {facts['hardware']}, {versions}; other work ran beside it, so no times.",
+        "",
+        "| trial | batch | epochs | lr | hypothesis | linear | kNN | 10 labels | loss "
+        "| best for linear | verdict |",
+        "|---|---:|---:|---:|---|---:|---:|---:|---:|---|---|",
+    ]
+    for row in rows:
+        verdict = verdicts.get(f"{row['name']}/{row['batch']}", "")
+        numbers = " | ".join(f"{row[name]:.1f}" for name in ("linear", "knn", "few"))
+        lines.append(
+            f"| {row['name']} | {row['batch']} | {row['epochs']:g} | {row['lr']:g} "
+            f"| {TRIALS[row['name']].hypothesis} | {numbers} | {row.get('loss', '-')} "
+            f"| {row['choices']['linear']} | {verdict} |"
+        )
+    commands = dict.fromkeys(row["command"] for row in rows)
+    lines += [
+        "",
+        "Commands:",
+        "",
+        "```",
+        *commands,
+        "```",
+        "",
+        "What each trial changes stands in `benchmarks/racing/trials.py`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -133,12 +177,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=CPU.batch)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS / "recipe-trials.json")
+    parser.add_argument("--write-log", action="store_true")
     options = parser.parse_args()
+    if options.write_log:
+        rows = json.loads((RESULTS / "recipe-trials.json").read_text())
+        verdicts = json.loads((RESULTS / "recipe-verdicts.json").read_text())
+        write_atomically(RESULTS / "recipe-log.md", write_log(rows, verdicts).encode())
+        return
     if options.threads:
         torch.set_num_threads(options.threads)
     keep_freed_memory()
-    assert open_source(options.data, "train")
-    race = Race(replace(CPU, batch=options.batch), options.data, options.out.parent, Path("runs/recipe-trials"))
+    race = Race(
+        replace(CPU, batch=options.batch),
+        options.data,
+        options.out.parent,
+        Path("runs/recipe-trials"),
+    )
     for name in options.only:
         row = run_trial(race, TRIALS[name], options.epochs)
         append(options.out, row)

@@ -99,7 +99,7 @@ def structure(
     return _per_patch(plain + weight * scaled, loss_mask)
 
 
-def everywhere(restored: Tensor, clean: Tensor, loss_mask: Tensor) -> Tensor:
+def everywhere(restored: Tensor, clean: Tensor, _: Tensor) -> Tensor:
     """The loss counts on visible pixels too."""
     return F.smooth_l1_loss(restored.float(), clean.float())
 
@@ -166,6 +166,8 @@ _ALL = [
           loss=partial(detail, weight=1.0)),
     Trial("structure-1", "both sides normalised by their own contrast, beside pixels",
           loss=partial(structure, weight=1.0)),
+    Trial("structure-mix", "the same with the mixture",
+          mixture(masking=1, sorting=1, colorization=1), loss=partial(structure, weight=1.0)),
     Trial("quadratic", "the top layer's output reaches the gradient", {"head": "quadratic"}),
     Trial("everywhere", "visible pixels count too", loss=everywhere),
     Trial("louder-8", "a larger first gradient", prepare=partial(louder_head, 8.0)),
@@ -183,11 +185,14 @@ _ALL = [
     Trial("xavier", "weights of 0.02 leave the Jacobian of a narrow ViT near one: nothing to learn "
           "from; timm's 'jax' initialisation follows the width", XAVIER),
     Trial("xavier-quadratic", "both", {**XAVIER, "head": "quadratic"}),
-    Trial("xavier-mask-sort-color", "both", {**XAVIER, **mixture(masking=1, sorting=1, colorization=1)}),
+    Trial("xavier-mask-sort-color", "both",
+          {**XAVIER, **mixture(masking=1, sorting=1, colorization=1)}),
     Trial("xavier-mask-color", "both", {**XAVIER, **mixture(masking=1, colorization=1)}),
     Trial("xavier-lr4e-3", "and faster", XAVIER, lr=4e-3),
-    Trial("xavier-sparse75", "and half of the tokens", {**XAVIER, **masking(mask_ratio=0.75, hidden_share=1 / 3)}),
-    Trial("xavier-detail", "and detail in units of contrast", XAVIER, loss=partial(detail, weight=1.0)),
+    Trial("xavier-sparse75", "and half of the tokens",
+          {**XAVIER, **masking(mask_ratio=0.75, hidden_share=1 / 3)}),
+    Trial("xavier-detail", "and detail in units of contrast", XAVIER,
+          loss=partial(detail, weight=1.0)),
     Trial("foreign", "squares of other images must be found before they can be restored",
           prepare=partial(with_foreign, 0.4, 0, True)),
     Trial("foreign-hidden", "the same, the loss on them alone",

@@ -150,6 +150,8 @@ def compare_segmentation(
     rows = [_without_image(train, test)]
     shown: dict[str, Tensor] = {}
     seeds = range(seed, seed + settings.seeds)
+    # Neighbours are often frames of one film.
+    drawn = torch.linspace(0, len(test) - 1, min(SHOWN_IMAGES, len(test))).round().long()
     for name, backbone in backbones.items():
         LOGGER.info(f"segmentation: heads on the frozen backbone, {name}")
         maps = _feature_maps(FeatureGrid(backbone, statistics), train, test, settings.batch_size)
@@ -157,14 +159,15 @@ def compare_segmentation(
             runs = [_learn_on_maps(head, maps, train, settings, seed) for seed in seeds]
             rows.append(_row(f"{head}, {FROZEN}", name, runs, test))
             if f"{head}, {FROZEN}" == SHOWN_CASE:
-                shown[name] = runs[0][:SHOWN_IMAGES]
+                shown[name] = runs[0][drawn]
     for name, backbone in backbones.items() if settings.finetune_epochs else ():
         LOGGER.info(f"segmentation: fine-tuning the backbone, {name}")
         grid = FeatureGrid(backbone, statistics)
         for head in HEADS:
             runs = [_fine_tune(head, grid, train, test, settings, seed) for seed in seeds]
             rows.append(_row(f"{head}, {TUNED}", name, runs, test))
-    return SegmentationResult(rows, draw_segmentation(test, shown))
+    examples = MaskedImages(test.images[drawn], test.masks[drawn], test.class_ids)
+    return SegmentationResult(rows, draw_segmentation(examples, shown))
 
 
 def _row(case: str, name: str, runs: list[Tensor], test: MaskedImages) -> MeasureRow:

@@ -10,7 +10,7 @@ from backfold.reporting import wording
 from backfold.reporting.records import Measures
 from backfold.reporting.tables import ABSENT, Table
 
-Column = TypeVar("Column", str, int)
+Column = TypeVar("Column", bound=str | int)
 SHOWN_ROWS = 12  # longer tables are folded
 TITLES: Mapping[str, str] = {
     "segmentation": "Segmentation",
@@ -135,9 +135,10 @@ def _pivot(
     columns: Sequence[Column],
 ) -> Table:
     """A row for each first key, in their order, and a column for each second one."""
-    names: list[str] = list(dict.fromkeys(key[0] for key in cells))
-    found = {name: [_cell(cells.get((name, column))) for column in columns] for name in names}
-    rows = tuple((name, *texts) for name, texts in found.items())
+    names = list(dict.fromkeys(key[0] for key in cells))
+    rows: tuple[tuple[str, ...], ...] = tuple(
+        (name, *(_cell(cells.get((name, column))) for column in columns)) for name in names
+    )
     return Table(f"{caption}, mean ± deviation", headings, rows)
 
 
