@@ -5,6 +5,7 @@ python scripts/results_page.py
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from results_bars import Verdict, judge
 from results_plots import race_plot
@@ -25,8 +26,9 @@ because without it SimCLR does not learn. For ConvNeXt there is no MAE, and tran
 SimMIM: not available.
 
 Learning rate: for each contender the best of the same grid, in short runs of a seed that nothing
-else uses. Layer, pooling and fine-tuning's learning rate: for each contender, at its first seed.
-All of these are chosen on a validation split of the training file, which no number here uses.
+else uses. Layer and pooling of each probe, and fine-tuning's learning rate: for each contender, at
+its first seed. All of these are chosen on a validation split of the training file, which no number
+here uses.
 Runs that are shorter or longer than a rival's take the choices of their recipe.
 
 Seconds are steps times the median time of a step; the steps of all contenders were timed in turn,
@@ -153,15 +155,17 @@ def _chosen(race: RaceResults) -> str:
             [
                 race.entries[name].title,
                 f"{runs[0]['lr']:g}{edge}" if runs else "",
-                str(embedding["layer"]),
-                embedding["pooling"].replace("_", " "),
+                *(_embedding(embedding[probe]) for probe in ("linear", "knn", "few")),
                 ", ".join(f"{labels}: {rate:g}" for labels, rate in rates.items()),
             ]
         )
     grid = ", ".join(f"{rate:g}" for rate in race.size["learning_rates"])
-    return _table(
-        ["", f"learning rate of {grid}", "layer", "pooling", "fine-tuning's, by labels"], rows
-    )
+    probes = ["layer and pooling: linear", "kNN", "few"]
+    return _table(["", f"learning rate of {grid}", *probes, "fine-tuning's, by labels"], rows)
+
+
+def _embedding(choice: dict[str, Any]) -> str:
+    return f"{choice['layer']}, {choice['pooling'].replace('_', ' ')}"
 
 
 def _facts(race: RaceResults) -> str:

@@ -77,25 +77,52 @@ class Judge:
             for choice in train
         }
 
+    def choose_each(self, weights: Weights | None, seed: int) -> "Choices":
+        """The layer and pooling that are best for each probe, on the validation images."""
+        known, validation = self.images.labelled.first(CHOSEN_ON), self.images.validation
+        train, held = (self._embed(weights, seed, part, ()) for part in (known, validation))
+        scores: dict[str, dict[EmbeddingChoice, float]] = {"knn": {}, "few": {}}
+        for choice in train:
+            parts = train[choice], known.labels, held[choice], validation.labels
+            scores["knn"][choice] = knn_accuracy(*parts)
+            scores["few"][choice] = mean(self._few(*parts))
+        linear, _ = self.choose(weights, seed)
+        best = {name: max(found, key=found.__getitem__) for name, found in scores.items()}
+        return Choices(linear, best["knn"], best["few"])
+
     def probe(
-        self, weights: Weights | None, seed: int, choice: EmbeddingChoice, few: bool
+        self, weights: Weights | None, seed: int, choices: "Choices", few: bool
     ) -> dict[str, float]:
         """Accuracies on the test images in percent: "linear", "knn" and, if asked for, "few".
 
         "few" is a linear probe's with 10 labels a class, its mean over the draws.
         """
         known, test = self.images.labelled, self.images.test
-        train = (self._embed(weights, seed, known, [choice])[choice], known.labels)
-        held = (self._embed(weights, seed, test, [choice])[choice], test.labels)
-        row = {"linear": linear_probe_accuracy(*train, *held), "knn": knn_accuracy(*train, *held)}
+        train = self._embed(weights, seed, known, choices.all)
+        held = self._embed(weights, seed, test, choices.all)
+
+        def parts(choice: EmbeddingChoice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            return train[choice], known.labels, held[choice], test.labels
+
+        row = {
+            "linear": linear_probe_accuracy(*parts(choices.linear)),
+            "knn": knn_accuracy(*parts(choices.knn)),
+        }
         if few:
-            count = min(FEW, int(torch.bincount(known.labels).min()))
-            drawn = [draw_labelled(known.labels, count, 0, draw) for draw in range(self.size.draws)]
-            scores = [
-                linear_probe_accuracy(train[0][rows], train[1][rows], *held) for rows in drawn
-            ]
+            scores = self._few(*parts(choices.few))
             row["few"], row["few_std"] = mean(scores), stdev(scores)
         return {name: 100 * value for name, value in row.items()}
+
+    def _few(
+        self, train: Tensor, train_labels: Tensor, held: Tensor, held_labels: Tensor
+    ) -> list[float]:
+        """A linear probe's accuracy with 10 labels a class, for each draw."""
+        count = min(FEW, int(torch.bincount(train_labels).min()))
+        drawn = [draw_labelled(train_labels, count, 0, draw) for draw in range(self.size.draws)]
+        return [
+            linear_probe_accuracy(train[rows], train_labels[rows], held, held_labels)
+            for rows in drawn
+        ]
 
     def fine_tuned(
         self, weights: Weights | None, seed: int, labels: int, lr: float, on: Labelled
@@ -153,15 +180,36 @@ class Judge:
         return embed_all(backbone, part.images, statistics, self.device, self.precision, only)
 
 
-def choice_to_dict(choice: EmbeddingChoice, validation: float, lr: Mapping[int, float]) -> Any:
-    """For a choice's JSON; the inverse is `choice_from_dict`."""
+@dataclass(frozen=True)
+class Choices:
+    """The layer and pooling that each probe of a contender reads.
+
+    Args:
+        linear: the linear probe with all labels.
+        knn: the nearest neighbours.
+        few: the linear probe with 10 labels a class.
+    """
+
+    linear: EmbeddingChoice
+    knn: EmbeddingChoice
+    few: EmbeddingChoice
+
+    @property
+    def all(self) -> list[EmbeddingChoice]:
+        """Each once."""
+        return list(dict.fromkeys((self.linear, self.knn, self.few)))
+
+
+def choices_to_dict(choices: Choices, validation: float, lr: Mapping[int, float]) -> Any:
+    """For a choice's JSON; the inverse is `choices_from_dict`."""
     return {
-        "embedding": asdict(choice),
+        "embedding": asdict(choices),
         "validation_linear": validation,
         "fine_tuning_lr": {str(labels): value for labels, value in lr.items()},
     }
 
 
-def choice_from_dict(content: Mapping[str, Any]) -> EmbeddingChoice:
-    """The layer and pooling of a choice's JSON."""
-    return EmbeddingChoice(**content["embedding"])
+def choices_from_dict(content: Mapping[str, Any]) -> Choices:
+    """The layers and poolings of a choice's JSON."""
+    found = content["embedding"]
+    return Choices(**{name: EmbeddingChoice(**found[name]) for name in ("linear", "knn", "few")})

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from backfold.embedding import EmbeddingChoice
 from racing.contenders import BY_NAME, CONTENDERS, Contender
 from racing.embedding import LAYERS
-from racing.judging import choice_from_dict, choice_to_dict
+from racing.judging import choices_from_dict, choices_to_dict
 from racing.pretraining import describe, pretrain
 from racing.race import Race
 from racing.timing import Stopwatch, Variant, fastest, measure_interleaved, variants
@@ -209,7 +209,8 @@ class Choice:
         judge = race.judge(self.contender)
         last = race.point_steps(self.contender)[-1]
         weights = race.weights(self.contender, self.seed, last)
-        choice, validation = judge.choose(weights, self.seed)
+        choices = judge.choose_each(weights, self.seed)
+        validation = judge.validate(weights, self.seed, [choices.linear])[choices.linear]
         rates = {
             labels: judge.best_lr(weights, self.seed, labels)
             for labels in race.size.fine_tuning.labels_per_class
@@ -217,7 +218,7 @@ class Choice:
         return {
             "contender": self.contender.name,
             "seed": self.seed,
-            **choice_to_dict(choice, validation, rates),
+            **choices_to_dict(choices, validation, rates),
         }
 
 
@@ -244,14 +245,14 @@ class Judgement:
     def run(self, race: Race) -> dict[str, Any]:
         """See `Piece`."""
         found = race.read(f"choices/{self.contender.tuned}.json")
-        judge, choice = race.judge(self.contender), choice_from_dict(found)
+        judge, choices = race.judge(self.contender), choices_from_dict(found)
         steps = race.point_steps(self.contender) if self.contender.is_trained else [0]
         points = []
         for step in steps:
             weights = race.weights(self.contender, self.seed, step)
-            row = judge.probe(weights, self.seed, choice, few=step == steps[-1])
+            row = judge.probe(weights, self.seed, choices, few=step == steps[-1])
             points.append({"step": step, "epochs": step / race.steps_per_epoch, **row})
-        validation = judge.validate(weights, self.seed, [choice])[choice]
+        validation = judge.validate(weights, self.seed, [choices.linear])[choices.linear]
         fine_tuned = {
             labels: judge.fine_tuned(weights, self.seed, int(labels), lr, race.images.test)
             for labels, lr in found["fine_tuning_lr"].items()
