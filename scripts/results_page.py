@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from results_bars import Verdict, judge
+from results_energy import RunMeasures, contenders, energy_table, judge_energy, read_run
 from results_plots import race_plot
 from results_reading import Entry, RaceResults, distinct, read_races
 
@@ -41,11 +42,13 @@ of another length. The linear probe and kNN have {labelled} labels, "few" 10 a c
 """
 
 
-def page(races: Sequence[RaceResults]) -> str:
+def page(races: Sequence[RaceResults], measures: RunMeasures | None = None) -> str:
     """The whole page."""
-    parts = ["# Results\n", _first_paragraph(races)]
+    parts = ["# Results\n", _first_paragraph(races, measures)]
     for race in races:
         parts += [_bars(race), _race(race)]
+    if measures:
+        parts.append(_energy(measures))
     if races:
         size = races[0].size
         parts.append(HOW.format(labelled=size["labelled"], draws=size["draws"]))
@@ -53,15 +56,17 @@ def page(races: Sequence[RaceResults]) -> str:
     return "\n".join(parts)
 
 
-def _first_paragraph(races: Sequence[RaceResults]) -> str:
+def _first_paragraph(races: Sequence[RaceResults], measures: RunMeasures | None) -> str:
     if not races:
         return "No race has been run yet, so no bar is met.\n"
     sentences = []
-    for race in races:
-        verdicts = judge(race)
+    judged = [(race.name, judge(race)) for race in races]
+    if measures:
+        judged.append(("What the energy knows", judge_energy(measures)))
+    for name, verdicts in judged:
         missed = [verdict for verdict in verdicts if verdict.met is False]
         open_ = [verdict.what for verdict in verdicts if verdict.met is None]
-        line = f"**{race.name}: {len(missed)} of {len(verdicts)} bars are missed.**"
+        line = f"**{name}: {len(missed)} of {len(verdicts)} bars are missed.**"
         for verdict in missed:
             line += f" Missed: {verdict.what} (asked: {verdict.bar}): {verdict.found}."
         if open_:
@@ -71,9 +76,23 @@ def _first_paragraph(races: Sequence[RaceResults]) -> str:
 
 
 def _bars(race: RaceResults) -> str:
-    rows = [[verdict.what, verdict.bar, verdict.found, _word(verdict)] for verdict in judge(race)]
-    table = _table(["what", "bar", "found", ""], rows)
-    return f"## {race.name}\n\n### Bars\n\n{table}\n"
+    return f"## {race.name}\n\n### Bars\n\n{_verdicts(judge(race))}\n"
+
+
+def _verdicts(verdicts: Sequence[Verdict]) -> str:
+    rows = [[verdict.what, verdict.bar, verdict.found, _word(verdict)] for verdict in verdicts]
+    return _table(["what", "bar", "found", ""], rows)
+
+
+def _energy(measures: RunMeasures) -> str:
+    scores = _table(["AUROC", *contenders(measures)], energy_table(measures))
+    commands = "\n".join(measures.facts["commands"])
+    return (
+        f"## What the energy knows\n\n{_verdicts(judge_energy(measures))}\n\n"
+        f"{measures.facts['run']}\n\n{scores}\n\n"
+        "An AUROC near 0 separates as well as one near 1, but the wrong way round. ± is over "
+        f"bootstrap samples of the images.\n\n```bash\n{commands}\n```\n"
+    )
 
 
 def _word(verdict: Verdict) -> str:
@@ -202,7 +221,7 @@ def pictures_of(race: RaceResults) -> dict[str, str]:
 def main() -> None:
     """Write the page and the pictures."""
     races = read_races(RESULTS)
-    PAGE.write_text(page(races))
+    PAGE.write_text(page(races, read_run(RESULTS / "energy-bars")))
     for race in races:
         for picture, backbone in pictures_of(race).items():
             (IMAGES / picture).write_bytes(race_plot(race, backbone))

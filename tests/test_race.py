@@ -344,7 +344,8 @@ def test_data_are_packed_below_the_limit(data, tmp_path, monkeypatch):
 
 def test_the_page_is_as_the_script_writes_it(results_page):
     races = results_page.read_races(results_page.RESULTS)
-    assert results_page.page(races) == results_page.PAGE.read_text(), (
+    measures = results_page.read_run(results_page.RESULTS / "energy-bars")
+    assert results_page.page(races, measures) == results_page.PAGE.read_text(), (
         "run `python scripts/results_page.py`"
     )
     for race in races:

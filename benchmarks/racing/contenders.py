@@ -62,9 +62,12 @@ class Contender:
                 return Contrastive(setting)
 
 
+TITLES = {"mae": "MAE", "simmim": "SimMIM"}
+
+
 def _at_seconds_of(tuned: str, recipe: Mapping[str, Any], title: str, rival: str) -> Contender:
     return Contender(
-        f"{tuned}-{rival}-seconds", f"{title}, as many seconds as {rival.upper()}", "vit",
+        f"{tuned}-{rival}-seconds", f"{title}, as many seconds as {TITLES[rival]}", "vit",
         "energy", recipe, seconds_of=rival, tuned_as=tuned,
     )  # fmt: skip
 
