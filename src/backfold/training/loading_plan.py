@@ -5,14 +5,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import joblib
 import numpy as np
 import torch
 
 from backfold.data.augmentation import Augmentation, ImageSize
+from backfold.data.guarded import BATCH_SECONDS
 from backfold.data.loading import BatchDataset
 from backfold.data.source import ImageSource
+from backfold.errors import UserError
 
 MAX_IMAGES, MAX_SECONDS, GROUP = 64, 1.0, 4
 MAX_BYTES = 512 * 2**20
@@ -97,6 +100,44 @@ def measure_loading(
     # The variance of a group's sum is its size times that of one image.
     squares = [(s - size * mean) ** 2 / size for s, size in zip(seconds, sizes, strict=True)]
     return LoadTime(mean, math.sqrt(sum(squares) / max(1, len(squares) - 1)))
+
+
+def measure_loading_elsewhere(
+    source: ImageSource,
+    image_size: ImageSize,
+    channels: int,
+    augmentation: Augmentation | None,
+    seed: int = 0,
+) -> LoadTime | None:
+    """As `measure_loading`, in a process of its own; None if an image crashes or hangs it.
+
+    Raises:
+        UserError: as there.
+    """
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            sender.send(measure_loading(source, image_size, channels, augmentation, seed))
+        except UserError as error:
+            sender.send(error)
+
+    process = context.Process(target=run, daemon=True)
+    process.start()
+    sender.close()
+    try:
+        answer: LoadTime | UserError | None = (
+            receiver.recv() if receiver.poll(BATCH_SECONDS) else None
+        )
+    except EOFError:
+        answer = None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
 
 
 def _load(dataset: BatchDataset, positions: list[int]) -> float:

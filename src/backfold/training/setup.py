@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backfold.backbone import ImageSize
 from backfold.data.broken import BrokenFiles
-from backfold.data.loading import evaluation_loader
+from backfold.data.guarded_loading import evaluation_batches
 from backfold.data.source import (
     ImageSource,
     SubsetSource,
@@ -44,6 +44,7 @@ class Images:
     """The training images, and what was found out about them.
 
     Of a stream, ``training`` and ``held_out`` are its first images, on which nothing is trained.
+    ``reading_workers`` read the held-out images.
     """
 
     training: ImageSource
@@ -52,6 +53,7 @@ class Images:
     channels: int
     count: int
     stream: StreamSource | None = None
+    reading_workers: int = 0
 
     @property
     def head(self) -> StreamHead | None:
@@ -79,7 +81,11 @@ def open_images(config: PretrainConfig) -> Images:
         training, kept = stratified_split(len(source), held_out / len(source), config.seed)
     channels = config.channels or count_channels(source)
     found = find_survey(config.data, source, channels) or survey(
-        source, channels, max_images=SURVEYED_IMAGES, seed=config.seed
+        source,
+        channels,
+        max_images=SURVEYED_IMAGES,
+        seed=config.seed,
+        num_workers=_reading_workers(config),
     )
     for line in found.notes():
         LOGGER.info("%s", line)
@@ -95,7 +101,13 @@ def open_images(config: PretrainConfig) -> Images:
         found.statistics,
         channels,
         len(training),
+        reading_workers=_reading_workers(config),
     )
+
+
+def _reading_workers(config: PretrainConfig) -> int:
+    """One process, so that a decoder that crashes or hangs does not end the run; 0 if asked for."""
+    return 0 if config.num_workers == 0 else 1
 
 
 def _open_stream(config: PretrainConfig, stream: StreamSource) -> Images:
@@ -164,7 +176,10 @@ def load_images(
     count = max(1, min(count, len(source), WATCHED_BYTES // bytes_each))
     indices = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
     parts, positions = [], []
-    for batch in evaluation_loader(source, image_size, images.channels, 64, indices=indices):
+    batches = evaluation_batches(
+        source, image_size, images.channels, 64, images.reading_workers, indices
+    )
+    for batch in batches:
         for line in broken.add(batch.broken):
             LOGGER.warning("skipped: %s", line)
         parts.append(images.statistics.normalize(batch.images))

@@ -21,9 +21,11 @@ from backfold.training.config import PretrainConfig
 from backfold.training.distribution import largest
 from backfold.training.loading_plan import (
     LoadingPlan,
+    LoadTime,
     describe_plan,
     loading_warning,
     measure_loading,
+    measure_loading_elsewhere,
     plan_workers,
     usable_cores,
 )
@@ -237,9 +239,11 @@ def plan_loading(
         device: that training runs on.
     """
     cores, on_cpu = usable_cores(processes), device.type == "cpu"
-    load = measure_loading(
-        images.training, image_size, images.channels, config.augmentation, config.seed
-    )
+    measure = measure_loading if config.num_workers == 0 else measure_loading_elsewhere
+    load = measure(images.training, image_size, images.channels, config.augmentation, config.seed)
+    if load is None:
+        LOGGER.warning("measuring how images load failed: an image crashed or hung it")
+        load = LoadTime(train_seconds, 0.0)
     height, width = image_size
     plan = plan_workers(
         load,
