@@ -246,12 +246,20 @@ def install(happens: Moment, request: Request) -> None:
         rename(source, target)
         happens(f"{AFTER}{name}", target)
 
-    read = ParquetSource.read
+    read, wait = ParquetSource.read, Meter.before_batch
+
+    # Workers that train are forked behind the first ``batch``; those before it read the start.
+    training = [False]
 
     def slow(*args: Any) -> Any:
-        if get_worker_info() is not None:
+        if get_worker_info() is not None and training[0]:
             time.sleep(request.image_seconds)
         return read(*args)
+
+    def before_batch(meter: Any) -> None:
+        training[0] = True
+        happens("batch")
+        wait(meter)
 
     os.replace = replace
     trainer.LOG_EVERY = 1
@@ -259,7 +267,7 @@ def install(happens: Moment, request: Request) -> None:
     recorder.watch = announced(recorder.watch, "watch")
     recorder.write_preview = announced(recorder.write_preview, "preview")
     Stepper.__call__ = announced(Stepper.__call__, "step", "stepped")
-    Meter.before_batch = announced(Meter.before_batch, "batch")
+    Meter.before_batch = before_batch
     ParquetSource.read = slow
 
 
