@@ -8,7 +8,7 @@ from torch import Tensor
 
 from backfold.batch_norm import refresh_batch_norm
 from backfold.restoration import eval_mode
-from backfold.training.config import PretrainConfig, build_tasks, combine_tasks, whole_images
+from backfold.training.config import PretrainConfig, build_tasks, combine_tasks, watched_tasks
 from backfold.training.config_file import config_from_dict, config_to_dict
 from backfold.training.optimizer import freeze_unreachable
 from backfold.training.setup import build_energy, calibrate
@@ -74,8 +74,8 @@ class Restoring:
         tasks = build_tasks(self.config, CHANNELS)
         energy = build_energy(self.config, CHANNELS).to(setting.fabric.device)
         images = self._clean(CALIBRATION_IMAGES)
-        calibrate(energy, whole_images(tasks), images)
-        freeze_unreachable(energy, images[:2])
+        calibrate(energy, watched_tasks(tasks), images)
+        freeze_unreachable(energy, images[:2], self.config.plausibility_weight)
         self.stepper = Stepper(
             self.config,
             energy,

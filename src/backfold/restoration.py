@@ -9,6 +9,7 @@ and training asks that each x_{k+1} be close to the clean image. Every function 
 ``images -> energies`` of shapes ``(batch, channels, height, width) -> (batch,)``.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -211,21 +212,53 @@ def restoration_loss(restored: Tensor, clean: Tensor, loss_mask: Tensor) -> Tens
     return per_image.mean()
 
 
+def plausibility_loss(energies: Tensor, images: Tensor, clean: Tensor) -> Tensor:
+    """Logistic loss of telling corrupted images from clean ones by the sign of their energy.
+
+    The restoration loss sees the energy's gradient alone, which says nothing of how the levels of
+    two images compare. Energies are sums over pixels: divided by the root of the pixels' number
+    (channels counted), they are of the order of one for images of any size. That clean data and
+    noise be told apart by logistic regression is noise-contrastive estimation (Gutmann and
+    Hyvarinen, AISTATS 2010); here corrupted images are the noise. Not a part of Wang et al.
+
+    Args:
+        energies: (batch,), of the images.
+        images: (batch, channels, height, width); those equal to their clean image are clean.
+        clean: as ``images``.
+
+    Returns:
+        The mean over the images: log(1 + exp(E / sqrt(n))) of clean ones, with -E of corrupted.
+    """
+    is_corrupted = (images != clean).flatten(1).any(dim=1)
+    logits = at_least_float32(energies) / math.sqrt(images[0].numel())
+    return F.softplus(torch.where(is_corrupted, -logits, logits)).mean()
+
+
 def at_least_float32(values: Tensor) -> Tensor:
     """Half precision as float32, all else as it is: sums of many bf16 values keep two digits."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 def training_step(
-    energy_fn: EnergyFn, images: Tensor, clean: Tensor, loss_mask: Tensor, step_size: float = 1.0
+    energy_fn: EnergyFn,
+    images: Tensor,
+    clean: Tensor,
+    loss_mask: Tensor,
+    step_size: float = 1.0,
+    plausibility_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One restoration step with its loss: (loss, restored images, energies of the images given).
 
-    Only the loss carries a graph. Under DistributedDataParallel this whole function belongs inside
-    the wrapped module's forward (pytorch #63812).
+    With a ``plausibility_weight`` the loss is `restoration_loss` plus so much `plausibility_loss`,
+    for which some of the images must be clean, some corrupted. Only the loss carries a graph. Under
+    DistributedDataParallel this whole function belongs inside the wrapped module's forward
+    (pytorch #63812).
     """
     restored, energies = restoration_step(energy_fn, images, step_size, create_graph=True)
-    return restoration_loss(restored, clean, loss_mask), restored.detach(), energies.detach()
+    loss = restoration_loss(restored, clean, loss_mask)
+    if plausibility_weight:
+        loss = loss + plausibility_weight * plausibility_loss(energies, images, clean)
+    return loss, restored.detach(), energies.detach()
 
 
 def restoration_losses(

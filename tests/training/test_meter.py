@@ -80,10 +80,32 @@ def test_psnr_gain_counts_only_where_the_loss_does():
     assert last.psnr_gain_db(std) == pytest.approx(np.mean(gains), abs=1e-4)
 
 
+def test_images_that_a_mixture_left_clean_gain_nothing_and_count_nowhere():
+    generator = torch.Generator().manual_seed(0)
+    clean, corrupted, restored = torch.randn(3, 4, 2, 6, 6, generator=generator)
+    corrupted[1] = clean[1]
+    std, mask = torch.tensor([0.2, 0.3]), torch.ones(4, 1, 6, 6, dtype=torch.bool)
+    energies = torch.arange(4.0)
+    others = torch.tensor([0, 2, 3])
+
+    def last(chosen):
+        corruption = Corruption(corrupted[chosen], mask[chosen])
+        return Restored(clean[chosen], corruption, restored[chosen], energies[chosen])
+
+    everything, without = last(slice(None)), last(others)
+    assert everything.psnr_gain_db(std) == pytest.approx(without.psnr_gain_db(std))
+
+    def energy(images, _):
+        return images.sum(dim=(1, 2, 3))
+
+    expected = (energies - energy(clean, None))[others].mean().item()
+    assert everything.energy_gap(energy) == pytest.approx(expected, rel=1e-5)
+
+
 def test_energy_gap_compares_the_same_images():
     count = GAP_IMAGES + 10
     clean = torch.arange(float(count))[:, None, None, None]
     corrupted_energies = torch.cat([torch.arange(GAP_IMAGES) + 3.0, torch.full((10,), 1e6)])
     mask = torch.ones(count, 1, 1, 1, dtype=torch.bool)
-    last = Restored(clean, Corruption(clean, mask), clean, corrupted_energies)
+    last = Restored(clean, Corruption(clean + 1, mask), clean, corrupted_energies)
     assert last.energy_gap(lambda images, _: images.sum(dim=(1, 2, 3))) == pytest.approx(3.0)

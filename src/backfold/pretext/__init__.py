@@ -4,6 +4,7 @@ from backfold.pretext.colorization import Colorization, chroma_error, luminance
 from backfold.pretext.corruption import Corruption, PretextTask
 from backfold.pretext.denoising import Denoising
 from backfold.pretext.exchange import Exchange
+from backfold.pretext.identity import Identity
 from backfold.pretext.masking import Masking
 from backfold.pretext.mixture import Mixture
 from backfold.pretext.sorting import Sorting, patches_placed_right
@@ -14,6 +15,7 @@ __all__ = [
     "Corruption",
     "Denoising",
     "Exchange",
+    "Identity",
     "Masking",
     "Mixture",
     "PretextTask",

@@ -16,6 +16,7 @@ from backfold.pretext import (
     Colorization,
     Denoising,
     Exchange,
+    Identity,
     Masking,
     Mixture,
     PretextTask,
@@ -25,7 +26,7 @@ from backfold.pretext import (
 
 PAPER_TASKS = ("masking", "sorting", "superresolution", "denoising", "colorization")
 TASK_NAMES = (*PAPER_TASKS, "exchange")
-MIXTURE = "mixture"
+MIXTURE, IDENTITY = "mixture", "identity"
 POSITIVE = (
     "num_steps", "step_size", "batch_size", "epochs", "watch_every", "held_out",
 )  # fmt: skip
@@ -49,8 +50,8 @@ class TaskSettings:
         denoising: add noise.
         exchange: show squares of other images.
         mixture: weight of each task where the pretext is "mixture", by the tasks' names; tasks that
-            are not named are left out (default: the paper's five, those that the images allow,
-            equally).
+            are not named are left out, and "identity" leaves its share of the images clean
+            (default: the paper's five, those that the images allow, equally).
     """
 
     masking: Masking = field(default_factory=Masking)
@@ -105,6 +106,9 @@ class PretrainConfig:
         tasks: the pretext tasks' own settings.
         num_steps: restoration steps K in training.
         step_size: factor of the energy gradient in a restoration step.
+        plausibility_weight: of a second loss, by which the energy itself and not its gradient alone
+            tells clean images from corrupted ones, for scoring images; needs "identity" in the
+            mixture. 0 leaves it out.
         epochs: passes over the training images.
         batch_size: images in an optimizer step, over all devices.
         micro_batch: images that a device handles at once, to save memory; its share of the batch
@@ -155,6 +159,7 @@ class PretrainConfig:
     tasks: TaskSettings = field(default_factory=TaskSettings)
     num_steps: int = 1
     step_size: float = 1.0
+    plausibility_weight: float = 0.0
     epochs: float = 100.0
     batch_size: int = 256
     micro_batch: int | Literal["auto"] | None = None
@@ -194,7 +199,24 @@ class PretrainConfig:
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; give 0 or more")
         task_names(self)
+        self._check_plausibility()
         parse_image_size(self.image_size)
+
+    def _check_plausibility(self) -> None:
+        weight = self.plausibility_weight
+        if not 0 <= weight < math.inf:
+            raise UserError(f"plausibility_weight is {weight:g}; give 0 or more")
+        if weight and IDENTITY not in task_names(self):
+            raise UserError(
+                f"plausibility_weight is {weight:g}, which needs clean images beside corrupted "
+                "ones; use the mixture with identity, such as --pretext mixture "
+                """--tasks.mixture '{"masking": 3, "identity": 1}'"""
+            )
+        if weight and self.derivative != "exact":
+            raise UserError(
+                f"plausibility_weight is {weight:g}, which the finite-difference step does not "
+                "train; set it to 0, or derivative to exact"
+            )
 
 
 def settings_without_effect(config: PretrainConfig) -> list[str]:
@@ -231,7 +253,7 @@ def task_names(config: PretrainConfig) -> tuple[str, ...]:
     """
     weights = config.tasks.mixture
     for name in (config.pretext, *weights):
-        known = TASK_NAMES if name in weights else (*TASK_NAMES, MIXTURE)
+        known = (*TASK_NAMES, IDENTITY if name in weights else MIXTURE)
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
             hint = f"nearest: {', '.join(nearest)}; " if nearest else ""
@@ -240,7 +262,12 @@ def task_names(config: PretrainConfig) -> tuple[str, ...]:
         raise UserError(f"mixture weights are {weights}; give numbers of 0 or more, not all 0")
     if config.pretext != MIXTURE:
         return (config.pretext,)
-    return tuple(name for name in TASK_NAMES if weights.get(name, 0) > 0) or PAPER_TASKS
+    drawn = tuple(name for name in (*TASK_NAMES, IDENTITY) if weights.get(name, 0) > 0)
+    if drawn == (IDENTITY,):
+        raise UserError(
+            "the mixture holds identity alone, which corrupts nothing; add another task"
+        )
+    return drawn or PAPER_TASKS
 
 
 def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]:
@@ -256,6 +283,7 @@ def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]
         "denoising": config.tasks.denoising,
         "colorization": Colorization(),
         "exchange": config.tasks.exchange,
+        IDENTITY: Identity(),
     }
     names = task_names(config)
     if channels == 1 and "colorization" in names:
@@ -268,11 +296,12 @@ def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]
     return {name: made[name] for name in names}
 
 
-def whole_images(tasks: dict[str, PretextTask]) -> dict[str, PretextTask]:
-    """The tasks with the backbone running on whole images, whatever the hidden share is."""
+def watched_tasks(tasks: dict[str, PretextTask]) -> dict[str, PretextTask]:
+    """The tasks that corrupt, with the backbone on whole images, whatever the hidden share is."""
     return {
         name: replace(task, hidden_share=1.0) if isinstance(task, Masking) else task
         for name, task in tasks.items()
+        if not isinstance(task, Identity)
     }
 
 

@@ -23,21 +23,27 @@ class Restored:
     corrupted_energies: Tensor
     tokens: Tensor | None = None
 
+    def _is_corrupted(self) -> Tensor:
+        """Which images are: bool, (batch,). What a mixture leaves clean has nothing to gain."""
+        return (self.corruption.corrupted != self.clean).flatten(1).any(dim=1)
+
     def psnr_gain_db(self, std: Tensor) -> float:
-        """Mean gain over the corrupted images, where the loss counts."""
-        mask, clean = self.corruption.loss_mask, self.clean
+        """Mean gain over the corrupted images, where the loss counts; NaN if there are none."""
+        chosen = self._is_corrupted()
+        mask, clean = self.corruption.loss_mask[chosen], self.clean[chosen]
         restored, corrupted = (
-            psnr_db(torch.where(mask, images, clean), clean, std)
+            psnr_db(torch.where(mask, images[chosen], clean), clean, std)
             for images in (self.restored.float(), self.corruption.corrupted)
         )
         return float((restored - corrupted).mean())
 
     @torch.no_grad()
     def energy_gap(self, energy: EnergyModel) -> float:
-        """Mean energy of corrupted minus clean images."""
-        tokens = None if self.tokens is None else self.tokens[:GAP_IMAGES]
-        clean = energy(self.clean[:GAP_IMAGES], tokens)
-        return energy_gap(clean, self.corrupted_energies[:GAP_IMAGES])
+        """Mean energy of corrupted minus clean images; NaN if none are corrupted."""
+        chosen = self._is_corrupted().nonzero().squeeze(1)[:GAP_IMAGES]
+        tokens = None if self.tokens is None else self.tokens[chosen]
+        clean = energy(self.clean[chosen], tokens)
+        return energy_gap(clean, self.corrupted_energies[chosen])
 
 
 class Meter:

@@ -15,8 +15,10 @@ from backfold.training.config import OptimizerSettings
 LARGEST_WARMUP_SHARE = 1 / 3
 
 
-def freeze_unreachable(energy: EnergyModel, images: Tensor) -> list[str]:
-    """Freeze the parameters that the energy's gradient does not depend on; returns their names.
+def freeze_unreachable(
+    energy: EnergyModel, images: Tensor, plausibility_weight: float = 0.0
+) -> list[str]:
+    """Freeze the parameters that the training loss does not depend on; returns their names.
 
     The last norm's bias and unused layers get no gradient from restoration, and
     DistributedDataParallel would wait for them. Biases before piecewise linear activations are not
@@ -25,9 +27,10 @@ def freeze_unreachable(energy: EnergyModel, images: Tensor) -> list[str]:
     Args:
         energy: with all of its parameters trainable.
         images: a few normalised images, (batch, channels, height, width).
+        plausibility_weight: above 0 the energy itself is trained, which reaches the last bias.
     """
-    mask = torch.ones_like(images[:, :1], dtype=torch.bool)
-    loss, _, _ = training_step(energy, images, torch.zeros_like(images), mask)
+    mask, clean = torch.ones_like(images[:, :1], dtype=torch.bool), torch.zeros_like(images)
+    loss, _, _ = training_step(energy, images, clean, mask, plausibility_weight=plausibility_weight)
     named = list(energy.named_parameters())
     gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     frozen: list[str] = []

@@ -14,7 +14,7 @@ from backfold.training.config import (
     combine_tasks,
     parse_image_size,
     settings_without_effect,
-    whole_images,
+    watched_tasks,
 )
 from backfold.training.distribution import make_fabric
 from backfold.training.initial import initialise
@@ -48,7 +48,7 @@ class RunParts:
         images = self.images = setup.open_images(config)
         tasks = build_tasks(config, images.channels)
         # Watched as they are used: on whole images, whatever part of them training runs on.
-        self.tasks = whole_images(tasks)
+        self.tasks = watched_tasks(tasks)
         self.energy = setup.build_energy(config, images.channels)
         if config.init is not None and not (resume and folder.last_checkpoint.exists()):
             initialise(self.energy.backbone, config.init)
@@ -66,7 +66,9 @@ class RunParts:
             images, self.image_size, self.fabric.device, self.broken
         )
         setup.calibrate(self.energy, self.tasks, self.held_out.images)
-        _tell_frozen(freeze_unreachable(self.energy, self.held_out.images[:2]))
+        _tell_frozen(
+            freeze_unreachable(self.energy, self.held_out.images[:2], config.plausibility_weight)
+        )
         self.stepper = Stepper(
             config, self.energy, combine_tasks(config, tasks), images.statistics, self.fabric,
             self.total_steps, self.steps_per_epoch,

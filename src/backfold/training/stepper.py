@@ -35,14 +35,21 @@ class RestorationTraining(nn.Module):
     Args:
         energy: its attention layers are set to their plain form, which has a second derivative.
         step_size: of the restoration step.
+        plausibility_weight: of the loss on the energy itself.
         compiled: run under `torch.compile`, where that works.
     """
 
-    def __init__(self, energy: EnergyModel, step_size: float, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        energy: EnergyModel,
+        step_size: float,
+        plausibility_weight: float = 0.0,
+        compiled: bool = False,
+    ) -> None:
         super().__init__()
         use_plain_attention(energy)
         self.energy = energy
-        self.step_size = step_size
+        self.step_size, self.plausibility_weight = step_size, plausibility_weight
         self.compiled: CompiledStep | None = None
         if compiled:
             self.compile_step()
@@ -57,7 +64,9 @@ class RestorationTraining(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `backfold.restoration.training_step`; never compiled."""
         energy = self.energy if tokens is None else partial(self.energy, tokens=tokens)
-        return training_step(energy, images, clean, loss_mask, self.step_size)
+        return training_step(
+            energy, images, clean, loss_mask, self.step_size, self.plausibility_weight
+        )
 
     def forward(
         self, images: Tensor, clean: Tensor, loss_mask: Tensor, tokens: Tensor | None = None
@@ -133,7 +142,11 @@ class Stepper:
         self.schedule = build_schedule(optimizer, config.optimizer, total_steps, steps_per_epoch)
         self.energy, self.displacement = energy, DISPLACEMENT
         self.is_exact = config.derivative == "exact"
-        self.restoration = RestorationTraining(energy, config.step_size) if self.is_exact else None
+        self.restoration = (
+            RestorationTraining(energy, config.step_size, config.plausibility_weight)
+            if self.is_exact
+            else None
+        )
         self.training, self.optimizer = fabric.setup(
             self.restoration or DisplacedEnergy(energy), optimizer
         )

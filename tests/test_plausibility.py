@@ -1,0 +1,183 @@
+"""The loss on the energy itself, and the clean images that it needs."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from backfold.energy import EnergyModel
+from backfold.errors import UserError
+from backfold.pretext import Identity, Masking, Mixture
+from backfold.restoration import plausibility_loss, restoration_loss, training_step
+from backfold.training.compiled import CompiledStep, gradient_distance
+from backfold.training.config import (
+    PretrainConfig,
+    TaskSettings,
+    build_tasks,
+    combine_tasks,
+    task_names,
+    watched_tasks,
+)
+from backfold.training.optimizer import freeze_unreachable
+from backfold.training.stepper import RestorationTraining
+
+EVERYWHERE = torch.ones(1, dtype=torch.bool)
+
+
+def vit():
+    torch.manual_seed(0)
+    options = {"patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 2}
+    return EnergyModel("vit_tiny_patch16_224", image_size=8, backbone_options=options)
+
+
+def half_clean(count=4, dtype=torch.float32):
+    images, clean = torch.randn(2, count, 3, 8, 8, dtype=dtype)
+    return torch.where((torch.arange(count) % 2 == 0)[:, None, None, None], images, clean), clean
+
+
+def test_values_by_hand():
+    clean = torch.zeros(3, 1, 2, 2)
+    images = clean.clone()
+    images[1, 0, 0, 1] = 0.5
+    energies = torch.tensor([1.0, 3.0, -2.0])  # of 4 pixels: divided by 2
+    expected = (
+        math.log(1 + math.exp(0.5)) + math.log(1 + math.exp(-1.5)) + math.log(1 + math.exp(-1.0))
+    ) / 3
+    assert plausibility_loss(energies, images, clean).item() == pytest.approx(expected)
+
+
+def test_it_is_added_to_the_restoration_loss():
+    energy, (images, clean) = vit(), half_clean()
+    plain, restored, energies = training_step(energy, images, clean, EVERYWHERE)
+    both, _, _ = training_step(energy, images, clean, EVERYWHERE, plausibility_weight=0.3)
+    assert plain.item() == pytest.approx(restoration_loss(restored, clean, EVERYWHERE).item())
+    more = 0.3 * plausibility_loss(energies, images, clean)
+    assert both.item() == pytest.approx((plain + more).item())
+
+
+def test_parameter_gradients_equal_central_differences():
+    energy = vit().double()
+    images, clean = half_clean(dtype=torch.float64)
+    parameters = list(energy.parameters())
+
+    def loss():
+        return training_step(energy, images, clean, EVERYWHERE, plausibility_weight=2.0)[0]
+
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss(), parameters)])
+    values = nn.utils.parameters_to_vector(parameters).detach()
+    for seed in range(3):
+        direction = torch.randn(
+            values.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        sides = []
+        for sign in (1, -1):
+            nn.utils.vector_to_parameters(values + sign * 1e-6 * direction, parameters)
+            sides.append(loss().item())
+        nn.utils.vector_to_parameters(values, parameters)
+        assert (sides[0] - sides[1]) / 2e-6 == pytest.approx(
+            (gradient @ direction).item(), rel=1e-5
+        )
+
+
+def test_the_compiled_step_has_the_same_gradients():
+    torch._dynamo.reset()
+    counters.clear()
+    energy = vit()
+    training = RestorationTraining(energy, 1.0, plausibility_weight=0.5)
+    step = CompiledStep(training.restore, backend="aot_eager")
+    for _ in range(2):
+        images, clean = half_clean()
+        inputs = images, clean, EVERYWHERE.expand(4, 1, 8, 8), None
+        losses = [lambda i=inputs: step(*i)[0], lambda i=inputs: training.restore(*i)[0]]
+        assert gradient_distance(list(energy.parameters()), *losses) < 1e-5
+    assert step.is_compiled
+    assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+def test_it_orders_energies_that_the_restoration_loss_leaves_in_any_order():
+    class Levels(nn.Module):
+        """A constant for grey images and one for others: no gradient with respect to pixels."""
+
+        def __init__(self):
+            super().__init__()
+            self.levels = nn.Parameter(torch.tensor([5.0, -5.0]))
+
+        def forward(self, images):
+            is_grey = (images.flatten(1).std(dim=1) < 0.1).long()
+            return self.levels[is_grey] + 0 * images.sum(dim=(1, 2, 3))
+
+    clean = torch.randn(6, 1, 4, 4)
+    images = clean.clone()
+    images[:3] = 0
+    energy = Levels()
+    optimizer = torch.optim.SGD(energy.parameters(), 1.0)
+    for _ in range(200):
+        optimizer.zero_grad()
+        training_step(energy, images, clean, EVERYWHERE, plausibility_weight=1.0)[0].backward()
+        optimizer.step()
+    varied, grey = energy.levels.tolist()
+    assert grey > 0 > varied
+
+
+def test_the_last_bias_is_trained_with_it_only():
+    images = torch.randn(2, 3, 8, 8)
+    assert freeze_unreachable(vit(), images) == ["backbone.norm.bias"]
+    assert freeze_unreachable(vit(), images, plausibility_weight=1.0) == []
+
+
+def test_identity_leaves_images_as_they_are_and_counts_everywhere():
+    clean = torch.randn(2, 3, 8, 8)
+    corruption = Identity()(clean, torch.Generator())
+    assert torch.equal(corruption.corrupted, clean)
+    assert corruption.corrupted.data_ptr() != clean.data_ptr()
+    assert corruption.loss_mask.shape == (2, 1, 8, 8)
+    assert corruption.loss_mask.all()
+
+
+def test_a_mixture_leaves_identity_s_share_clean():
+    mixture = Mixture((Masking(0.5, 4), Identity()), (3.0, 1.0))
+    clean = torch.randn(2000, 1, 8, 8)
+    corrupted = mixture(clean, torch.Generator().manual_seed(0)).corrupted
+    share = (corrupted == clean).flatten(1).all(dim=1).float().mean().item()
+    assert share == pytest.approx(0.25, abs=0.04)  # four deviations
+
+
+def config(**settings):
+    return PretrainConfig(
+        pretext="mixture",
+        tasks=TaskSettings(mixture={"masking": 3.0, "identity": 1.0}),
+        **settings,
+    )
+
+
+def test_identity_is_trained_and_not_watched():
+    settings = config(plausibility_weight=0.1)
+    tasks = build_tasks(settings, 3)
+    assert task_names(settings) == ("masking", "identity")
+    assert combine_tasks(settings, tasks).tasks == (Masking(), Identity())
+    assert list(watched_tasks(tasks)) == ["masking"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"plausibility_weight": -1.0}, "plausibility_weight is -1; give 0 or more"),
+        ({"plausibility_weight": 0.5}, "plausibility_weight is 0.5, which needs clean images"),
+        ({"pretext": "identity"}, "unknown pretext task 'identity'"),
+        (
+            {"pretext": "mixture", "tasks": TaskSettings(mixture={"identity": 1.0})},
+            "the mixture holds identity alone",
+        ),
+    ],
+)
+def test_settings_that_can_t_work_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        PretrainConfig(**settings)
+
+
+def test_the_finite_difference_step_does_not_train_it():
+    with pytest.raises(UserError, match="finite-difference step does not"):
+        config(plausibility_weight=0.5, derivative="finite-difference")
