@@ -53,7 +53,9 @@ def _auroc(rows: list[MeasureRow]) -> Verdict:
         if (row.case, row.contender) == (f"{task}, {MIDDLE}", "energy")
     }  # fmt: skip
     words = ", ".join(f"{task} {row.mean:.2f} ± {row.std:.2f}" for task, row in found.items())
-    met = all(row.mean >= LEAST_AUROC for row in found.values()) if found else None
+    is_whole = len(found) == len(TASKS)
+    reached = all(row.mean >= LEAST_AUROC for row in found.values())
+    met = None if reached and not is_whole else reached
     return Verdict(what, f"at least {LEAST_AUROC}", words or "not run", met)
 
 

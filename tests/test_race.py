@@ -19,6 +19,7 @@ from torch import nn
 from backfold.data.augmentation import Augmentation
 from backfold.embedding import embed
 from backfold.errors import UserError
+from backfold.evaluation.measures import MeasureRow, write_measures
 from race import parse, race_of, run
 from racing.contenders import BY_NAME, CONTENDERS
 from racing.conversion import timm_weights
@@ -407,3 +408,92 @@ def test_verdicts_of_made_up_scores():
     assert verdicts[4].found == "4.0 of 10.0 epochs, sparse"
     assert verdicts[4].met
     assert verdicts[5].met is None
+
+
+def difference(case, mean, std):
+    return MeasureRow("adaptation", case, "difference", "accuracy (%)", mean, std, 100)
+
+
+def aurocs(means, std=0.01, contender="energy", severity=3):
+    return [
+        MeasureRow("energy", f"{task}, severity {severity}", contender, "AUROC", mean, std, 100)
+        for task, mean in means.items()
+    ]
+
+
+TASKS = ("masking", "sorting", "superresolution", "denoising", "colorization")
+
+
+@pytest.fixture
+def judge_rows(results_page):
+    def judge(**rows):
+        """The AUROC's verdict and the adaptation's."""
+        return results_page.judge_energy(results_page.RunMeasures(rows, {}))
+
+    return judge
+
+
+def test_the_auroc_s_verdict_looks_at_the_energy_at_the_middle_severity_alone(judge_rows):
+    # Neither other scores nor other severities count, however low.
+    others = aurocs(dict.fromkeys(TASKS, 0.2), contender="kNN distance")
+    others += aurocs(dict.fromkeys(TASKS, 0.3), severity=2)
+    reached = dict.fromkeys(TASKS, 0.95)
+    met, _ = judge_rows(energy=others + aurocs(reached))
+    assert met.bar == "at least 0.95"
+    assert met.met
+    assert met.found == ", ".join(f"{task} 0.95 ± 0.01" for task in TASKS)
+    # One task below is enough, though 0.949 is within the spread of the bar.
+    missed, _ = judge_rows(energy=others + aurocs({**reached, "denoising": 0.949}))
+    assert missed.met is False
+    assert "denoising 0.95 ± 0.01" in missed.found  # rounded
+    # With a task not measured, the bar may be missed and can't be met.
+    some = {"masking": 0.99, "sorting": 0.99}
+    assert judge_rows(energy=aurocs(some))[0].met is None
+    assert judge_rows(energy=aurocs({**some, "denoising": 0.9}))[0].met is False
+    unknown, _ = judge_rows(energy=others)
+    assert (unknown.met, unknown.found) == (None, "not run")
+
+
+@pytest.mark.parametrize(
+    ("hard", "clean", "met"),
+    [
+        ((1.2, 0.4), (-0.5, 0.3), True),  # 1.2 is beyond 0.4, and 0.5 points may be lost
+        ((1.2, 0.4), (-0.6, 0.3), False),  # too much is lost on clean images
+        ((0.4, 0.4), (0.0, 0.3), False),  # a gain, but not beyond the spread
+        ((-2.0, 0.4), (1.0, 0.3), False),
+        ((0.1, 0.0), (3.0, 0.3), True),
+    ],
+)
+def test_the_adaptation_s_verdict_asks_for_a_gain_beyond_the_spread(judge_rows, hard, clean, met):
+    case = "mean, severity 3 and above"
+    rows = [
+        # Accuracies, and gains at single severities, decide nothing.
+        replace(difference(case, 99.0, 0.0), contender="restored first"),
+        difference("noise, severity 3", -50.0, 0.0),
+        difference("clean", *clean),
+        difference(case, *hard),
+    ]
+    _, verdict = judge_rows(adaptation=rows)
+    assert verdict.met is met
+    assert verdict.found == (
+        f"{hard[0]:+.1f} ± {hard[1]:.1f} points on corrupted images, "
+        f"{clean[0]:+.1f} ± {clean[1]:.1f} on clean ones"
+    )
+    for incomplete in (rows[:3], [*rows[:2], rows[3]], []):
+        _, unknown = judge_rows(adaptation=incomplete)
+        assert (unknown.met, unknown.found) == (None, "not run")
+
+
+def test_measures_that_were_not_run_have_no_verdict(results_page, judge_rows, tmp_path):
+    assert results_page.read_run(tmp_path) is None
+    (tmp_path / "facts.json").write_text('{"run": "made up", "commands": []}')
+    empty = results_page.read_run(tmp_path)
+    assert empty.rows == {}
+    assert [verdict.met for verdict in results_page.judge_energy(empty)] == [None, None]
+    rows = aurocs({"masking": 0.5, "sorting": 0.99})
+    write_measures(tmp_path / "energy.json", rows)
+    found = results_page.read_run(tmp_path)
+    assert found.rows == {"energy": rows}
+    assert found.facts["run"] == "made up"
+    assert results_page.judge_energy(found) == judge_rows(energy=rows)
+    assert [verdict.met for verdict in results_page.judge_energy(found)] == [False, None]

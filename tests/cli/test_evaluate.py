@@ -75,6 +75,7 @@ def test_every_classifier_has_rows_of_both_backbones(run_folder, data, capsys):
         for labels in ("all", 2)
         for backbone in ("untrained", "pretrained")
     }
+    assert {(row.data, row.step) for row in rows} == {(data.name, 2)}
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == f"rows: {path}"
     assert all(f"{row.accuracy_mean:.1f}" in printed for row in rows)
@@ -142,6 +143,7 @@ def test_restoration_and_energy_need_no_labels(run_folder, make_parquet, capsys)
     }  # fmt: skip
     rows = read_measures(folder / "restoration.json")
     assert {row.count for row in rows} == {6}
+    assert {(row.data, row.step) for row in rows} == {("plain.parquet", 2)}
     assert {"energy, 1 step", "identity", "bicubic"} <= {row.contender for row in rows}
     printed = capsys.readouterr().out
     assert f"measures: {folder / 'restoration.json'}" in printed
@@ -172,7 +174,9 @@ def test_segmentation_beside_a_classifier_on_other_data(run_folder, data, masked
     rows = read_measures(out / "measures" / "segmentation.json")
     assert len(rows) == 1 + 4 * 2
     assert {row.count for row in rows[1:]} == {2}
-    assert {row.protocol for row in read_rows(out / "evaluation.json")} == {"knn"}
+    assert {(row.data, row.step) for row in rows} == {(masked.name, 2)}
+    classified = read_rows(out / "evaluation.json")
+    assert {(row.protocol, row.data) for row in classified} == {("knn", data.name)}
     with Image.open(out / "measures" / "segmentation.png") as picture:
         assert picture.width > picture.height
     assert not RunFolder(run_folder).measures.exists()

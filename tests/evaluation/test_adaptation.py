@@ -14,10 +14,12 @@ from backfold.evaluation.adaptation import (
     RESTORED,
     SHARE,
     UNCHANGED,
+    adaptation_rows,
+)
+from backfold.evaluation.restoration_choice import (
     ClassifiedImages,
     RestorationChoice,
     Restorer,
-    adaptation_rows,
     choose_restoration,
     restore_some,
 )

@@ -26,9 +26,9 @@ from backfold.evaluation.finetuning import (
     accuracy,
     batch_indices,
     build_optimizer,
-    choose_learning_rate,
     fine_tune,
 )
+from backfold.evaluation.learning_rate_choice import choose_learning_rate
 from backfold.training.config import PretrainConfig
 from backfold.training.pretrained import Pretrained
 from backfold.training.setup import build_energy

@@ -6,13 +6,14 @@ import torch
 
 from backfold.errors import UserError
 from backfold.evaluation import EvaluationRow, evaluate_embeddings, read_rows, write_rows
+from backfold.evaluation.measures import MeasureRow, read_measures
 from backfold.evaluation.probes import linear_probe_accuracy
 from backfold.evaluation.protocol import draw_labelled
 from backfold.metrics import knn_accuracy
 
 ROWS = [
     EvaluationRow("knn", "all", "pretrained", 71.25, 0.0),
-    EvaluationRow("linear", 10, "untrained", 40.5, 1.75),
+    EvaluationRow("linear", 10, "untrained", 40.5, 1.75, "photos", 300),
 ]
 
 
@@ -99,6 +100,8 @@ def test_file_is_a_list_of_rows_and_comes_back(tmp_path):
             "backbone": "pretrained",
             "accuracy_mean": 71.25,
             "accuracy_std": 0.0,
+            "data": None,
+            "step": None,
         },
         {
             "protocol": "linear",
@@ -106,9 +109,22 @@ def test_file_is_a_list_of_rows_and_comes_back(tmp_path):
             "backbone": "untrained",
             "accuracy_mean": 40.5,
             "accuracy_std": 1.75,
+            "data": "photos",
+            "step": 300,
         },
     ]
     assert read_rows(path) == ROWS
+
+
+def test_rows_of_older_files_have_no_data_and_no_step(tmp_path):
+    old = {"protocol": "knn", "labels": "all", "backbone": "pretrained", "accuracy_mean": 71.25}
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps([{**old, "accuracy_std": 0.0}]))
+    assert read_rows(path) == [EvaluationRow("knn", "all", "pretrained", 71.25, 0.0, None, None)]
+    measure = {"protocol": "energy", "case": "a", "contender": "b", "metric": "AUROC"}
+    path.write_text(json.dumps([{**measure, "mean": 0.5, "std": 0.1, "count": 3}]))
+    expected = MeasureRow("energy", "a", "b", "AUROC", 0.5, 0.1, 3, data=None, step=None)
+    assert read_measures(path) == [expected]
 
 
 def test_a_write_that_can_not_be_serialised_leaves_the_old_file(tmp_path):

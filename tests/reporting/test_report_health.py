@@ -142,21 +142,22 @@ def test_waiting_for_images(measure, waits, state, value):
 
 
 @pytest.mark.parametrize(
-    ("values", "state", "value"),
+    ("values", "state", "value", "note"),
     [
-        ((60.0, 70.0, 69.0), "good", "60.0 % to 69.0 %"),
-        ((60.0, 70.0, 65.0), "watch", "60.0 % to 65.0 %"),
-        ((60.0, 59.0), "watch", "60.0 % to 59.0 %"),
-        ((60.0, 57.9), "bad", "60.0 % to 57.9 %"),
-        ((60.0, math.nan), "bad", "60.0 % to not finite"),
-        ((60.0,), "unknown", "60.0 %"),
-        ((None, None), "unknown", "not measured"),
+        ((60.0, 70.0, 69.0), "good", "60.0 % to 69.0 %", ""),
+        ((60.0, 70.0, 65.0), "watch", "60.0 % to 65.0 %", "the best was 70.0 %"),
+        ((60.0, 59.0), "watch", "60.0 % to 59.0 %", "the best was 60.0 %"),
+        ((60.0, 60.0), "watch", "60.0 % to 60.0 %", "not rising"),
+        ((60.0, 57.9), "bad", "60.0 % to 57.9 %", "lower than at the beginning"),
+        ((60.0, math.nan), "bad", "60.0 % to not finite", "lower than at the beginning"),
+        ((60.0,), "unknown", "60.0 %", "one look only so far"),
+        ((None, None), "unknown", "not measured", "needs labels: --watch-labels true"),
     ],
 )
-def test_knn(measure, values, state, value):
+def test_knn(measure, values, state, value, note):
     entries = [health_entry(step, knn=knn) for step, knn in enumerate(values)]
     found = measure(*entries)[KNN]
-    assert (found.state, found.value) == (state, value)
+    assert (found.state, found.value, found.note) == (state, value, note)
 
 
 def test_nothing_measured(tmp_path):

@@ -3,7 +3,7 @@
 import base64
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from test_report_browser import CHROMIUM, overflow, probe
@@ -116,6 +116,14 @@ def test_each_protocol_says_what_its_numbers_mean(folder):
     assert "mIoU" in explained[0]
     assert "0.5 is chance" in explained[1]
     assert all("±" in sentence for sentence in explained)
+
+
+def test_the_data_and_the_step_are_said_where_they_are_known(folder):
+    write(folder, [replace(row, data="squares", step=1500) for row in SEGMENTATION])
+    write(folder, ENERGY)
+    segmentation, energy = (text(part) for part in with_class(page_of(folder), "explanation"))
+    assert segmentation.endswith("Measured on squares, step 1,500.")
+    assert "Measured on" not in energy
 
 
 def test_pictures_lie_in_the_page(folder):

@@ -187,6 +187,8 @@ def test_a_folder_without_them_is_no_run(run_folder, name):
             json.dumps([EVALUATION[0] | {"labels": []}]),
             "'labels' .* not a number",
         ),
+        ("evaluation.json", json.dumps([EVALUATION[0] | {"data": 3}]), "'data' .* not a text"),
+        ("evaluation.json", json.dumps([EVALUATION[0] | {"step": "3"}]), "'step' .* not a number"),
         ("metrics.csv", "epoch,loss\n1,2\n", "has the columns epoch, loss, and no step"),
         ("metrics.csv", "step,loss\n1,2\n2,low\n", "line 3 holds 'low', which is no number"),
         ("metrics.csv", "step,loss\nnan,2\n", "line 2 has the step 'nan'"),

@@ -87,7 +87,7 @@ def test_texts_from_the_run_cannot_become_markup(tmp_path):
             }
         )
     )
-    evaluation = EVALUATION[0] | {"protocol": evil}
+    evaluation = EVALUATION[0] | {"protocol": evil, "data": evil}
     (folder / "evaluation.json").write_text(json.dumps([evaluation]))
     (folder / "previews" / "step-0000001-<b>\"'.png").write_bytes(png(1))
     page = page_of(folder)

@@ -59,6 +59,10 @@ def test_counted():
     assert wording.labels_phrase(1) == "1 label a class"
     assert wording.labels_phrase(10) == "10 labels a class"
     assert wording.labels_phrase("all") == "all labels"
+    assert wording.origin_phrase("photos", 1500) == "photos, step 1,500"
+    assert wording.origin_phrase(None, 0) == "step 0"
+    assert wording.origin_phrase("photos", None) == "photos"
+    assert wording.origin_phrase(None, None) == ""
 
 
 def test_significant_keeps_small_numbers():

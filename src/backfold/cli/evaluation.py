@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -12,8 +13,14 @@ from torch import Tensor
 
 from backfold.data.loading import default_workers
 from backfold.errors import UserError
-from backfold.evaluation.measure_suite import Measured, measure, open_measure_data
+from backfold.evaluation.measure_suite import (
+    Measured,
+    MeasureData,
+    measure,
+    open_measure_data,
+)
 from backfold.evaluation.measures import MeasureRow, write_measures
+from backfold.evaluation.origin import with_origin
 from backfold.evaluation.protocol import EvaluationRow, ProtocolName, read_rows, write_rows
 from backfold.evaluation.run import open_labelled
 from backfold.evaluation.settings import (
@@ -82,14 +89,23 @@ def evaluate(settings: EvaluateSettings) -> Iterator[list[EvaluationRow] | Measu
     if suite is not None:
         for rows in _classifier_rows(suite, classifiers):
             path = evaluation_path(settings)
-            write_rows(path, merge_rows(_rows_before(path), rows))
-            yield rows
+            found = with_origin(rows, settings.data or run.config.data, run.step)
+            write_rows(path, merge_rows(_rows_before(path), found))
+            yield found
     for protocol in asked:
-        measured = measure(protocol, subject, data)
+        measured = _measured(protocol, subject, data)
         rows_path, picture_path = measure_paths(settings, measured)
         write_measures(rows_path, measured.rows)
         write_atomically(picture_path, measured.picture)
         yield measured
+
+
+def _measured(protocol: str, subject: Subject, data: MeasureData) -> Measured:
+    given, run = subject.settings, subject.run
+    found = measure(protocol, subject, data)
+    own = given.segmentation.data if protocol == "segmentation" else None
+    rows = with_origin(found.rows, own or given.data or run.config.data, run.step)
+    return replace(found, rows=rows)
 
 
 def _subject(settings: EvaluateSettings, run: Pretrained, protocols: list[str]) -> Subject:

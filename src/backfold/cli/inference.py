@@ -16,7 +16,7 @@ from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
 from backfold.evaluation.settings import DEMO_RUN
 from backfold.inference.contact_sheet import render_contact_sheet
-from backfold.inference.jobs import EmbeddingJob, Job, ScoringJob
+from backfold.inference.jobs import EmbeddingJob, Job, ScoringJob, scorable_tasks
 from backfold.inference.local import local_parts
 from backfold.inference.ray_engine import ray_parts
 from backfold.inference.run import Engine, compute, make_plan
@@ -77,8 +77,8 @@ class ScoreSettings(InferenceSettings):
     Args:
         out: .parquet or .csv (path, energy, error_TASK); beside it an .html file shows the images
             at both ends of each score.
-        pretext: the corruption to restore from; none takes the run's, each task of a mixture in
-            its own column.
+        pretext: the corruption to restore from, any but exchange; none takes the run's, each task
+            of a mixture in its own column.
         num_steps: restoration steps; none takes the run's.
         step_size: factor of the energy gradient; none takes the run's.
         seed: of the corruptions: the seed and an image's number alone decide its own.
@@ -116,7 +116,7 @@ def run_score(settings: ScoreSettings) -> None:
             config.pretext = settings.pretext
         job = ScoringJob(
             run,
-            build_tasks(config, run.channels),
+            scorable_tasks(build_tasks(config, run.channels)),
             config.num_steps if settings.num_steps is None else settings.num_steps,
             config.step_size if settings.step_size is None else settings.step_size,
             settings.seed,

@@ -13,13 +13,8 @@ from torch import Tensor
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
 from backfold.evaluation.classifier import MakeBackbone
-from backfold.evaluation.finetuning import (
-    LEARNING_RATE_FACTORS,
-    FineTuning,
-    accuracy,
-    choose_learning_rate,
-    fine_tune,
-)
+from backfold.evaluation.finetuning import FineTuning, accuracy, fine_tune
+from backfold.evaluation.learning_rate_choice import LEARNING_RATE_FACTORS, choose_learning_rate
 from backfold.evaluation.probes import linear_probe_accuracy
 from backfold.evaluation.protocol import (
     BackboneName,

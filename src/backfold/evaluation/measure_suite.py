@@ -19,21 +19,22 @@ from backfold.data.source import (
     stratified_split,
 )
 from backfold.errors import UserError
-from backfold.evaluation.adaptation import (
+from backfold.evaluation.adaptation import adaptation_rows
+from backfold.evaluation.classifier import Classifier
+from backfold.evaluation.energy_tests import EnergyTestImages, energy_rows
+from backfold.evaluation.finetuning import fine_tune
+from backfold.evaluation.images import LoadedImages, load_images
+from backfold.evaluation.learning_rate_choice import choose_learning_rate
+from backfold.evaluation.lowshot import LabelledTensors
+from backfold.evaluation.measures import MeasureRow
+from backfold.evaluation.pictures import adaptation_picture, auroc_picture, psnr_picture
+from backfold.evaluation.restoration_choice import (
     STEP_SIZES,
     ClassifiedImages,
     RestorationChoice,
     Restorer,
-    adaptation_rows,
     choose_restoration,
 )
-from backfold.evaluation.classifier import Classifier
-from backfold.evaluation.energy_tests import EnergyTestImages, energy_rows
-from backfold.evaluation.finetuning import choose_learning_rate, fine_tune
-from backfold.evaluation.images import LoadedImages, load_images
-from backfold.evaluation.lowshot import LabelledTensors
-from backfold.evaluation.measures import MeasureRow
-from backfold.evaluation.pictures import adaptation_picture, auroc_picture, psnr_picture
 from backfold.evaluation.restoration_tests import restoration_rows
 from backfold.evaluation.run import LabelledImages, open_labelled
 from backfold.evaluation.segmentation import segment_with_run

@@ -23,6 +23,8 @@ class MeasureRow:
         mean: over the repetitions.
         std: sample deviation over the repetitions; 0 where there is one.
         count: how many repetitions: draws, seeds, or images.
+        data: name of the images (see `data_name`); None where it was not recorded.
+        step: of the run's checkpoint; None where it was not recorded.
     """
 
     protocol: str
@@ -32,6 +34,8 @@ class MeasureRow:
     mean: float
     std: float
     count: int
+    data: str | None = None
+    step: int | None = None
 
     @classmethod
     def of(

@@ -1,12 +1,6 @@
-"""Pictures of the measures by severity, each the text of an SVG file.
+"""Pictures of the measures by severity, each the text of an SVG file."""
 
-Colours are of Okabe and Ito's palette, which the colour-blind can tell apart; line styles and
-markers differ too.
-"""
-
-import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -14,23 +8,24 @@ from matplotlib.figure import Figure
 
 from backfold.evaluation import adaptation, energy_tests, restoration_tests
 from backfold.evaluation.measures import MeasureRow
+from backfold.evaluation.picture_style import (
+    AMBER,
+    BLUE,
+    GREEN,
+    GREY,
+    NIGHT,
+    ORANGE,
+    PINK,
+    SKY,
+    STYLE,
+    add_grid,
+    svg_text,
+)
 from backfold.evaluation.severities import SEVERITIES, parse_case
 
 COLUMNS = 3
 PANEL_INCHES = (2.5, 2.1)
 HEADER_INCHES = 0.5
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "backfold",  # the same rows give the same bytes
-    "font.size": 9.0,
-    "axes.titlesize": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "xtick.color": "#333333",
-    "ytick.color": "#333333",
-}
-BLUE, SKY, NIGHT = "#0072b2", "#56b4e9", "#003d66"
-ORANGE, AMBER, GREEN, PINK, GREY = "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#777777"
 # Colour, line style and marker.
 Look = tuple[str, str, str]
 SCORES: Mapping[str, Look] = {
@@ -136,8 +131,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     for axes in panels[count:]:
         axes.remove()
     for axes in panels[:count]:
-        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
+        add_grid(axes)
     return figure, panels[:count]
 
 
@@ -214,6 +208,4 @@ def _finished(figure: Figure, panels: Sequence[Axes], y_label: str) -> str:
         handlelength=2.5,
         fontsize=8,
     )
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    return svg_text(figure)

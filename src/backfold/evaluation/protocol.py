@@ -32,6 +32,8 @@ class EvaluationRow:
         backbone: "pretrained" or "untrained"; fine-tuning the latter is training from scratch.
         accuracy_mean: in percent, over the draws of the labelled images.
         accuracy_std: in percent, the sample deviation over the draws; 0 for a single draw.
+        data: name of the images (see `data_name`); None where it was not recorded.
+        step: of the run's checkpoint; None where it was not recorded.
     """
 
     protocol: ProtocolName
@@ -39,8 +41,10 @@ class EvaluationRow:
     backbone: BackboneName
     accuracy_mean: float
     accuracy_std: float
+    data: str | None = None
+    step: int | None = None
 
-    def to_dict(self) -> dict[str, str | int | float]:
+    def to_dict(self) -> dict[str, str | int | float | None]:
         """The fields, as in ``evaluation.json``."""
         return asdict(self)
 

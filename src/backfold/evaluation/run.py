@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from backfold.batch_norm import measure_batch_norm
 from backfold.data.arrays import MAX_PIXELS
 from backfold.data.broken import BrokenFiles
 from backfold.data.guarded_loading import evaluation_batches
@@ -27,8 +26,8 @@ from backfold.evaluation.protocol import (
     ProtocolName,
     evaluate_embeddings,
 )
+from backfold.evaluation.untrained import untrained_backbone
 from backfold.training.pretrained import Pretrained
-from backfold.training.setup import build_energy
 
 LOGGER = logging.getLogger("backfold")
 TEST_SHARE = 0.2
@@ -86,19 +85,16 @@ def evaluate_run(
 ) -> list[EvaluationRow]:
     """Rows for the untrained and the pretrained backbone, on the same images and draws.
 
-    The untrained backbone has the run's own random weights, before training; its batch norms are
-    measured on training images.
+    The untrained one is that of `untrained_backbone`.
 
     Raises:
         UserError: what loading, embedding or the probes raise.
     """
-    untrained = build_energy(run.config, run.channels).backbone.eval().to(device)
     loader = _Batches(run, batch_size, num_workers)
     some = range(min(BATCH_NORM_IMAGES, len(images.train)))
     first = torch.cat([batch for batch, _ in loader.of(images.train, some)])
-    measure_batch_norm(untrained, first.to(device))
     backbones: dict[BackboneName, nn.Module] = {
-        "untrained": untrained,
+        "untrained": untrained_backbone(run, first, device),
         "pretrained": run.energy.backbone.to(device),
     }
     rows: list[EvaluationRow] = []

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from backfold.batch_norm import measure_batch_norm, refresh_batch_norm
+from backfold.batch_norm import refresh_batch_norm
 from backfold.data.segmentation import VOID, MaskedImages, MaskedSource, load_masked
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
@@ -25,8 +25,8 @@ from backfold.evaluation.segmenter import (
     resized,
     segmentation_size,
 )
+from backfold.evaluation.untrained import untrained_backbone
 from backfold.training.pretrained import Pretrained
-from backfold.training.setup import build_energy
 
 LOGGER = logging.getLogger("backfold")
 PROTOCOL = "segmentation"
@@ -109,17 +109,12 @@ def segment_with_run(
     )
     if not (train.masks == VOID).any():
         LOGGER.info(f"segmentation: no pixel has the id {settings.void}, void")
-    untrained = build_energy(run.config, run.channels).backbone
-    backbones = {
-        "untrained": resized(untrained, size, run.channels, run.config.backbone),
-        "pretrained": resized(run.energy.backbone, size, run.channels, run.config.backbone),
-    }
     first = run.statistics.normalize(train.images[:BATCH_NORM_IMAGES]).to(device)
-    for backbone in backbones.values():
-        backbone.to(device)
-    measure_batch_norm(backbones["untrained"], first)
+    untrained = untrained_backbone(run, first, device, size)
+    pretrained = resized(run.energy.backbone, size, run.channels, run.config.backbone).to(device)
     # The same function with the new images' statistics, so that training starts from it.
-    refresh_batch_norm(backbones["pretrained"], [first])
+    refresh_batch_norm(pretrained, [first])
+    backbones = {"untrained": untrained, "pretrained": pretrained}
     return compare_segmentation(backbones, train, test, run.statistics, settings, seed=seed)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
-from backfold.evaluation.finetuning import LEARNING_RATE_FACTORS, FineTuning
+from backfold.evaluation.finetuning import FineTuning
+from backfold.evaluation.learning_rate_choice import LEARNING_RATE_FACTORS
 from backfold.evaluation.segmentation import SegmentationSettings
 
 CLASSIFIER_PROTOCOLS = ("knn", "linear", "attentive", "finetune", "lowshot")

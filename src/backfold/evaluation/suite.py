@@ -8,7 +8,6 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from backfold.batch_norm import measure_batch_norm
 from backfold.embedding import embed_batches
 from backfold.errors import UserError
 from backfold.evaluation.attentive import attentive_probe_accuracy, feature_maps
@@ -30,8 +29,8 @@ from backfold.evaluation.protocol import (
 )
 from backfold.evaluation.run import LabelledImages, evaluate_run
 from backfold.evaluation.settings import EvaluateSettings
+from backfold.evaluation.untrained import untrained_backbone
 from backfold.training.pretrained import Pretrained
-from backfold.training.setup import build_energy
 
 LOGGER = logging.getLogger("backfold")
 BATCH_SIZE = 256
@@ -106,11 +105,12 @@ class ClassifierSuite:
 
     @cached_property
     def _backbones(self) -> dict[BackboneName, nn.Module]:
-        subject, device = self._subject, self._subject.device
-        untrained = build_energy(subject.run.config, subject.run.channels).backbone.eval()
-        first = self._data.train_images[:BATCH_SIZE].to(device)
-        measure_batch_norm(untrained.to(device), subject.run.statistics.normalize(first))
-        return {"untrained": untrained, "pretrained": subject.run.energy.backbone.to(device)}
+        run, device = self._subject.run, self._subject.device
+        first = run.statistics.normalize(self._data.train_images[:BATCH_SIZE].to(device))
+        return {
+            "untrained": untrained_backbone(run, first, device),
+            "pretrained": run.energy.backbone.to(device),
+        }
 
     @cached_property
     def _contenders(self) -> list[Contender]:

@@ -1,35 +1,27 @@
-"""The report's plots, each an SVG picture as a data URI; matplotlib's settings stay as they were.
-
-Colours are the first ones of Okabe and Ito's palette, which the colour-blind can tell apart; line
-styles differ too.
-"""
+"""The report's plots, SVG pictures as data URIs; matplotlib's settings stay as they were."""
 
 import base64
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from backfold.evaluation.picture_style import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    STYLE,
+    add_grid,
+    svg_text,
+)
 from backfold.reporting import wording
 from backfold.reporting.fields import Series
 from backfold.reporting.records import Run, TaskEnergies
 
 SIZE_INCHES = (4.4, 2.7)
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "backfold",  # the same run gives the same bytes
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "xtick.color": "#333333",
-    "ytick.color": "#333333",
-}
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
 MAX_POINTS = 1000
 FEW_POINTS = 30  # up to here each point is marked
 HISTOGRAM_BINS = 40
@@ -167,12 +159,9 @@ def _new_figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
+    add_grid(axes)
     return figure, axes
 
 
 def _data_uri(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/svg+xml;base64," + base64.b64encode(svg_text(figure).encode()).decode()

@@ -189,7 +189,7 @@ def _knn(history: Sequence[HealthEntry]) -> Measure:
     values = [entry.knn for entry in history if entry.knn is not None]
     name, good = "kNN accuracy on held-out images", "rising, as long as training goes on"
     if len(values) < 2:
-        note = "one look only so far" if values else "needs labels"
+        note = "one look only so far" if values else "needs labels: --watch-labels true"
         value = wording.decimals(values[-1] if values else None, 1, "%")
         return Measure(name, value, good, "unknown", note)
     first, last = values[0], values[-1]

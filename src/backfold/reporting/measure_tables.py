@@ -55,7 +55,7 @@ class Section:
     Args:
         name: of the protocol.
         title: of the section.
-        explanation: what the numbers mean.
+        explanation: what the numbers mean, and what they were measured on.
         picture: as a data URI, or nothing.
         alt: the picture in words.
         tables: all numbers.
@@ -85,12 +85,18 @@ def _section(found: Measures) -> Section:
     return Section(
         found.protocol,
         TITLES[found.protocol],
-        EXPLANATIONS[found.protocol],
+        f"{EXPLANATIONS[found.protocol]}{_origin(found.rows)}",
         found.picture,
         what,
         tables,
         sum(len(table.rows) for table in tables) > SHOWN_ROWS,
     )
+
+
+def _origin(rows: Sequence[MeasureRow]) -> str:
+    phrases = dict.fromkeys(wording.origin_phrase(row.data, row.step) for row in rows)
+    known = "; ".join(phrase for phrase in phrases if phrase)
+    return f" Measured on {known}." if known else ""
 
 
 def measure_tables(rows: Sequence[MeasureRow]) -> list[Table]:

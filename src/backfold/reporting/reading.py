@@ -96,9 +96,9 @@ def _read_evaluation(path: Path) -> tuple[EvaluationRow, ...]:
     rows = tuple(read_rows(path))
     # read_rows checks the names of the fields, not their types.
     for values in (row.to_dict() for row in rows):
-        for key in ("protocol", "backbone"):
+        for key in ("protocol", "backbone", "data"):
             fields.text(values, key, str(path))
-        for key in ("accuracy_mean", "accuracy_std"):
+        for key in ("accuracy_mean", "accuracy_std", "step"):
             fields.number(values, key, str(path))
         if not isinstance(values["labels"], str):
             fields.number(values, "labels", str(path))
@@ -121,9 +121,9 @@ def _read_measure_rows(path: Path) -> tuple[MeasureRow, ...]:
     rows = tuple(read_measures(path))
     # read_measures checks the names of the fields, not their types.
     for values in map(asdict, rows):
-        for key in ("protocol", "case", "contender", "metric"):
+        for key in ("protocol", "case", "contender", "metric", "data"):
             fields.text(values, key, str(path))
-        for key in ("mean", "std", "count"):
+        for key in ("mean", "std", "count", "step"):
             fields.number(values, key, str(path))
     return rows
 

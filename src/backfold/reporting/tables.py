@@ -63,15 +63,34 @@ def _from_to(corrupted: str, restored: str) -> str:
 
 
 def evaluation_table(rows: Sequence[EvaluationRow]) -> Table | None:
-    """Test accuracies, pretrained beside untrained."""
+    """Test accuracies, pretrained beside untrained.
+
+    What they were measured on is in the caption, or in a column where the rows differ.
+    """
     if not rows:
         return None
-    return Table(
+    caption = (
         "Test accuracy in percent, the backbone frozen but for fine-tuning, where untrained means "
-        "from scratch; mean ± deviation over draws of the labels.",
-        ("protocol", "labels a class", "untrained", "pretrained", "difference", "reading"),
-        tuple(_evaluation_row(comparison) for comparison in compare(rows)),
+        "from scratch; mean ± deviation over draws of the labels."
     )
+    headings: tuple[str, ...] = (
+        "protocol", "labels a class", "untrained", "pretrained", "difference", "reading",
+    )  # fmt: skip
+    comparisons = compare(rows)
+    cells = [_evaluation_row(comparison) for comparison in comparisons]
+    origins = [_origin(comparison) for comparison in comparisons]
+    if len(set(origins)) > 1:
+        headings = (*headings, "measured on")
+        cells = [(*row, origin or ABSENT) for row, origin in zip(cells, origins, strict=True)]
+    elif origins[0]:
+        caption += f" Measured on {origins[0]}."
+    return Table(caption, headings, tuple(cells))
+
+
+def _origin(comparison: Comparison) -> str:
+    rows = (comparison.untrained, comparison.pretrained)
+    known = (wording.origin_phrase(row.data, row.step) for row in rows if row is not None)
+    return "; ".join(dict.fromkeys(phrase for phrase in known if phrase))
 
 
 def _evaluation_row(comparison: Comparison) -> tuple[str, ...]:

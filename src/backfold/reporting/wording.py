@@ -84,6 +84,12 @@ def protocol_name(protocol: str) -> str:
     return PROTOCOL_NAMES.get(protocol, protocol)
 
 
+def origin_phrase(data: str | None, step: float | None) -> str:
+    """Which data, and which step of the run, something was measured on; nothing if unknown."""
+    parts = (data, None if step is None else f"step {whole(step)}")
+    return ", ".join(part for part in parts if part)
+
+
 def labels_phrase(labels: int | str) -> str:
     """How many labels a probe had."""
     if labels == "all":

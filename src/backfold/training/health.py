@@ -1,5 +1,6 @@
 """Whether a run is healthy, measured on held-out images; labels are used only if there are any."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,8 @@ def watch_task(
     generator = torch.Generator(images.device).manual_seed(HEALTH_SEED)
     std = torch.tensor(statistics.std, device=images.device)
     columns: dict[str, list[Tensor]] = {}
-    for clean in images.split(batch_size):
+    # In equal parts: of a last part of one image, `Exchange` would have nothing to show.
+    for clean in images.tensor_split(math.ceil(len(images) / batch_size)):
         corruption = task(clean, generator)
         result = restore(energy, corruption.corrupted, num_steps, step_size)
         found = {
