@@ -24,13 +24,9 @@ from typing import Any
 import torch
 
 from backfold import restoration
-from backfold.embedding import EmbeddingChoice
-from backfold.evaluation.probes import linear_probe_accuracy
-from backfold.evaluation.protocol import draw_labelled
 from backfold.memory import keep_freed_memory
-from backfold.metrics import knn_accuracy
 from backfold.training.run_folder import write_atomically, write_json
-from racing.judging import Judge
+from racing.judging import CHOSEN_ON, Judge
 from racing.pretraining import pretrain
 from racing.race import HALF, Race
 from racing.sizes import CPU
@@ -38,8 +34,6 @@ from racing.trials import TRIALS, Trial
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 100
-LABELLED = 2000
-DRAWS = 5
 
 
 @contextmanager
@@ -56,30 +50,11 @@ def trial_loss(trial: Trial) -> Iterator[None]:
 
 def judge_backbone(judge: Judge, weights: Any) -> dict[str, Any]:
     """Accuracies on the validation images in percent, with the layer and pooling best for each."""
-    known, held = judge.images.labelled.first(LABELLED), judge.images.validation
-    trains, tests = (judge._embed(weights, SEED, part, ()) for part in (known, held))
-    found: dict[str, tuple[float, EmbeddingChoice]] = {"linear": (0, EmbeddingChoice())}
-    found["knn"] = found["linear"]
-    parts = {}
-    for choice in trains:
-        train, test = parts[choice] = trains[choice], tests[choice]
-        scores = {
-            "linear": linear_probe_accuracy(train, known.labels, test, held.labels),
-            "knn": knn_accuracy(train, known.labels, test, held.labels),
-        }
-        for name, score in scores.items():
-            found[name] = max(found[name], (score, choice), key=lambda pair: pair[0])
-    train, test = parts[found["linear"][1]]
-    few = []
-    for draw in range(DRAWS):
-        rows = draw_labelled(known.labels, 10, 0, draw)
-        few.append(linear_probe_accuracy(train[rows], known.labels[rows], test, held.labels))
-    described = {name: f"{c.layer} {c.pooling}" for name, (_, c) in found.items()}
+    scores = judge.scores(weights, SEED)
+    best = {name: max(found, key=found.__getitem__) for name, found in scores.items()}
     return {
-        "linear": 100 * found["linear"][0],
-        "knn": 100 * found["knn"][0],
-        "few": 100 * sum(few) / DRAWS,
-        "choices": described,
+        **{name: scores[name][choice] for name, choice in best.items()},
+        "choices": {name: f"{choice.layer} {choice.pooling}" for name, choice in best.items()},
     }
 
 
@@ -135,10 +110,11 @@ def write_log(rows: list[dict[str, Any]], verdicts: dict[str, str]) -> str:
         "Written by `python benchmarks/recipe_trials.py --write-log`; do not edit.",
         "",
         "CIFAR-10 (JPEG q92), 10,000 images, the race's small ViT (4 layers of 128, patch 8), one "
-        f"seed ({SEED}), bf16, {rows[0]['threads']} thread. Linear probe and kNN with {LABELLED} "
-        f"labels, and a linear probe with 10 labels a class ({DRAWS} draws), in percent on the "
-        "race's 2,000 validation images, each at its best layer and pooling. One seed: a point is "
-        "noise. The loss is the trial's own, so it compares with no other. "
+        f"seed ({SEED}), bf16, {rows[0]['threads']} thread. Linear probe and kNN with {CHOSEN_ON} "
+        f"labels, and a linear probe with 10 labels a class ({CPU.draws} draws), in percent on the "
+        "race's 2,000 validation images, each at its best layer and pooling (10 labels marked with "
+        "an asterisk: at the linear probe's). One seed: a point is noise. The loss is the "
+        "trial's own, so it compares with no other. "
         f"{facts['date']}, {facts['hardware']}, {versions}; other work ran beside it, so no times.",
         "",
         "| trial | batch | epochs | lr | hypothesis | linear | kNN | 10 labels | loss "
@@ -148,6 +124,7 @@ def write_log(rows: list[dict[str, Any]], verdicts: dict[str, str]) -> str:
     for row in rows:
         verdict = verdicts.get(f"{row['name']}/{row['batch']}", "")
         numbers = " | ".join(f"{row[name]:.1f}" for name in ("linear", "knn", "few"))
+        numbers += "" if "few" in row["choices"] else "\\*"
         lines.append(
             f"| {row['name']} | {row['batch']} | {row['epochs']:g} | {row['lr']:g} "
             f"| {TRIALS[row['name']].hypothesis} | {numbers} | {row.get('loss', '-')} "

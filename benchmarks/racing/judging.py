@@ -77,18 +77,24 @@ class Judge:
             for choice in train
         }
 
-    def choose_each(self, weights: Weights | None, seed: int) -> "Choices":
-        """The layer and pooling that are best for each probe, on the validation images."""
+    def scores(self, weights: Weights | None, seed: int) -> dict[str, dict[EmbeddingChoice, float]]:
+        """Each probe's accuracy on the validation images, of every layer and pooling; percent."""
         known, validation = self.images.labelled.first(CHOSEN_ON), self.images.validation
         train, held = (self._embed(weights, seed, part, ()) for part in (known, validation))
-        scores: dict[str, dict[EmbeddingChoice, float]] = {"knn": {}, "few": {}}
+        found: dict[str, dict[EmbeddingChoice, float]] = {"linear": {}, "knn": {}, "few": {}}
         for choice in train:
             parts = train[choice], known.labels, held[choice], validation.labels
-            scores["knn"][choice] = knn_accuracy(*parts)
-            scores["few"][choice] = mean(self._few(*parts))
-        linear, _ = self.choose(weights, seed)
-        best = {name: max(found, key=found.__getitem__) for name, found in scores.items()}
-        return Choices(linear, best["knn"], best["few"])
+            found["linear"][choice] = 100 * linear_probe_accuracy(*parts)
+            found["knn"][choice] = 100 * knn_accuracy(*parts)
+            found["few"][choice] = 100 * mean(self._few(*parts))
+        return found
+
+    def choose_each(self, weights: Weights | None, seed: int) -> "Choices":
+        """The layer and pooling that are best for each probe, on the validation images."""
+        scores = self.scores(weights, seed)
+        return Choices(
+            **{name: max(found, key=found.__getitem__) for name, found in scores.items()}
+        )
 
     def probe(
         self, weights: Weights | None, seed: int, choices: "Choices", few: bool

@@ -5,11 +5,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from backfold.pretext import Corruption, Masking, Mixture
+from racing.changes import (
+    averaged,
+    detail,
+    everywhere,
+    inpaint,
+    judge_patches,
+    local_scale,
+    louder_head,
+    normalised_target,
+    normalised_where_masked,
+    structure,
+)
 from racing.contenders import Contender, Kind
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -49,102 +58,15 @@ class Trial:
         return Contender(self.name, self.name, self.backbone, self.kind, self.recipe)
 
 
-def patches(images: Tensor, size: int = 8) -> Tensor:
-    """(batch, patches, pixels x channels)."""
-    return F.unfold(images.float(), size, stride=size).transpose(1, 2)
-
-
-def patch_hidden(loss_mask: Tensor, size: int = 8) -> Tensor:
-    """1 where a patch counts, (batch, patches)."""
-    return F.max_pool2d(loss_mask.float(), size).flatten(1)
-
-
-def _per_patch(distance: Tensor, loss_mask: Tensor) -> Tensor:
-    counts = patch_hidden(loss_mask)
-    per_image = (distance.mean(-1) * counts).sum(1) / counts.sum(1).clamp(min=1)
-    return per_image.mean()
-
-
-def normalised_target(restored: Tensor, clean: Tensor, loss_mask: Tensor) -> Tensor:
-    """MAE's target: restores normalised values, not pixels."""
-    target = patches(clean)
-    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-4).sqrt()
-    return _per_patch(F.smooth_l1_loss(patches(restored), target, reduction="none"), loss_mask)
-
-
-def detail(
-    restored: Tensor, clean: Tensor, loss_mask: Tensor, weight: float, floor: float = 0.1
-) -> Tensor:
-    """Pixels as they are, and what differs from each patch's mean in units of its deviation."""
-    ours, target = patches(restored), patches(clean)
-    plain = F.smooth_l1_loss(ours, target, reduction="none")
-    ours, target = (part - part.mean(-1, keepdim=True) for part in (ours, target))
-    deviation = (target.square().mean(-1, keepdim=True) + floor**2).sqrt()
-    scaled = F.smooth_l1_loss(ours / deviation, target / deviation, reduction="none")
-    return _per_patch(plain + weight * scaled, loss_mask)
-
-
-def structure(
-    restored: Tensor, clean: Tensor, loss_mask: Tensor, weight: float, floor: float = 0.1
-) -> Tensor:
-    """Pixels as they are, and each patch normalised by its own mean and deviation, both sides."""
-    ours, target = patches(restored), patches(clean)
-    plain = F.smooth_l1_loss(ours, target, reduction="none")
-
-    def normalised(part: Tensor) -> Tensor:
-        part = part - part.mean(-1, keepdim=True)
-        return part / (part.square().mean(-1, keepdim=True) + floor**2).sqrt()
-
-    scaled = F.smooth_l1_loss(normalised(ours), normalised(target), reduction="none")
-    return _per_patch(plain + weight * scaled, loss_mask)
-
-
-def everywhere(restored: Tensor, clean: Tensor, _: Tensor) -> Tensor:
-    """The loss counts on visible pixels too."""
-    return F.smooth_l1_loss(restored.float(), clean.float())
-
-
-def louder_head(factor: float, method: Any) -> None:
-    """Start from a larger first gradient."""
-    with torch.no_grad():
-        method.module.head.weight.mul_(factor)
-
-
-class Foreign:
-    """Hidden squares show another image of the batch; nothing tells which squares these are.
-
-    Args:
-        ratio: of the squares.
-        size: side of the squares in pixels.
-        everywhere: whether the loss counts on the image's own squares too.
-    """
-
-    def __init__(self, ratio: float, size: int = 8, everywhere: bool = True) -> None:
-        self.masking, self.everywhere = Masking(mask_ratio=ratio, mask_patch_size=size), everywhere
-
-    def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
-        """Corrupt a batch."""
-        mask = self.masking(clean, generator).loss_mask
-        corrupted = torch.where(mask, clean.roll(1, 0), clean)
-        return Corruption(corrupted, torch.ones_like(mask) if self.everywhere else mask)
-
-
-def with_foreign(ratio: float, weight: float, everywhere: bool, method: Any) -> None:
-    """Mix foreign squares into the recipe's task, or take them alone."""
-    foreign, task = Foreign(ratio, everywhere=everywhere), method.stepper.task
-    if weight == 0:
-        method.stepper.task = foreign
-    elif isinstance(task, Mixture):
-        method.stepper.task = Mixture((*task.tasks, foreign), (*task.weights, weight))
-    else:
-        method.stepper.task = Mixture((task, foreign), (1.0, weight))
-
-
 def mixture(**weights: float) -> dict[str, Any]:
-    """A recipe with these tasks; sorted patches as large as the hidden ones."""
+    """A recipe with these tasks; what moves is as large as what hides."""
     return {
         "pretext": "mixture",
-        "tasks": {"mixture": weights, "sorting": {"sorting_patch_size": 8}},
+        "tasks": {
+            "mixture": weights,
+            "sorting": {"sorting_patch_size": 8},
+            "exchange": {"exchange_patch_size": 8},
+        },
     }
 
 
@@ -153,53 +75,76 @@ def masking(**settings: Any) -> dict[str, Any]:
     return {"tasks": {"masking": settings}}
 
 
+def mixed_masking(**settings: Any) -> dict[str, Any]:
+    """The mixture of three with masking of this kind."""
+    return {**MIX, "tasks": {**MIX["tasks"], "masking": settings}}
+
+
+MIX = mixture(masking=1, sorting=1, colorization=1)
 XAVIER = {"backbone_options": {"weight_init": "jax"}}
+# In the order in which they were thought of; those without a line in the log have not been run.
 _ALL = [
     Trial("untrained", "the floor", kind="untrained"),
     Trial("mae", "the mark to beat", kind="mae"),
+    Trial("mae-lr5e-4", "the mark to beat", kind="mae", lr=5e-4),
     Trial("simmim", "the mark to beat", kind="simmim"),
     Trial("dense", "the product's defaults"),
-    Trial("dense-lr1e-3", "a lower learning rate", lr=1e-3),
-    Trial("dense-lr4e-3", "a higher learning rate", lr=4e-3),
     Trial("normalised", "MAE's target, which restores no pixels", loss=normalised_target),
     Trial("detail-1", "detail in units of the patch's contrast, beside pixels",
           loss=partial(detail, weight=1.0)),
     Trial("structure-1", "both sides normalised by their own contrast, beside pixels",
           loss=partial(structure, weight=1.0)),
-    Trial("structure-mix", "the same with the mixture",
-          mixture(masking=1, sorting=1, colorization=1), loss=partial(structure, weight=1.0)),
-    Trial("quadratic", "the top layer's output reaches the gradient", {"head": "quadratic"}),
-    Trial("everywhere", "visible pixels count too", loss=everywhere),
-    Trial("louder-8", "a larger first gradient", prepare=partial(louder_head, 8.0)),
-    Trial("mask75", "more hidden", masking(mask_ratio=0.75)),
+    Trial("structure-mix", "the same with the mixture", MIX, loss=partial(structure, weight=1.0)),
     Trial("sorting", "only the content of patches tells where they belong",
           {"pretext": "sorting", "tasks": {"sorting": {"sorting_patch_size": 8}}}),
     Trial("superresolution", "fine from coarse", {"pretext": "superresolution"}),
+    Trial("denoising", "the issue's first trials made features worse by it",
+          {"pretext": "denoising"}),
     Trial("colorization", "colours need names of things", {"pretext": "colorization"}),
     Trial("mask-sort", "two tasks share what is semantic", mixture(masking=1, sorting=1)),
-    Trial("mask-sort-color", "three tasks", mixture(masking=1, sorting=1, colorization=1)),
-    Trial("mask-color", "two tasks", mixture(masking=1, colorization=1)),
-    Trial("mask4", "smaller squares", masking(mask_patch_size=4)),
-    Trial("mask16", "larger squares", masking(mask_patch_size=16)),
-    Trial("k2", "two restoration steps", {"num_steps": 2}),
+    Trial("mask-sort-color", "three tasks", MIX),
     Trial("xavier", "weights of 0.02 leave the Jacobian of a narrow ViT near one: nothing to learn "
           "from; timm's 'jax' initialisation follows the width", XAVIER),
-    Trial("xavier-quadratic", "both", {**XAVIER, "head": "quadratic"}),
-    Trial("xavier-mask-sort-color", "both",
-          {**XAVIER, **mixture(masking=1, sorting=1, colorization=1)}),
-    Trial("xavier-mask-color", "both", {**XAVIER, **mixture(masking=1, colorization=1)}),
-    Trial("xavier-lr4e-3", "and faster", XAVIER, lr=4e-3),
-    Trial("xavier-sparse75", "and half of the tokens",
-          {**XAVIER, **masking(mask_ratio=0.75, hidden_share=1 / 3)}),
-    Trial("xavier-detail", "and detail in units of contrast", XAVIER,
-          loss=partial(detail, weight=1.0)),
     Trial("foreign", "squares of other images must be found before they can be restored",
-          prepare=partial(with_foreign, 0.4, 0, True)),
-    Trial("foreign-hidden", "the same, the loss on them alone",
-          prepare=partial(with_foreign, 0.4, 0, False)),
+          {"pretext": "exchange", "tasks": {"exchange": {"exchange_patch_size": 8}}}),
     Trial("four", "masking, sorting, colours and foreign squares",
-          mixture(masking=1, sorting=1, colorization=1),
-          prepare=partial(with_foreign, 0.4, 1.0, True)),
+          mixture(masking=1, sorting=1, colorization=1, exchange=1)),
+    Trial("normalised-mix", "MAE's target for masked images, pixels for the other tasks", MIX,
+          loss=normalised_where_masked),
+    Trial("mix-lr4e-3", "the race's best rate was the grid's highest", MIX, lr=4e-3),
+    Trial("inpainted", "hidden squares start from the mean around them: what is left to restore is "
+          "structure, and pixels are restored", prepare=inpaint),
+    Trial("local", "the same, and in units of the contrast around: MAE's target, but known without "
+          "the clean image, so that pixels are restored", prepare=inpaint, loss=local_scale),
+    Trial("local-mix", "the same in the mixture", MIX, prepare=inpaint, loss=local_scale),
+    Trial("plausible", "the energy itself tells corrupted images from clean ones, so the top layer "
+          "learns too", {**mixture(masking=1, sorting=1, colorization=1, identity=1),
+                         "plausibility_weight": 0.1}),
+    Trial("plausible-patches", "the same for each patch: what was changed, in its surroundings?",
+          mixture(masking=1, sorting=1, colorization=1, exchange=1),
+          prepare=partial(judge_patches, 0.1)),
+    Trial("xavier-mix", "a larger start for the mixture", {**XAVIER, **MIX}),
+    Trial("mix-mask75", "more hidden", mixed_masking(mask_ratio=0.75)),
+    Trial("mix-mask4", "smaller squares", mixed_masking(mask_patch_size=4)),
+    Trial("mix-mask16", "larger squares", mixed_masking(mask_patch_size=16)),
+    Trial("mix-ema", "an average of the weights, decay 0.99", MIX, prepare=partial(averaged, 0.99)),
+    Trial("mix-betas", "AdamW's usual second beta, 0.999",
+          {**MIX, "optimizer": {"betas": [0.9, 0.999]}}),
+    Trial("mix-k2", "two restoration steps", {**MIX, "num_steps": 2}),
+    Trial("mix-quadratic", "the top layer's output reaches the gradient",
+          {**MIX, "head": "quadratic"}),
+    Trial("mix-louder-8", "a larger first gradient", MIX, prepare=partial(louder_head, 8.0)),
+    Trial("mix-everywhere", "visible pixels count too", MIX, loss=everywhere),
+    Trial("mix-sort2", "sorting twice as often", mixture(masking=1, sorting=2, colorization=1)),
+    Trial("mix-color2", "colours twice as often", mixture(masking=1, sorting=1, colorization=2)),
+    Trial("convnext-untrained", "its floor", kind="untrained", backbone="convnext"),
+    Trial("convnext-mix", "its mark", MIX, lr=5e-4, backbone="convnext"),
+    Trial("convnext-noise", "a norm over an empty patch has a huge gradient, which sets the scale "
+          "for all; noise in hidden squares has none", mixed_masking(fill="noise"), lr=1e-3,
+          backbone="convnext"),
+    Trial("convnext-plausible", "and the energy itself tells clean images",
+          {**mixture(masking=1, sorting=1, colorization=1, identity=1),
+           "plausibility_weight": 0.1}, lr=1e-3, backbone="convnext"),
     Trial("sparse75", "half of the tokens run", masking(mask_ratio=0.75, hidden_share=1 / 3)),
 ]  # fmt: skip
 TRIALS = {trial.name: trial for trial in _ALL}
