@@ -3,7 +3,7 @@
     python benchmarks/recipe_trials.py --data ../shared/data/cifar10 --only mae dense  # appends
     python benchmarks/recipe_trials.py --write-log                     # recipe-log.md from the JSON
 
-Each trial is a short pretraining in the setting of the CPU race (`racing`), with one seed that no
+Each trial is a short pretraining in the setting of the CPU race (`racing`), with a seed that no
 reported run has; its backbone is judged by a linear probe, kNN and 10 labels a class on the race's
 validation images, which no reported number uses. Hypotheses stand in `racing/trials.py`, results
 and verdicts in `results/recipe-trials.json` and `results/recipe-verdicts.json`.
@@ -48,9 +48,9 @@ def trial_loss(trial: Trial) -> Iterator[None]:
         restoration.restoration_loss = before
 
 
-def judge_backbone(judge: Judge, weights: Any) -> dict[str, Any]:
+def judge_backbone(judge: Judge, weights: Any, seed: int) -> dict[str, Any]:
     """Accuracies on the validation images in percent, with the layer and pooling best for each."""
-    scores = judge.scores(weights, SEED)
+    scores = judge.scores(weights, seed)
     best = {name: max(found, key=found.__getitem__) for name, found in scores.items()}
     return {
         **{name: scores[name][choice] for name, choice in best.items()},
@@ -58,7 +58,7 @@ def judge_backbone(judge: Judge, weights: Any) -> dict[str, Any]:
     }
 
 
-def run_trial(race: Race, trial: Trial, epochs: float) -> dict[str, Any]:
+def run_trial(race: Race, trial: Trial, epochs: float, seed: int) -> dict[str, Any]:
     """Pretrain and judge."""
     contender = trial.contender
     total = round(epochs * race.steps_per_epoch)
@@ -67,6 +67,7 @@ def run_trial(race: Race, trial: Trial, epochs: float) -> dict[str, Any]:
     judge = Judge(race.size, spec, race.images, race.device, race.best_precision, "plain")
     row: dict[str, Any] = {
         "name": trial.name,
+        "seed": seed,
         "lr": trial.lr,
         "epochs": epochs,
         "batch": race.size.batch,
@@ -75,17 +76,17 @@ def run_trial(race: Race, trial: Trial, epochs: float) -> dict[str, Any]:
     if contender.is_trained:
         with trial_loss(trial):
             attention = "plain" if contender.kind == "energy" else "fused"
-            setting = race.setting(contender, total, trial.lr, SEED, HALF, attention)
+            setting = race.setting(contender, total, trial.lr, seed, HALF, attention)
             method = contender.method(setting)
             trial.prepare(method)
-            folder = race.folder(f"recipe-{trial.name}")
+            folder = race.folder(f"recipe-{trial.name}-{seed}")
             progress = pretrain(method, total, [], folder, math.inf)
         weights = method.backbone()
         row |= {
             "seconds_a_step": round(sum(progress.seconds) / total, 4),
             "loss": round(sum(progress.losses[-20:]) / len(progress.losses[-20:]), 5),
         }
-    row |= judge_backbone(judge, weights)
+    row |= judge_backbone(judge, weights, seed)
     return row | {
         "recipe": dict(contender.recipe),
         "trial_seconds": round(time.monotonic() - started),
@@ -109,24 +110,26 @@ def write_log(rows: list[dict[str, Any]], verdicts: dict[str, str]) -> str:
         "",
         "Written by `python benchmarks/recipe_trials.py --write-log`; do not edit.",
         "",
-        "CIFAR-10 (JPEG q92), 10,000 images, the race's small ViT (4 layers of 128, patch 8), one "
-        f"seed ({SEED}), bf16, {rows[0]['threads']} thread. Linear probe and kNN with {CHOSEN_ON} "
+        "CIFAR-10 (JPEG q92), 10,000 images, the race's small ViT (4 layers of 128, patch 8), "
+        f"bf16, {rows[0]['threads']} thread. Linear probe and kNN with {CHOSEN_ON} "
         f"labels, and a linear probe with 10 labels a class ({CPU.draws} draws), in percent on the "
         "race's 2,000 validation images, each at its best layer and pooling (10 labels marked with "
-        "an asterisk: at the linear probe's). One seed: a point is noise. The loss is the "
+        "an asterisk: at the linear probe's). The loss is the "
         "trial's own, so it compares with no other. "
         f"{facts['date']}, {facts['hardware']}, {versions}; other work ran beside it, so no times.",
         "",
-        "| trial | batch | epochs | lr | hypothesis | linear | kNN | 10 labels | loss "
+        "| trial | seed | batch | epochs | lr | hypothesis | linear | kNN | 10 labels | loss "
         "| best for linear | verdict |",
-        "|---|---:|---:|---:|---|---:|---:|---:|---:|---|---|",
+        "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|---|---|",
     ]
     for row in rows:
-        verdict = verdicts.get(f"{row['name']}/{row['batch']}", "")
+        seed = row.get("seed", SEED)
+        key = f"{row['name']}/{row['batch']}"
+        verdict = verdicts.get(key if seed == SEED else f"{key}/{seed}", "")
         numbers = " | ".join(f"{row[name]:.1f}" for name in ("linear", "knn", "few"))
         numbers += "" if "few" in row["choices"] else "\\*"
         lines.append(
-            f"| {row['name']} | {row['batch']} | {row['epochs']:g} | {row['lr']:g} "
+            f"| {row['name']} | {seed} | {row['batch']} | {row['epochs']:g} | {row['lr']:g} "
             f"| {TRIALS[row['name']].hypothesis} | {numbers} | {row.get('loss', '-')} "
             f"| {row['choices']['linear']} | {verdict} |"
         )
@@ -152,6 +155,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(TRIALS), default=list(TRIALS))
     parser.add_argument("--epochs", type=float, default=4.0)
     parser.add_argument("--batch", type=int, default=CPU.batch)
+    parser.add_argument("--seed", type=int, default=SEED, help=f"{SEED} or above")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS / "recipe-trials.json")
     parser.add_argument("--write-log", action="store_true")
@@ -171,7 +175,7 @@ def main() -> None:
         Path("runs/recipe-trials"),
     )
     for name in options.only:
-        row = run_trial(race, TRIALS[name], options.epochs)
+        row = run_trial(race, TRIALS[name], options.epochs, options.seed)
         append(options.out, row)
         print(
             f"{name:28s} lin {row['linear']:.1f} knn {row['knn']:.1f} few {row['few']:.1f} "

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backfold.pretext import Corruption, Masking, Mixture
-from backfold.restoration import restoration_loss
+from backfold.restoration import restoration_loss, restoration_step
 
 
 def patches(images: Tensor, size: int = 8) -> Tensor:
@@ -70,6 +70,29 @@ def louder_head(factor: float, method: Any) -> None:
     """Start from a larger first gradient."""
     with torch.no_grad():
         method.module.head.weight.mul_(factor)
+
+
+def two_heads(method: Any) -> None:
+    """A second head, to MAE's target, for every other image; the first restores pixels alone."""
+    training = method.stepper.restoration
+    energy = training.energy
+    second = nn.Parameter(energy.head.weight.detach().roll(1).clone())
+    method.optimizer.param_groups[0]["params"].append(second)
+
+    def forward(features: Tensor) -> Tensor:
+        weights = torch.stack([energy.head.weight, second]).repeat(len(features) // 2 + 1, 1)
+        return (features.float() * weights[: len(features), None]).sum(dim=(1, 2))
+
+    def restore(images: Tensor, clean: Tensor, loss_mask: Tensor, _: Any = None) -> Any:
+        energy.head.forward = forward
+        restored, energies = restoration_step(energy, images, create_graph=True)
+        parts = [
+            loss(restored[start::2], clean[start::2], loss_mask[start::2])
+            for start, loss in ((0, restoration_loss), (1, normalised_target))
+        ]
+        return sum(parts) / 2, restored.detach(), energies.detach()
+
+    training.restore = restore
 
 
 def whole(loss_mask: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from racing.changes import (
     normalised_target,
     normalised_where_masked,
     structure,
+    two_heads,
 )
 from racing.contenders import Contender, Kind
 
@@ -111,6 +112,11 @@ _ALL = [
           mixture(masking=1, sorting=1, colorization=1, exchange=1)),
     Trial("normalised-mix", "MAE's target for masked images, pixels for the other tasks", MIX,
           loss=normalised_where_masked),
+    Trial("normalised-all", "MAE's target for every task, so that no image is restored to another "
+          "space than the next", MIX, loss=normalised_target),
+    Trial("two-heads", "a head that restores pixels and one to MAE's target, in turn",
+          MIX, prepare=two_heads),
+    Trial("two-heads-masking", "the same with masking alone", prepare=two_heads),
     Trial("mix-lr4e-3", "the race's best rate was the grid's highest", MIX, lr=4e-3),
     Trial("inpainted", "hidden squares start from the mean around them: what is left to restore is "
           "structure, and pixels are restored", prepare=inpaint),
