@@ -1,5 +1,6 @@
 """What the commands print and leave when all is well."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -171,6 +172,8 @@ def test_evaluate_writes_rows_and_prints_them(run_folder, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     path = RunFolder(run_folder).evaluation
+    metrics = csv.DictReader(RunFolder(run_folder).metrics.read_text().splitlines())
+    last_step = max(int(line["step"]) for line in metrics)
     rows = json.loads(path.read_text())
     keys = [(row["backbone"], row["protocol"], row["labels"]) for row in rows]
     assert sorted(keys, key=str) == sorted(
@@ -182,8 +185,11 @@ def test_evaluate_writes_rows_and_prints_them(run_folder, capsys):
         ],
         key=str,
     )
+    measured = {"protocol", "labels", "backbone", "accuracy_mean", "accuracy_std"}
     for row in rows:
-        assert set(row) == {"protocol", "labels", "backbone", "accuracy_mean", "accuracy_std"}
+        assert set(row) == measured | {"data", "step"}
+        assert row["data"] == "images.parquet"
+        assert row["step"] == last_step
         assert 0 <= row["accuracy_mean"] <= 100
         assert row["accuracy_std"] >= 0
         assert f"{row['accuracy_mean']:.1f}" in printed

@@ -1,5 +1,9 @@
 """Loading in order goes on past images that crash or hang the process that decodes them."""
 
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from test_guarded import Trap
@@ -64,3 +68,29 @@ def test_batches_may_be_any():
     batches = [[5], [23, 2], range(9, 12)]
     given = contents(guarded_batches(Trap(crash=(23,)), SIZE, 1, batches, 1))
     assert given == [([5], [5]), ([0, 2], [0, 2]), ([9, 10, 11], [9, 10, 11])]
+
+
+def test_a_death_outside_the_main_thread_is_noticed_before_the_batch_takes_too_long(monkeypatch):
+    monkeypatch.setattr(guarded_loading, "BATCH_SECONDS", 1e6)
+    # PyTorch's handler, if an earlier loader has set it, would raise in the main thread.
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            batches = evaluation_batches(Trap(crash=(7,)), SIZE, 1, 5, 1)
+            given = pool.submit(list, batches).result()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert contents(given) == contents(evaluation_batches(Trap(broken=(7,)), SIZE, 1, 5))
+
+
+def test_a_slow_image_has_its_time(monkeypatch, caplog):
+    class Slow(Trap):
+        def read(self, index, *rest):
+            time.sleep(0.5 if index == 7 else 0.0)
+            return super().read(index, *rest)
+
+    monkeypatch.setattr(guarded_loading, "BATCH_SECONDS", 1e6)
+    monkeypatch.setattr(guarded_loading, "LOOK_SECONDS", 0.05)
+    given = list(evaluation_batches(Slow(), SIZE, 1, 5, 1))
+    assert contents(given) == contents(evaluation_batches(Trap(), SIZE, 1, 5))
+    assert not caplog.messages

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -175,3 +177,20 @@ def test_bytes_are_normalized_as_their_floats():
     torch.testing.assert_close(normalized.double(), expected, atol=1e-6, rtol=0)
     assert torch.equal(normalized, statistics.normalize(images.float() / 255))
     assert torch.equal(images, before)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_count_channels_goes_on_past_a_decoder_that_crashes():
+    class Deadly(ListSource):
+        def read(self, index):
+            if index == 1:
+                os._exit(3)
+            return super().read(index)
+
+    images = [torch.zeros(count, 2, 2) for count in (3, 1, 3, 1, 1)]
+    source = Deadly([*images[:2], None, *images[2:]])
+    assert count_channels(source, apart=True) == 3
+    assert source.reads == []  # in this process
+    alone = Deadly([None, torch.zeros(1, 2, 2)])
+    with pytest.raises(UserError, match=r"none of 2 sampled images .*\(image 0: broken\)"):
+        count_channels(alone, apart=True)

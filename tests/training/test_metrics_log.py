@@ -33,6 +33,8 @@ def test_rows_are_there_at_once(folder):
     assert folder.metrics.read_text() == ",".join(COLUMNS) + "\n"
     log.add(row(1, loss=1 / 3))
     assert read(folder) == [dict.fromkeys(COLUMNS, "0.25") | {"step": "1", "loss": "0.333333"}]
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    assert [event.step for event in events.Scalars("train/energy_gap")] == [1]
     log.close()
 
 

@@ -34,7 +34,7 @@ UNUSUAL = PretrainConfig(
         sorting=Sorting(8, 0.25),
         superresolution=SuperResolution(1.5, 6.0),
         denoising=Denoising(0.2, 0.3),
-        mixture={"masking": 2.0, "sorting": 0.5},
+        mixture={"masking": 2.0, "sorting": 0.5, "identity": 1.0},
     ),
     num_steps=3,
     step_size=0.5,
@@ -66,15 +66,20 @@ UNUSUAL = PretrainConfig(
     max_broken_share=0.5,
     embedding=EmbeddingChoice(-2, "max"),
 )
+# Finite differences train no plausibility.
+JUDGED = dataclasses.replace(UNUSUAL, derivative="exact", plausibility_weight=0.5)
 
 
 def test_the_unusual_settings_leave_no_default():
     usual = PretrainConfig()
     for field in dataclasses.fields(usual):
-        assert getattr(UNUSUAL, field.name) != getattr(usual, field.name), field.name
+        given = {repr(getattr(config, field.name)) for config in (UNUSUAL, JUDGED)}
+        assert given - {repr(getattr(usual, field.name))}, field.name
 
 
-@pytest.mark.parametrize("config", [PretrainConfig(), UNUSUAL], ids=["defaults", "unusual"])
+@pytest.mark.parametrize(
+    "config", [PretrainConfig(), UNUSUAL, JUDGED], ids=["defaults", "unusual", "judged"]
+)
 def test_settings_survive_yaml_and_checkpoints(config, tmp_path):
     plain = config_to_dict(config)
     assert config_from_dict(yaml.safe_load(yaml.safe_dump(plain))) == config

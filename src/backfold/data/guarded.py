@@ -10,24 +10,27 @@ import gc
 import logging
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-import torch.multiprocessing
 from torch import Tensor
 
 from backfold.data.arrays import BrokenImage
+from backfold.data.expendable import Expendable, FatalImage
 from backfold.data.protocol import ImageSource
+from backfold.errors import UserError
 
 LOGGER = logging.getLogger("backfold")
 BATCH_SECONDS = 300.0
 IMAGE_SECONDS = 60.0
-START_SECONDS = 120.0  # a process that is not forked imports torch first
+# A loader whose waiting is timed out this often finds a dead worker outside the main thread, too.
+LOOK_SECONDS = 1.0
 RETRIES = 2
-FAILURES = ("DataLoader worker", "DataLoader timed out", "Pin memory thread exited")
+TIMED_OUT = "DataLoader timed out"
+FAILURES = ("DataLoader worker", TIMED_OUT, "Pin memory thread exited")
 TORCH_HANDLERS = "torch.utils.data._utils.signal_handling"
 BatchType = TypeVar("BatchType")
 
@@ -70,6 +73,7 @@ def survive(
     total: int,
     ahead: int,
     image_seconds: float = IMAGE_SECONDS,
+    batch_seconds: float = 0.0,
 ) -> Iterator[BatchType]:
     """A loader's batches, whatever happens to its worker processes.
 
@@ -82,6 +86,8 @@ def survive(
         total: one more than the last batch's number.
         ahead: how many batches may be in the making at once: workers times prefetched ones.
         image_seconds: an image that takes longer is broken.
+        batch_seconds: a batch that takes longer counts as hanging, where the loader is a DataLoader
+            whose ``timeout`` is shorter than that.
 
     Raises:
         RuntimeError: workers die again and again though each image can be read, as where memory
@@ -94,7 +100,8 @@ def survive(
     try:
         while number < total:
             try:
-                for batch in _batches(make_loader(GuardedSource(source, fatal), number), notices):
+                guarded = GuardedSource(source, fatal)
+                for batch in _batches(make_loader(guarded, number), notices, batch_seconds):
                     yield batch
                     number, retries = number + 1, 0
                 return
@@ -167,15 +174,33 @@ class _DeathNotices:
             self._waiting = False
 
 
-def _batches(loader: Iterable[BatchType], notices: _DeathNotices) -> Iterator[BatchType]:
+def _batches(
+    loader: Iterable[BatchType], notices: _DeathNotices, seconds: float
+) -> Iterator[BatchType]:
     batches = iter(loader)
     while True:
         with notices.waiting():
-            batch = next(batches, None)
+            batch = _next(batches, seconds)
         if batch is None:
             return
         notices.install()
         yield batch
+
+
+def _next(batches: Iterator[BatchType], seconds: float) -> BatchType | None:
+    """The next batch, or None; a DataLoader that times out is asked again for so many seconds.
+
+    When it times out it looks after its workers, whose deaths only the main thread is told of.
+    """
+    start = time.monotonic()
+    while True:
+        try:
+            return next(batches, None)
+        except RuntimeError as error:
+            if not seconds or not str(error).startswith(TIMED_OUT):
+                raise
+            if time.monotonic() - start >= seconds:
+                raise RuntimeError(f"{TIMED_OUT} after {seconds:g} seconds") from error
 
 
 def find_fatal(source: ImageSource, indices: Sequence[int], seconds: float) -> dict[int, str]:
@@ -191,54 +216,24 @@ def find_fatal(source: ImageSource, indices: Sequence[int], seconds: float) -> d
     found: dict[int, str] = {}
     todo = deque(dict.fromkeys(indices))
     seen = set(todo)
-    while todo:
-        broken, fate = _read_apart(source, list(todo), seconds)
-        for was_broken in [*broken, *([True] if fate else [])]:
+
+    def look(index: int) -> None:
+        source.read(index)
+
+    with Expendable(look, seconds) as look_apart:
+        while todo:
             index = todo.popleft()
+            try:
+                look_apart(index)
+                continue
+            except FatalImage as error:
+                found[index] = str(error)
+            except BrokenImage:
+                pass
+            except (UserError, RuntimeError):  # the loader's to tell, if it comes to this image
+                continue
             following = (index + 1) % len(source)
-            if was_broken and following not in seen:
+            if following not in seen:
                 seen.add(following)
                 todo.append(following)
-        if fate is not None:
-            found[index] = fate
     return found
-
-
-def _read_apart(
-    source: ImageSource, indices: list[int], seconds: float
-) -> tuple[list[bool], str | None]:
-    """(whether each was broken, up to a fatal one; what that did, None where there is none)."""
-    context = torch.multiprocessing.get_context()
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_read_all, args=(source, indices, sender), daemon=True)
-    child.start()
-    sender.close()
-    broken: list[bool] = []
-    fate: str | None = None
-    try:
-        if receiver.poll(START_SECONDS):
-            receiver.recv()
-        for _ in indices:
-            if not receiver.poll(seconds):
-                fate = f"takes its decoder more than {seconds:g} seconds"
-                break
-            broken.append(receiver.recv())
-    except EOFError:
-        child.join()
-        fate = f"ends the process that decodes it (exit code {child.exitcode})"
-    finally:
-        child.kill()
-        child.join()
-        receiver.close()
-    return broken, fate
-
-
-def _read_all(source: ImageSource, indices: list[int], sender: Connection) -> None:
-    sender.send(True)
-    for index in indices:
-        broken = False
-        try:
-            source.read(index)
-        except BrokenImage:
-            broken = True
-        sender.send(broken)

@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from backfold.data.augmentation import ImageSize
-from backfold.data.guarded import BATCH_SECONDS, IMAGE_SECONDS, survive
-from backfold.data.loading import Batch, BatchDataset
+from backfold.data.guarded import BATCH_SECONDS, IMAGE_SECONDS, LOOK_SECONDS, survive
+from backfold.data.loading import Batch, BatchDataset, batch_loader
 from backfold.data.protocol import ImageSource, SubsetSource
 
 AHEAD = 2  # batches in the making in each worker
@@ -68,22 +68,12 @@ def guarded_batches(
     """
 
     def make_loader(guarded: ImageSource, start: int) -> "DataLoader[Batch]":
-        return DataLoader(
-            BatchDataset(guarded, image_size, channels),
-            batch_size=None,
-            sampler=[[(0, index) for index in wanted] for wanted in batches[start:]],
-            num_workers=num_workers,
-            prefetch_factor=AHEAD if num_workers else None,
-            timeout=BATCH_SECONDS if num_workers else 0.0,
-            collate_fn=_unchanged,
-            pin_memory=torch.cuda.is_available(),
-            # The loader's own draw leaves the global generator alone.
-            generator=torch.Generator(),
-        )
+        dataset = BatchDataset(guarded, image_size, channels)
+        keys = [[(0, index) for index in wanted] for wanted in batches[start:]]
+        return batch_loader(dataset, keys, num_workers, AHEAD, LOOK_SECONDS)
 
     ahead = AHEAD * num_workers
-    return survive(source, make_loader, batches.__getitem__, 0, len(batches), ahead, IMAGE_SECONDS)
-
-
-def _unchanged(batch: object) -> object:
-    return batch
+    return survive(
+        source, make_loader, batches.__getitem__, 0, len(batches), ahead, IMAGE_SECONDS,
+        BATCH_SECONDS,
+    )  # fmt: skip

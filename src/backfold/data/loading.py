@@ -4,13 +4,13 @@ Which images a training step sees, and how each is cropped and flipped, depends 
 step and the image alone: not on worker processes, nor on what was loaded before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from backfold.data.augmentation import Augmentation, Augmenter, ImageSize, cover
 from backfold.data.decode import BrokenImage, as_float, to_channels
@@ -177,7 +177,7 @@ def training_loader(
     """
     sampler = StepSampler(len(source), batch_size, seed, start_step, total_steps, rank, world_size)
     dataset = BatchDataset(source, image_size, channels, augmentation, seed)
-    return _loader(dataset, sampler, num_workers, prefetch, timeout)
+    return batch_loader(dataset, sampler, num_workers, prefetch, timeout)
 
 
 def evaluation_loader(
@@ -196,20 +196,21 @@ def evaluation_loader(
         UserError: while iterating, what `BatchDataset` raises.
     """
     dataset = BatchDataset(source, image_size, channels, indices=indices)
-    return _loader(dataset, InOrderSampler(len(dataset), batch_size), num_workers)
+    return batch_loader(dataset, InOrderSampler(len(dataset), batch_size), num_workers)
 
 
-def _loader(
+def batch_loader(
     dataset: BatchDataset,
-    sampler: Sampler[list[Key]],
+    batches: Iterable[Sequence[Key]],
     num_workers: int,
     prefetch: int = 2,
     timeout: float = 0.0,
 ) -> "DataLoader[Batch]":
+    """These batches, in this order; see `training_loader`."""
     return DataLoader(
         dataset,
         batch_size=None,
-        sampler=sampler,
+        sampler=batches,
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
         timeout=timeout if num_workers else 0.0,

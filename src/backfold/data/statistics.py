@@ -1,20 +1,24 @@
 """What a data set's channels look like: how many there are, their means and deviations."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from backfold.data.decode import BrokenImage, as_float, to_channels
+from backfold.data.expendable import Expendable
+from backfold.data.guarded import IMAGE_SECONDS
 from backfold.data.source import ImageSource
 from backfold.errors import UserError
 
 # One grey level of 8 bits: a channel of bytes with less deviation holds no more than noise.
 STD_FLOOR = 1.0 / 255.0
 CONSTANT = 1e-6  # a deviation below this share of the mean is rounding
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def measure_statistics(
     """
     order = np.random.default_rng(seed).permutation(len(source))[:max_images]
     sums = ChannelSums(channels)
-    for image in _readable(source, order.tolist()):
+    for image in _readable(source, order.tolist(), source.read):
         sums.add(to_channels(image, channels))
     return sums.statistics()
 
@@ -121,24 +125,39 @@ class ChannelSums:
         return ChannelStatistics(tuple(mean.tolist()), tuple(std.tolist()))
 
 
-def count_channels(source: ImageSource, sample: int = 16) -> int:
+def count_channels(source: ImageSource, sample: int = 16, *, apart: bool = False) -> int:
     """The most common channel count of readable images spread over the source.
 
     Where two counts are equally common the larger one wins: grey can be repeated without loss.
 
+    Args:
+        source: the images.
+        sample: how many are read.
+        apart: read them in a forked process, for decoders that crash or hang.
+
     Raises:
         UserError: none of the sampled images can be read.
     """
-    indices = np.linspace(0, len(source) - 1, min(sample, len(source))).round().astype(int)
-    counts = Counter(image.shape[0] for image in _readable(source, indices.tolist()))
+    indices = np.linspace(0, len(source) - 1, min(sample, len(source))).round().astype(int).tolist()
+
+    def channels_of(index: int) -> int:
+        return source.read(index).shape[0]
+
+    if apart:
+        with Expendable(channels_of, IMAGE_SECONDS) as read:
+            counts = Counter(_readable(source, indices, read))
+    else:
+        counts = Counter(_readable(source, indices, channels_of))
     return max(counts, key=lambda channels: (counts[channels], channels))
 
 
-def _readable(source: ImageSource, indices: list[int]) -> Iterator[Tensor]:
+def _readable(
+    source: ImageSource, indices: list[int], read: Callable[[int], Found]
+) -> Iterator[Found]:
     reasons = []
     for index in indices:
         try:
-            yield source.read(index)
+            yield read(index)
         except BrokenImage as error:
             reasons.append(f"{source.describe(index)}: {error}")
     if len(reasons) == len(indices):

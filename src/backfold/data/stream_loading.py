@@ -6,20 +6,27 @@ reads its shards through a shuffle buffer, and the steps take their batches from
 A worker process serves whole lanes, so their number changes nothing. Resumption skips what the
 epoch has used up, without decoding it. A lane that ends before the epoch starts over, and what a
 longer one has left is not seen in this epoch: shards should be of about one size.
+
+A worker's images are decoded in a process beside it, as starting the worker anew would mean reading
+all of the epoch again: an image that crashes or hangs its decoder is a broken one.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from backfold.data.arrays import BrokenImage
 from backfold.data.augmentation import Augmentation, Augmenter, ImageSize
 from backfold.data.decode import decode, to_channels
+from backfold.data.expendable import Expendable, attempt
+from backfold.data.guarded import IMAGE_SECONDS
 from backfold.data.loading import Batch, LoadingError, stack_images
 from backfold.data.stream import StreamHead, StreamItem, StreamSource
 from backfold.errors import UserError
@@ -27,6 +34,10 @@ from backfold.errors import UserError
 MAX_LANES = 8
 SHARDS_A_LANE = 4  # at least, so that a lane's unread end is another one in every epoch
 SHARD_FACTOR = 2**32  # `Batch.indices` of a stream: shard number x this + position
+# An image in an epoch, its pixels as they are trained on, and what turns some into the others.
+Wanted = tuple[StreamItem, int]
+Pixels = NDArray[Any]
+LoadEach = Callable[[Sequence[Wanted]], list[Pixels | BrokenImage]]
 
 
 @dataclass(frozen=True)
@@ -93,8 +104,14 @@ class StreamBatches(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        augmenter = Augmenter(self.augmentation, self.image_size)
+        load = partial(self._load, Augmenter(self.augmentation, self.image_size))
+        if worker is None:
+            yield from self._batches(0, 1, lambda wanted: [attempt(load, one) for one in wanted])
+            return
+        with Expendable(load, IMAGE_SECONDS) as apart:
+            yield from self._batches(worker.id, worker.num_workers, apart.each)
+
+    def _batches(self, first: int, stride: int, load_each: LoadEach) -> Iterator[Batch]:
         lanes: dict[tuple[int, int], Iterator[StreamItem]] = {}
         for step in range(self.start_step + first, self.total_steps, stride):
             epoch, number = divmod(step, self.plan.steps_per_epoch)
@@ -105,7 +122,7 @@ class StreamBatches(IterableDataset[Batch]):
                 for _ in range(number // self.plan.lanes * self.batch_size):
                     next(lanes[lane])
             items = [next(lanes[lane]) for _ in range(self.batch_size)]
-            yield self._batch(items, epoch, augmenter)
+            yield self._batch(items, epoch, load_each)
 
     def _lane(self, epoch: int, lane: int) -> Iterator[StreamItem]:
         shards = np.arange(self.first[0], self.source.shards)
@@ -128,38 +145,38 @@ class StreamBatches(IterableDataset[Batch]):
         trained_on = (item for item in items if (item.shard, item.position) >= self.first)
         return itertools.islice(trained_on, self.rank % share, None, share)
 
-    def _batch(self, items: list[StreamItem], epoch: int, augmenter: Augmenter) -> Batch:
-        broken: list[str] = []
-        decoded = [self._decode(item, augmenter.min_side, broken) for item in items]
-        if all(image is None for image in decoded):
+    def _batch(self, items: list[StreamItem], epoch: int, load_each: LoadEach) -> Batch:
+        # Without workers, this process's generator is lent.
+        with torch.random.fork_rng(devices=[]):
+            pairs = list(zip(items, load_each([(item, epoch) for item in items]), strict=True))
+        broken = [f"{item.place}: {one}" for item, one in pairs if isinstance(one, BrokenImage)]
+        if len(broken) == len(items):
             raise LoadingError(
                 f"{self.source.name}: {len(items)} images in a row can't be read, the last is "
                 f"{broken[-1]}; mend or remove them"
             )
         images, indices = [], []
-        pairs = list(zip(items, decoded, strict=True))
-        with torch.random.fork_rng(devices=[]):
-            for place in range(len(items)):
-                # The next readable image takes the place of a broken one.
-                following = pairs[place:] + pairs[:place]
-                item, image = next(pair for pair in following if pair[1] is not None)
-                assert image is not None
-                words = (self.seed, epoch, item.shard, item.position)
-                seed = np.random.SeedSequence(words).generate_state(1, np.uint64)
-                torch.default_generator.manual_seed(int(seed[0]))
-                images.append(augmenter(image))
-                indices.append(item.shard * SHARD_FACTOR + item.position)
+        for place in range(len(items)):
+            # The next readable image takes the place of a broken one.
+            following = pairs[place:] + pairs[:place]
+            item, image = next(
+                (item, one) for item, one in following if not isinstance(one, BrokenImage)
+            )
+            images.append(torch.from_numpy(image))
+            indices.append(item.shard * SHARD_FACTOR + item.position)
         return Batch(stack_images(images), torch.tensor(indices), broken)
 
-    def _decode(self, item: StreamItem, min_side: int, broken: list[str]) -> Tensor | None:
+    def _load(self, augmenter: Augmenter, wanted: Wanted) -> Pixels:
+        item, epoch = wanted
         try:
-            image = decode(item.read(), min_side, self.source.max_pixels)
-            return to_channels(image, self.channels)
-        except BrokenImage as error:
-            broken.append(f"{item.place}: {error}")
-            return None
+            image = decode(item.read(), augmenter.min_side, self.source.max_pixels)
+            image = to_channels(image, self.channels)
         except UserError as error:
             raise LoadingError(f"{item.place}: {error}") from None
+        words = (self.seed, epoch, item.shard, item.position)
+        seed = np.random.SeedSequence(words).generate_state(1, np.uint64)
+        torch.default_generator.manual_seed(int(seed[0]))
+        return augmenter(image).numpy()
 
 
 def _shuffled(
@@ -206,6 +223,7 @@ def stream_loader(
         rank: this process, from 0.
         world_size: number of processes.
         num_workers: processes that load, at most; a power of 2 of them is used, up to the lanes.
+            0 loads in this one, without protection from decoders that crash or hang.
         prefetch: batches that each of these processes has loaded or is loading ahead, 1 or more.
         timeout: seconds to wait for a batch before RuntimeError; 0 waits for ever.
         buffer: encoded images that each of up to 8 lanes keeps in memory to draw from, 1 or more.

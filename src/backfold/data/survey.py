@@ -147,7 +147,7 @@ def survey(
     """
     order = np.random.default_rng(seed).permutation(len(source))[:max_images]
     indices = np.sort(order).tolist()
-    channels = channels or count_channels(source)
+    channels = channels or count_channels(source, apart=num_workers > 0)
     tally, sums, done = _Tally(), ChannelSums(channels), 0
     for looks in _looks(source, indices, channels, num_workers):
         for look in looks:

@@ -38,8 +38,7 @@ def training_batches(
 ) -> Iterator[Batch]:
     """One batch on this device for each step.
 
-    An image at which a worker crashes or hangs is found and counted as broken. (A stream's images
-    have no such protection.)
+    An image at which a decoder crashes or hangs is counted as broken, where there are workers.
 
     Args:
         config: augmentation and seed count here.
@@ -55,27 +54,25 @@ def training_batches(
     """
     rank, world_size = fabric.global_rank, fabric.world_size
     channels, augmentation, seed = images.channels, config.augmentation, config.seed
-    stream = images.stream
-    if stream is not None:
-        loader = stream_loader(
-            stream, image_size, channels, augmentation, local_batch, seed, steps.start, steps.stop,
-            rank, world_size, plan.workers, plan.prefetch, head=images.head,
-        )  # fmt: skip
-        yield from _on_device(fabric, loader)
-        return
-    source = images.training
+    source, stream = images.training, images.stream
 
     def make_loader(guarded: ImageSource, step: int) -> Iterable[Batch]:
-        loader = training_loader(
-            guarded, image_size, channels, augmentation, local_batch, seed, step, steps.stop,
-            rank, world_size, plan.workers, plan.prefetch, timeout=BATCH_SECONDS,
-        )  # fmt: skip
+        if stream is not None:
+            loader = stream_loader(
+                stream, image_size, channels, augmentation, local_batch, seed, step, steps.stop,
+                rank, world_size, plan.workers, plan.prefetch, head=images.head,
+            )  # fmt: skip
+        else:
+            loader = training_loader(
+                guarded, image_size, channels, augmentation, local_batch, seed, step, steps.stop,
+                rank, world_size, plan.workers, plan.prefetch, timeout=BATCH_SECONDS,
+            )  # fmt: skip
         return _on_device(fabric, loader)
 
     def indices_of(step: int) -> list[int]:
-        sampler = StepSampler(
-            len(source), local_batch, config.seed, step, step + 1, rank, world_size
-        )
+        if stream is not None:
+            return []  # its workers outlive what their images do
+        sampler = StepSampler(len(source), local_batch, seed, step, step + 1, rank, world_size)
         return [index for _, index in next(iter(sampler))]
 
     ahead = plan.workers * plan.prefetch

@@ -61,6 +61,7 @@ class MetricsLog:
     def _send(self, numbers: Mapping[str, float], step: int) -> None:
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
+        self._board.flush()  # a thread writes: what it has not yet written would die with the run
         if self._services is not None:
             self._services.add(numbers, step)
 

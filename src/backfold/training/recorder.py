@@ -46,6 +46,7 @@ class State:
     best_gain_db: float = -math.inf
     started: str = ""
     decisions: dict[str, Any] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
 
 
 class Recorder:

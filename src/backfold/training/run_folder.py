@@ -201,7 +201,9 @@ def claim(root: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
             raise UserError(
                 f"{root} is in use by another process; wait for it or choose another --out"
             ) from error
-        if not resume:
+        if resume:
+            _drop_half_written(root)
+        else:
             _empty(root)
         yield RunFolder(root)
 
@@ -212,6 +214,12 @@ def _empty(root: Path) -> None:
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
+
+
+def _drop_half_written(root: Path) -> None:
+    # A killed run's half checkpoint is of a step that the next one may never save.
+    for path in list(root.rglob(".*.tmp")):
+        path.unlink()
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:

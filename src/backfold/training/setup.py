@@ -79,13 +79,14 @@ def open_images(config: PretrainConfig) -> Images:
         training, kept = stratified_split(labels, held_out / len(source), config.seed)
     except UserError:  # fewer held-out images than classes
         training, kept = stratified_split(len(source), held_out / len(source), config.seed)
-    channels = config.channels or count_channels(source)
+    workers = _reading_workers(config)
+    channels = config.channels or count_channels(source, apart=workers > 0)
     found = find_survey(config.data, source, channels) or survey(
         source,
         channels,
         max_images=SURVEYED_IMAGES,
         seed=config.seed,
-        num_workers=_reading_workers(config),
+        num_workers=workers,
     )
     for line in found.notes():
         LOGGER.info("%s", line)
@@ -101,7 +102,7 @@ def open_images(config: PretrainConfig) -> Images:
         found.statistics,
         channels,
         len(training),
-        reading_workers=_reading_workers(config),
+        reading_workers=workers,
     )
 
 
@@ -113,13 +114,14 @@ def _reading_workers(config: PretrainConfig) -> int:
 def _open_stream(config: PretrainConfig, stream: StreamSource) -> Images:
     held_out = min(config.held_out, max(1, int(LARGEST_HELD_OUT_SHARE * stream.count)))
     head = stream.head(held_out)
-    channels = config.channels or count_channels(head)
-    found = survey(head, channels, seed=config.seed)
+    workers = _reading_workers(config)
+    channels = config.channels or count_channels(head, apart=workers > 0)
+    found = survey(head, channels, seed=config.seed, num_workers=workers)
     for line in found.notes():
         LOGGER.info("%s", line)
     count = stream.count - len(head)
     _describe(stream.name, count, len(head), channels, found.statistics)
-    return Images(head, head, found.statistics, channels, count, stream)
+    return Images(head, head, found.statistics, channels, count, stream, workers)
 
 
 def _describe(

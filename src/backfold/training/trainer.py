@@ -132,6 +132,7 @@ class Run(RunParts):
         if optimizer is not None:
             self.stepper.optimizer.load_state_dict(optimizer)
             self.state = self.recorder.state
+            self.broken.add(self.state.broken)
 
     def train(self, console: Console, request: StopRequest) -> None:
         """Go on to the last step, and leave the weights."""
@@ -260,6 +261,7 @@ class Run(RunParts):
         raise stopped(number, done, self.config.out, may_requeue=first)
 
     def _save(self) -> None:
+        self.state.broken = self.broken.descriptions
         # All processes: a sharded optimizer's state is gathered in the first.
         optimizer = self.stepper.optimizer.state_dict()
         if self.fabric.is_global_zero:
