@@ -83,7 +83,7 @@ def two_heads(method: Any) -> None:
         weights = torch.stack([energy.head.weight, second]).repeat(len(features) // 2 + 1, 1)
         return (features.float() * weights[: len(features), None]).sum(dim=(1, 2))
 
-    def restore(images: Tensor, clean: Tensor, loss_mask: Tensor, _: Any = None) -> Any:
+    def restore(images: Tensor, clean: Tensor, loss_mask: Tensor, *_: Any) -> Any:
         energy.head.forward = forward
         restored, energies = restoration_step(energy, images, create_graph=True)
         parts = [
@@ -194,7 +194,7 @@ def judge_patches(weight: float, method: Any) -> None:
         shares.append((features.float() * energy.head.weight).sum(2))
         return shares[-1].sum(1)
 
-    def restore_and_judge(images: Tensor, clean: Tensor, loss_mask: Tensor, _: Any = None) -> Any:
+    def restore_and_judge(images: Tensor, clean: Tensor, loss_mask: Tensor, *_: Any) -> Any:
         shares.clear()
         energy.head.forward = forward
         loss, restored, energies = restore(images, clean, loss_mask)

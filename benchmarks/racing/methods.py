@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 
 from backfold.data.augmentation import Augmentation
 from backfold.data.statistics import ChannelStatistics
-from backfold.training.config import OptimizerSettings
-from backfold.training.optimizer import build_optimizer, build_schedule
+from backfold.training.optimizer import OptimizerSettings, build_optimizer, build_schedule
 from backfold.training.stepper import step_seed
 from racing.sizes import BackboneSpec
 from racing.views import Order, crops

@@ -7,6 +7,7 @@ size of 1 then fits every backbone and resolution.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -23,7 +24,7 @@ from backfold.backbone import (
 )
 from backfold.batch_norm import batch_norms, measure_batch_norm
 from backfold.errors import UserError
-from backfold.restoration import at_least_float32, energy_gradient, eval_mode
+from backfold.restoration import EnergyFn, at_least_float32, energy_gradient, eval_mode
 from backfold.sparse import sparse_feature_map
 
 HeadName = Literal["linear", "quadratic"]
@@ -69,6 +70,8 @@ class EnergyModel(nn.Module):
         image_size: (height, width) or one number, in pixels; None takes the backbone's own.
         channels: channels of the images.
         head: "linear" (the paper's) or "quadratic" in the features.
+        second_head: have another such head, ``second_head``, for what the backbone shall learn
+            beside restoring; it is None otherwise.
         backbone_options: further keyword arguments for timm.
         seed: of the head's weights and of the images for the first calibration.
 
@@ -83,6 +86,7 @@ class EnergyModel(nn.Module):
         image_size: int | ImageSize | None = None,
         channels: int = 3,
         head: HeadName = "linear",
+        second_head: bool = False,
         backbone_options: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
@@ -112,22 +116,29 @@ class EnergyModel(nn.Module):
             with torch.no_grad():
                 num_features = feature_map(self.backbone, images[:2]).shape[-1]
             self.head: LinearHead | QuadraticHead = heads[head](num_features).to(parameter)
+            self.second_head = heads[head](num_features).to(parameter) if second_head else None
             self.calibrate(images, batch_norm=isinstance(backbone, str))
         self.train()
 
-    def forward(self, images: Tensor, tokens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, tokens: Tensor | None = None, second: Tensor | None = None
+    ) -> Tensor:
         """Energies ``(batch,)`` of normalised images.
 
         Args:
             images: (batch, channels, height, width).
             tokens: int64, (batch, tokens); only these patch tokens run and are summed over. The
                 backbone must be one that `backfold.sparse.check_sparse` accepts.
+            second: bool, (batch,); these images' energies are the second head's.
         """
         if tokens is None:
             features = feature_map(self.backbone, images)
         else:
             features = sparse_feature_map(self.backbone, images, tokens)
         energies: Tensor = self.head(features)
+        if second is not None:
+            assert self.second_head is not None
+            energies = torch.where(second, self.second_head(features), energies)
         return energies
 
     def train(self, mode: bool = True) -> Self:
@@ -138,7 +149,7 @@ class EnergyModel(nn.Module):
         return self
 
     def calibrate(self, images: Tensor, batch_norm: bool = True) -> None:
-        """Scale the head so that the energy gradient's root mean square on these images is 1.
+        """Scale each head so that its energy gradient's root mean square on these images is 1.
 
         Args:
             images: normalised (zero mean, unit deviation), as the energy will see them.
@@ -147,8 +158,15 @@ class EnergyModel(nn.Module):
         with eval_mode(self):
             if batch_norm:
                 measure_batch_norm(self.backbone, images)
-            _, gradient = energy_gradient(self, images)
-        scale = gradient.float().square().mean().sqrt()
-        if torch.isfinite(scale) and scale > 0:
-            with torch.no_grad():
-                self.head.weight.copy_(self.head.weight / scale)
+            _scale_head(self.head, self, images)
+            if self.second_head is not None:
+                second = torch.ones(len(images), dtype=torch.bool, device=images.device)
+                _scale_head(self.second_head, partial(self, second=second), images)
+
+
+def _scale_head(head: LinearHead | QuadraticHead, energy_fn: EnergyFn, images: Tensor) -> None:
+    _, gradient = energy_gradient(energy_fn, images)
+    scale = gradient.float().square().mean().sqrt()
+    if torch.isfinite(scale) and scale > 0:
+        with torch.no_grad():
+            head.weight.copy_(head.weight / scale)

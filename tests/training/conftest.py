@@ -8,7 +8,8 @@ from rich.console import Console
 
 from backfold.data.source import EMBEDDED
 from backfold.pretext import Masking, Sorting
-from backfold.training.config import OptimizerSettings, PretrainConfig, TaskSettings
+from backfold.training.config import PretrainConfig, TaskSettings
+from backfold.training.optimizer import OptimizerSettings
 
 TINY_VIT = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
 

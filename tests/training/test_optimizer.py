@@ -7,8 +7,12 @@ from torch.optim import SGD
 
 from backfold.energy import EnergyModel
 from backfold.restoration import restore, training_step
-from backfold.training.config import OptimizerSettings
-from backfold.training.optimizer import build_optimizer, build_schedule, freeze_unreachable
+from backfold.training.optimizer import (
+    OptimizerSettings,
+    build_optimizer,
+    build_schedule,
+    freeze_unreachable,
+)
 
 OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2}
 

@@ -17,9 +17,10 @@ from backfold.data.loading import evaluation_loader
 from backfold.data.source import open_source
 from backfold.errors import UserError
 from backfold.training import setup
-from backfold.training.config import OptimizerSettings, PretrainConfig
+from backfold.training.config import PretrainConfig
 from backfold.training.config_file import config_from_dict
 from backfold.training.health import watch_task
+from backfold.training.optimizer import OptimizerSettings
 from backfold.training.pretrained import load_pretrained
 from backfold.training.run_folder import load_checkpoint
 from backfold.training.stepper import Stepper

@@ -10,7 +10,6 @@ from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
 from backfold.pretext import Denoising, Masking, Mixture, Sorting, SuperResolution
 from backfold.training.config import (
-    OptimizerSettings,
     PretrainConfig,
     TaskSettings,
     build_tasks,
@@ -19,6 +18,7 @@ from backfold.training.config import (
     task_names,
 )
 from backfold.training.config_file import config_from_dict, config_to_dict
+from backfold.training.optimizer import OptimizerSettings
 
 UNUSUAL = PretrainConfig(
     data="some/images",

@@ -8,7 +8,8 @@ from backfold.data.source import open_source
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
 from backfold.pretext import Denoising, Masking, Mixture
-from backfold.training.config import OptimizerSettings, PretrainConfig
+from backfold.training.config import PretrainConfig
+from backfold.training.optimizer import OptimizerSettings
 from backfold.training.stepper import Stepper, step_seed
 
 STATISTICS = ChannelStatistics((0.3,), (0.35,))

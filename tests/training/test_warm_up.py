@@ -13,8 +13,8 @@ from backfold.errors import UserError
 from backfold.pretext import Masking
 from backfold.training import warm_up as module
 from backfold.training.compiled import CompiledStep
-from backfold.training.config import OptimizerSettings, PretrainConfig
-from backfold.training.optimizer import freeze_unreachable
+from backfold.training.config import PretrainConfig
+from backfold.training.optimizer import OptimizerSettings, freeze_unreachable
 from backfold.training.stepper import Stepper
 from backfold.training.warm_up import compiles_soon, warm_up
 

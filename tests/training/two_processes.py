@@ -34,9 +34,9 @@ from backfold.pretext import (
 )
 from backfold.pretext.corruption import RunningSquares
 from backfold.training.compiled import CompiledStep
-from backfold.training.config import OptimizerSettings, PretrainConfig, TaskSettings
+from backfold.training.config import PretrainConfig, TaskSettings
 from backfold.training.distribution import make_fabric
-from backfold.training.optimizer import freeze_unreachable
+from backfold.training.optimizer import OptimizerSettings, freeze_unreachable
 from backfold.training.run_folder import RunFolder
 from backfold.training.stepper import Stepper
 from backfold.training.trainer import pretrain

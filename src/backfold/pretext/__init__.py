@@ -1,7 +1,7 @@
 """Pretext tasks: callables that corrupt a batch of clean images, and say where the loss counts."""
 
 from backfold.pretext.colorization import Colorization, chroma_error, luminance
-from backfold.pretext.corruption import Corruption, PretextTask
+from backfold.pretext.corruption import Corruption, PretextTask, SecondTarget
 from backfold.pretext.denoising import Denoising
 from backfold.pretext.exchange import Exchange
 from backfold.pretext.identity import Identity
@@ -19,6 +19,7 @@ __all__ = [
     "Masking",
     "Mixture",
     "PretextTask",
+    "SecondTarget",
     "Sorting",
     "SuperResolution",
     "chroma_error",

@@ -23,6 +23,19 @@ class RunningSquares:
 
 
 @dataclass(frozen=True)
+class SecondTarget:
+    """What a second head restores some of the images to, in training alone.
+
+    Args:
+        chosen: bool, (batch,); the images that are restored by the second head.
+        target: shape of the clean images, which it equals where an image is not chosen.
+    """
+
+    chosen: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
 class Corruption:
     """Corrupted images, where the loss counts, and what of them the backbone runs on.
 
@@ -30,11 +43,13 @@ class Corruption:
         corrupted: shape, type and device of the clean images.
         loss_mask: bool, (batch, 1, height, width); True where the loss counts.
         running: squares that the backbone runs on; None runs it on whole images.
+        second: of the images that are not restored to the clean ones; None if all are.
     """
 
     corrupted: Tensor
     loss_mask: Tensor
     running: RunningSquares | None = None
+    second: SecondTarget | None = None
 
 
 class PretextTask(Protocol):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from backfold.errors import UserError
-from backfold.pretext.corruption import Corruption, RunningSquares, check_images
-from backfold.pretext.patches import patch_mask_to_pixels, random_order
+from backfold.pretext.corruption import Corruption, RunningSquares, SecondTarget, check_images
+from backfold.pretext.patches import normalise_squares, patch_mask_to_pixels, random_order
 
 Fill = Literal["zero", "noise", "mean"]
 
@@ -43,6 +43,10 @@ class Masking:
             last one is cut short (default: False).
         hidden_share: share of the hidden patches that the backbone runs on, above 0 and at most 1;
             below 1 the image's sides must be multiples of mask_patch_size (default: 1.0).
+        normalised_share: share of the images whose hidden squares a second head restores to
+            normalised pixels, as masked autoencoders do: each square's minus their mean, over their
+            deviation. The second head serves training alone; the energy itself goes on to restore
+            pixels. 0 or more and below 1 (default: 0.0).
 
     Raises:
         UserError: a field out of its range or, when called, patches larger than the image, or with
@@ -54,6 +58,7 @@ class Masking:
     fill: Fill = "zero"
     blocks: bool = False
     hidden_share: float = 1.0
+    normalised_share: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
@@ -69,6 +74,11 @@ class Masking:
                 f"hidden_share is {self.hidden_share}; give a share above 0 and at most 1, "
                 "such as 0.33; 1 runs the backbone on every hidden patch"
             )
+        if not 0 <= self.normalised_share < 1:
+            raise UserError(
+                f"normalised_share is {self.normalised_share}; give a share of 0 or more and below "
+                "1, such as 0.5"
+            )
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """Hide patches of normalised images (batch, channels, height, width)."""
@@ -78,13 +88,23 @@ class Masking:
         order, count = self._draw_order(batch_size, rows, columns, generator)
         mask = _first_squares(order, count, columns, self.mask_patch_size, height, width)
         corrupted = torch.where(mask, _filling(clean, mask, self.fill, generator), clean)
+        second = self._second_target(clean)
         if self.hidden_share == 1:
-            return Corruption(corrupted, mask)
+            return Corruption(corrupted, mask, second=second)
         # Drawn last: the images are those of a hidden_share of 1.
         order, kept = self._keep_hidden(order, count, generator)
         mask = _first_squares(order, kept, columns, self.mask_patch_size, height, width)
         running = torch.cat([order[:, :kept], order[:, count:]], dim=1).sort(dim=1).values
-        return Corruption(corrupted, mask, RunningSquares(running, self.mask_patch_size))
+        return Corruption(corrupted, mask, RunningSquares(running, self.mask_patch_size), second)
+
+    def _second_target(self, clean: Tensor) -> SecondTarget | None:
+        """Spread evenly over the batch, so that each part of it has its share."""
+        if not self.normalised_share:
+            return None
+        places = torch.arange(len(clean) + 1, device=clean.device)
+        chosen = (places * self.normalised_share).floor().diff() > 0
+        normalised = normalise_squares(clean, self.mask_patch_size)
+        return SecondTarget(chosen, torch.where(chosen[:, None, None, None], normalised, clean))
 
     def draw_mask(
         self, batch_size: int, height: int, width: int, generator: torch.Generator

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from backfold.errors import UserError
-from backfold.pretext.corruption import Corruption, PretextTask, check_images
+from backfold.pretext.corruption import Corruption, PretextTask, SecondTarget, check_images
 from backfold.pretext.masking import Masking
 
 
@@ -71,12 +71,20 @@ class Mixture:
             return self._drawn[0](clean, generator)
         corrupted = torch.empty_like(clean)
         loss_mask = torch.empty_like(clean[:, :1], dtype=torch.bool)
+        second: SecondTarget | None = None
         for index in torch.unique(assignment).tolist():
             images = (assignment == index).nonzero().squeeze(1)
             corruption = self.tasks[index](clean.index_select(0, images), generator)
             corrupted.index_copy_(0, images, corruption.corrupted)
             loss_mask.index_copy_(0, images, corruption.loss_mask)
-        return Corruption(corrupted, loss_mask)
+            if corruption.second is not None:
+                if second is None:
+                    second = SecondTarget(
+                        torch.zeros_like(assignment, dtype=torch.bool), clean.clone()
+                    )
+                second.chosen.index_copy_(0, images, corruption.second.chosen)
+                second.target.index_copy_(0, images, corruption.second.target)
+        return Corruption(corrupted, loss_mask, second=second)
 
 
 def _hidden_share(task: PretextTask) -> float:

@@ -2,6 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+FLAT = 1e-4  # a variance, in units of the data's: what a square of one colour is divided by
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -34,6 +37,26 @@ def patch_mask_to_pixels(mask: Tensor, patch_size: int, height: int, width: int)
     covering = mask.new_zeros(len(mask), 1, height, width)
     covering[:, 0, : pixels.shape[1], : pixels.shape[2]] = pixels
     return covering
+
+
+def normalise_squares(images: Tensor, square_size: int) -> Tensor:
+    """Each square's pixels minus their mean, over their deviation, of all channels together.
+
+    The normalised pixels of masked autoencoders (He et al., CVPR 2022, section 3, "Reconstruction
+    target"). Squares at the bottom and right edges end where the image does.
+
+    Args:
+        images: (batch, channels, height, width).
+        square_size: side in pixels.
+    """
+
+    def means(values: Tensor) -> Tensor:
+        pooled = F.avg_pool2d(values, square_size, ceil_mode=True).mean(dim=1, keepdim=True)
+        pixels = pooled.repeat_interleave(square_size, dim=2).repeat_interleave(square_size, dim=3)
+        return pixels[:, :, : images.shape[2], : images.shape[3]]
+
+    centered = images - means(images)
+    return centered / (means(centered.square()) + FLAT).sqrt()
 
 
 def random_order(batch_size: int, length: int, generator: torch.Generator) -> Tensor:

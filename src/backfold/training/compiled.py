@@ -13,7 +13,9 @@ LOGGER = logging.getLogger("backfold")
 # is seen at 0.002 to 0.05, float32 at 1e-6.
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
 
-Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+Step = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]
+]
 
 
 class CompiledStep:
@@ -23,7 +25,8 @@ class CompiledStep:
     or two.
 
     Args:
-        step: (images, clean, loss mask, running tokens or None) -> (loss, restored, energies).
+        step: (images, clean, loss mask, running tokens or None, images of the second head or None)
+            -> (loss, restored, energies).
         backend: of `torch.compile`.
     """
 
@@ -33,19 +36,24 @@ class CompiledStep:
         self.is_compiled = True
 
     def __call__(
-        self, images: Tensor, clean: Tensor, loss_mask: Tensor, tokens: Tensor | None
+        self,
+        images: Tensor,
+        clean: Tensor,
+        loss_mask: Tensor,
+        tokens: Tensor | None,
+        second: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `backfold.restoration.training_step`."""
         if not self.is_compiled:
-            return self.eager(images, clean, loss_mask, tokens)
+            return self.eager(images, clean, loss_mask, tokens, second)
         try:
             with _settings():
-                return self.compiled(images, clean, loss_mask, tokens)
+                return self.compiled(images, clean, loss_mask, tokens, second)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             self.fall_back(_cause(error))
-            return self.eager(images, clean, loss_mask, tokens)
+            return self.eager(images, clean, loss_mask, tokens, second)
 
     def fall_back(self, cause: str) -> None:
         """Go on without compiling, and say why."""

@@ -23,6 +23,7 @@ from backfold.pretext import (
     Sorting,
     SuperResolution,
 )
+from backfold.training.optimizer import OptimizerSettings
 
 PAPER_TASKS = ("masking", "sorting", "superresolution", "denoising", "colorization")
 TASK_NAMES = (*PAPER_TASKS, "exchange")
@@ -60,33 +61,6 @@ class TaskSettings:
     denoising: Denoising = field(default_factory=Denoising)
     exchange: Exchange = field(default_factory=Exchange)
     mixture: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class OptimizerSettings:
-    """AdamW with a linear warm-up and a cosine by step.
-
-    Args:
-        base_lr: learning rate for a global batch of 256; the rate used is base_lr x batch / 256.
-        weight_decay: of all weights but norms and biases (default: 0.05).
-        betas: of AdamW (default: 0.9 and 0.95).
-        warmup_epochs: epochs of linear warm-up, fractions allowed; at most a third of the run.
-        final_lr_share: the last step's learning rate as a share of the highest.
-        max_gradient_norm: gradients are scaled down to this norm; 0 switches that off.
-    """
-
-    base_lr: float = 1.5e-3
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    warmup_epochs: float = 5.0
-    final_lr_share: float = 0.0
-    max_gradient_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.base_lr < math.inf:
-            raise UserError(f"base_lr is {self.base_lr:g}; give a positive number")
-        if min(self.weight_decay, self.warmup_epochs, self.max_gradient_norm) < 0:
-            raise UserError("weight_decay, warmup_epochs and max_gradient_norm can't be negative")
 
 
 @dataclass
@@ -200,6 +174,7 @@ class PretrainConfig:
             raise UserError(f"seed is {self.seed}; give 0 or more")
         task_names(self)
         self._check_plausibility()
+        self._check_second_head()
         parse_image_size(self.image_size)
 
     def _check_plausibility(self) -> None:
@@ -218,12 +193,30 @@ class PretrainConfig:
                 "train; set it to 0, or derivative to exact"
             )
 
+    def _check_second_head(self) -> None:
+        if not has_second_head(self):
+            return
+        share = self.tasks.masking.normalised_share
+        for name, usual in (("derivative", "exact"), ("plausibility_weight", 0.0)):
+            if getattr(self, name) != usual:
+                raise UserError(
+                    f"tasks.masking.normalised_share is {share:g}, for which {name} must be "
+                    f"{usual}; set one of the two back"
+                )
+
+
+def has_second_head(config: PretrainConfig) -> bool:
+    """Whether training uses one, for the masked images that are restored to normalised squares."""
+    return config.tasks.masking.normalised_share > 0 and "masking" in task_names(config)
+
 
 def settings_without_effect(config: PretrainConfig) -> list[str]:
     """A line for each setting that the others make idle."""
     lines = []
     if config.tasks.masking.hidden_share < 1 and "masking" not in task_names(config):
         lines.append("tasks.masking.hidden_share has no effect without the masking task")
+    if config.tasks.masking.normalised_share > 0 and not has_second_head(config):
+        lines.append("tasks.masking.normalised_share has no effect without the masking task")
     if config.compile is True and config.derivative != "exact":
         lines.append("compile has no effect on the finite-difference step, which runs eagerly")
     if config.num_workers == 0 and config.prefetch is not None:
@@ -297,12 +290,14 @@ def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]
 
 
 def watched_tasks(tasks: dict[str, PretextTask]) -> dict[str, PretextTask]:
-    """The tasks that corrupt, with the backbone on whole images, whatever the hidden share is."""
-    return {
-        name: replace(task, hidden_share=1.0) if isinstance(task, Masking) else task
-        for name, task in tasks.items()
-        if not isinstance(task, Identity)
-    }
+    """The tasks that corrupt, with the backbone on whole images and all of them to restore."""
+
+    def whole(task: PretextTask) -> PretextTask:
+        if not isinstance(task, Masking):
+            return task
+        return replace(task, hidden_share=1.0, normalised_share=0.0)
+
+    return {name: whole(task) for name, task in tasks.items() if not isinstance(task, Identity)}
 
 
 def combine_tasks(config: PretrainConfig, tasks: dict[str, PretextTask]) -> PretextTask:

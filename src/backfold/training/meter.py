@@ -24,8 +24,13 @@ class Restored:
     tokens: Tensor | None = None
 
     def _is_corrupted(self) -> Tensor:
-        """Which images are: bool, (batch,). What a mixture leaves clean has nothing to gain."""
-        return (self.corruption.corrupted != self.clean).flatten(1).any(dim=1)
+        """Which images are restored to clean ones: bool, (batch,).
+
+        What a mixture leaves clean has nothing to gain, and a second head restores something else.
+        """
+        corrupted = (self.corruption.corrupted != self.clean).flatten(1).any(dim=1)
+        second = self.corruption.second
+        return corrupted if second is None else corrupted & ~second.chosen
 
     def psnr_gain_db(self, std: Tensor) -> float:
         """Mean gain over the corrupted images, where the loss counts; NaN if there are none."""

@@ -1,5 +1,8 @@
 """The optimizer, its schedule, and which parameters it can train at all."""
 
+import math
+from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -9,10 +12,37 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from backfold.energy import EnergyModel
-from backfold.restoration import training_step
-from backfold.training.config import OptimizerSettings
+from backfold.errors import UserError
+from backfold.restoration import EnergyFn, training_step
 
 LARGEST_WARMUP_SHARE = 1 / 3
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW with a linear warm-up and a cosine by step.
+
+    Args:
+        base_lr: learning rate for a global batch of 256; the rate used is base_lr x batch / 256.
+        weight_decay: of all weights but norms and biases (default: 0.05).
+        betas: of AdamW (default: 0.9 and 0.95).
+        warmup_epochs: epochs of linear warm-up, fractions allowed; at most a third of the run.
+        final_lr_share: the last step's learning rate as a share of the highest.
+        max_gradient_norm: gradients are scaled down to this norm; 0 switches that off.
+    """
+
+    base_lr: float = 1.5e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup_epochs: float = 5.0
+    final_lr_share: float = 0.0
+    max_gradient_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.base_lr < math.inf:
+            raise UserError(f"base_lr is {self.base_lr:g}; give a positive number")
+        if min(self.weight_decay, self.warmup_epochs, self.max_gradient_norm) < 0:
+            raise UserError("weight_decay, warmup_epochs and max_gradient_norm can't be negative")
 
 
 def freeze_unreachable(
@@ -26,11 +56,16 @@ def freeze_unreachable(
 
     Args:
         energy: with all of its parameters trainable.
-        images: a few normalised images, (batch, channels, height, width).
+        images: two or more normalised images, (batch, channels, height, width).
         plausibility_weight: above 0 the energy itself is trained, which reaches the last bias.
     """
     mask, clean = torch.ones_like(images[:, :1], dtype=torch.bool), torch.zeros_like(images)
-    loss, _, _ = training_step(energy, images, clean, mask, plausibility_weight=plausibility_weight)
+    energy_fn: EnergyFn = energy
+    if energy.second_head is not None:
+        energy_fn = partial(energy, second=torch.arange(len(images), device=images.device) > 0)
+    loss, _, _ = training_step(
+        energy_fn, images, clean, mask, plausibility_weight=plausibility_weight
+    )
     named = list(energy.named_parameters())
     gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     frozen: list[str] = []

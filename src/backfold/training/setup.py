@@ -28,7 +28,7 @@ from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.pretext import PretextTask
 from backfold.sparse import running_tokens, token_size
-from backfold.training.config import PretrainConfig, parse_image_size
+from backfold.training.config import PretrainConfig, has_second_head, parse_image_size
 from backfold.training.health import HeldOut
 
 LOGGER = logging.getLogger("backfold")
@@ -150,6 +150,7 @@ def build_energy(config: PretrainConfig, channels: int) -> EnergyModel:
             image_size=parse_image_size(config.image_size),
             channels=channels,
             head=config.head,
+            second_head=has_second_head(config),
             backbone_options=config.backbone_options,
             seed=config.seed,
         )

@@ -18,7 +18,7 @@ from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.first_order import DISPLACEMENT, displaced_energy, finite_difference_losses
 from backfold.full_precision import full_float32
-from backfold.pretext import Corruption, PretextTask
+from backfold.pretext import Corruption, PretextTask, SecondTarget
 from backfold.restoration import restoration_losses, training_step
 from backfold.sparse import running_tokens, token_size
 from backfold.training.compiled import CompiledStep
@@ -60,27 +60,38 @@ class RestorationTraining(nn.Module):
         return self.compiled
 
     def restore(
-        self, images: Tensor, clean: Tensor, loss_mask: Tensor, tokens: Tensor | None = None
+        self,
+        images: Tensor,
+        clean: Tensor,
+        loss_mask: Tensor,
+        tokens: Tensor | None = None,
+        second: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `backfold.restoration.training_step`; never compiled."""
-        energy = self.energy if tokens is None else partial(self.energy, tokens=tokens)
+        """See `forward`; never compiled."""
+        energy = partial(self.energy, tokens=tokens, second=second)
         return training_step(
             energy, images, clean, loss_mask, self.step_size, self.plausibility_weight
         )
 
     def forward(
-        self, images: Tensor, clean: Tensor, loss_mask: Tensor, tokens: Tensor | None = None
+        self,
+        images: Tensor,
+        clean: Tensor,
+        loss_mask: Tensor,
+        tokens: Tensor | None = None,
+        second: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `backfold.restoration.training_step`.
 
         Args:
             images: (batch, channels, height, width).
-            clean: as ``images``.
+            clean: as ``images``; what they shall be restored to.
             loss_mask: bool, (batch, 1, height, width).
             tokens: int64, (batch, tokens), the patch tokens that run; None runs all.
+            second: bool, (batch,), the images of the second head; None where there is none.
         """
         step = self.compiled or self.restore
-        return step(images, clean, loss_mask, tokens)
+        return step(images, clean, loss_mask, tokens, second)
 
 
 class DisplacedEnergy(nn.Module):
@@ -103,6 +114,14 @@ class Part:
     corruption: Corruption
     tokens: Tensor | None
     weight: float
+
+    @property
+    def aim(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What `RestorationTraining` takes beside the images."""
+        second = self.corruption.second
+        target = self.clean if second is None else second.target
+        chosen = None if second is None else second.chosen
+        return target, self.corruption.loss_mask, self.tokens, chosen
 
 
 class Stepper:
@@ -199,11 +218,17 @@ class Stepper:
             corruption.corrupted.split(sizes),
             corruption.loss_mask.split(sizes),
             [None] * len(sizes) if tokens is None else tokens.split(sizes),
+            _split_second(corruption.second, sizes),
             strict=True,
         )
         return [
-            Part(piece, Corruption(corrupted, mask), running, len(piece) / len(clean))
-            for piece, corrupted, mask, running in pieces
+            Part(
+                piece,
+                Corruption(corrupted, mask, second=second),
+                running,
+                len(piece) / len(clean),
+            )
+            for piece, corrupted, mask, running, second in pieces
         ]
 
     def _running_tokens(self, corruption: Corruption) -> Tensor | None:
@@ -241,9 +266,7 @@ class Stepper:
         num_steps, corruption = self.config.num_steps, part.corruption
 
         def step(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            result: tuple[Tensor, Tensor, Tensor] = self.training(
-                points, part.clean, corruption.loss_mask, part.tokens
-            )
+            result: tuple[Tensor, Tensor, Tensor] = self.training(points, *part.aim)
             return result
 
         if self.is_exact:
@@ -264,6 +287,13 @@ class Stepper:
             ):
                 yield loss / self.config.num_steps, restored, energies
             points = restored
+
+
+def _split_second(second: SecondTarget | None, sizes: list[int]) -> list[SecondTarget | None]:
+    if second is None:
+        return [None] * len(sizes)
+    pieces = zip(second.chosen.split(sizes), second.target.split(sizes), strict=True)
+    return [SecondTarget(chosen, target) for chosen, target in pieces]
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

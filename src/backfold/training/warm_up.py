@@ -200,11 +200,9 @@ def _check(stepper: Stepper, compiled: CompiledStep, parts: list[Part]) -> None:
 def _loss(
     stepper: Stepper, step: Callable[..., tuple[Tensor, ...]], part: Part
 ) -> Callable[[], Tensor]:
-    corruption = part.corruption
-
     def loss() -> Tensor:
         with stepper.fabric.autocast():
-            return step(corruption.corrupted, part.clean, corruption.loss_mask, part.tokens)[0]
+            return step(part.corruption.corrupted, *part.aim)[0]
 
     return loss
 
