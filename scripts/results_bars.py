@@ -7,6 +7,7 @@ from results_reading import Entry, RaceResults, Score
 
 MAE_SECONDS, SIMMIM_SECONDS = "-mae-seconds", "-simmim-seconds"
 SHORTER = 0.5
+RECIPES = ("energy", "twoheads", "sparse")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def four(entry: Entry) -> list[str]:
 
 def recipes(race: RaceResults, ending: str) -> list[Entry]:
     """The energy's recipes on the ViT at equal epochs (no ending), or at a rival's seconds."""
-    names = [f"{recipe}{ending}" for recipe in ("energy", "sparse")]
+    names = [f"{recipe}{ending}" for recipe in RECIPES]
     return [race.entries[name] for name in names if name in race.entries]
 
 
@@ -84,7 +85,7 @@ def _differences(ours: Entry, theirs: Entry, measures: Sequence[str]) -> str:
 def _epochs_to_reach_mae(race: RaceResults) -> Verdict:
     what, bar = "epochs to reach MAE's final linear probe", "at most half of MAE's"
     mae = race.entries.get("mae")
-    ours = [entry for entry in race.entries.values() if entry.name.startswith(("energy", "sparse"))]
+    ours = [entry for entry in race.entries.values() if entry.name.startswith(RECIPES)]
     if mae is None or not ours:
         return Verdict(what, bar, "not run", None)
     goal = mae.score("linear").mean

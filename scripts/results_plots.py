@@ -11,7 +11,13 @@ from results_reading import Entry, RaceResults
 
 SETTINGS = {"svg.hashsalt": "backfold", "svg.fonttype": "none"}
 MEASURES = {"linear": "linear probe, %", "knn": "kNN, %"}
-COLOURS = {"energy": "#d95f02", "sparse": "#e7298a", "mae": "#7570b3", "simmim": "#1b9e77"}
+COLOURS = {
+    "energy": "#d95f02",
+    "twoheads": "#a6761d",
+    "sparse": "#e7298a",
+    "mae": "#7570b3",
+    "simmim": "#1b9e77",
+}
 OTHER = "#666666"
 
 

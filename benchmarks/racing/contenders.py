@@ -7,7 +7,7 @@ from typing import Any, Literal
 from racing.contrastive import Contrastive
 from racing.masked import MaskedAutoencoder, SimMIM
 from racing.methods import Method, Setting
-from racing.recipes import CONVOLUTIONAL, DENSE, SPARSE
+from racing.recipes import CONVOLUTIONAL, DENSE, SPARSE, TWO_HEADS
 from racing.restoring import Restoring
 
 Kind = Literal["energy", "mae", "simmim", "simclr", "untrained"]
@@ -81,6 +81,10 @@ CONTENDERS = (
     _at_seconds_of("energy", DENSE, "energy", "mae"),
     Contender("energy-half", "energy, half the epochs", "vit", "energy", DENSE, 0.5,
               tuned_as="energy"),
+    Contender("twoheads", "energy, two heads", "vit", "energy", TWO_HEADS),
+    _at_seconds_of("twoheads", TWO_HEADS, "energy, two heads", "mae"),
+    Contender("twoheads-half", "energy, two heads, half the epochs", "vit", "energy",
+              TWO_HEADS, 0.5, tuned_as="twoheads"),
     # One step of the warm-up: what the louder positions of its random weights are worth.
     Contender("energy-start", "energy, untrained", "vit", "energy", DENSE, 1e-6,
               tuned_as="energy"),
@@ -88,6 +92,7 @@ CONTENDERS = (
     _at_seconds_of("sparse", SPARSE, "energy, sparse", "mae"),
     _at_seconds_of("energy", DENSE, "energy", "simmim"),
     _at_seconds_of("sparse", SPARSE, "energy, sparse", "simmim"),
+    _at_seconds_of("twoheads", TWO_HEADS, "energy, two heads", "simmim"),
     Contender("convnext-untrained", "ConvNeXt untrained / from scratch", "convnext", "untrained"),
     Contender("convnext-energy", "ConvNeXt, energy", "convnext", "energy", CONVOLUTIONAL),
     Contender("simclr", "SimCLR (lightly)", "vit", "simclr"),

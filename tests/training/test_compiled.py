@@ -95,7 +95,7 @@ def test_sparse_steps_compile_once():
 def test_a_step_that_can_t_be_compiled_runs_eagerly_and_says_why_once(caplog):
     calls = []
 
-    def step(images, clean, loss_mask, tokens, second):  # noqa: ARG001
+    def step(images, clean, loss_mask, tokens, second=None):  # noqa: ARG001
         calls.append(1)
         if float(images.sum()) > 0:  # depends on data: no full graph
             return images.sum(), images, clean
@@ -114,7 +114,7 @@ def test_a_step_that_can_t_be_compiled_runs_eagerly_and_says_why_once(caplog):
 
 
 def test_running_out_of_memory_is_no_failure_of_the_compiler():
-    def step(images, clean, loss_mask, tokens, second):  # noqa: ARG001
+    def step(images, clean, loss_mask, tokens, second=None):  # noqa: ARG001
         return images.sum(), images, clean
 
     compiled = CompiledStep(step)

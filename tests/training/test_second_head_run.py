@@ -29,7 +29,7 @@ def test_it_is_trained_kept_and_resumed_to_the_same_bits(tiny, quiet, tmp_path, 
     assert "get no gradient from restoration and stay as they are: backbone.norm.bias\n" in log
 
 
-def test_pixels_are_restored_by_the_first_head(tiny, quiet, tmp_path):
+def test_pixels_are_restored_by_the_first_head(tiny, quiet):
     folder = pretrain(tiny(tasks=TASKS), console=quiet)
     model = Backfold.load(folder.root)
     images = torch.rand(2, 1, 28, 28)
