@@ -58,7 +58,20 @@ def judge_backbone(judge: Judge, weights: Any, seed: int) -> dict[str, Any]:
     }
 
 
-def run_trial(race: Race, trial: Trial, epochs: float, seed: int) -> dict[str, Any]:
+def fine_tune_backbone(judge: Judge, weights: Any, seed: int) -> dict[str, float]:
+    """Fine-tuned accuracy on the validation images in percent, by labels a class."""
+    budget, images = judge.size.fine_tuning, judge.images.validation
+    return {
+        str(labels): max(
+            judge.fine_tuned(weights, seed, labels, lr, images) for lr in budget.learning_rates
+        )
+        for labels in budget.labels_per_class
+    }
+
+
+def run_trial(
+    race: Race, trial: Trial, epochs: float, seed: int, fine_tunes: bool
+) -> dict[str, Any]:
     """Pretrain and judge."""
     contender = trial.contender
     total = round(epochs * race.steps_per_epoch)
@@ -87,6 +100,8 @@ def run_trial(race: Race, trial: Trial, epochs: float, seed: int) -> dict[str, A
             "loss": round(sum(progress.losses[-20:]) / len(progress.losses[-20:]), 5),
         }
     row |= judge_backbone(judge, weights, seed)
+    if fine_tunes:
+        row["fine_tuned"] = fine_tune_backbone(judge, weights, seed)
     return row | {
         "recipe": dict(contender.recipe),
         "trial_seconds": round(time.monotonic() - started),
@@ -114,13 +129,13 @@ def write_log(rows: list[dict[str, Any]], verdicts: dict[str, str]) -> str:
         f"bf16, {rows[0]['threads']} thread. Linear probe and kNN with {CHOSEN_ON} "
         f"labels, and a linear probe with 10 labels a class ({CPU.draws} draws), in percent on the "
         "race's 2,000 validation images, each at its best layer and pooling (10 labels marked with "
-        "an asterisk: at the linear probe's). The loss is the "
-        "trial's own, so it compares with no other. "
+        "an asterisk: at the linear probe's); of some also fine-tuned, at the better of two rates. "
+        "The loss is the trial's own, so it compares with no other. "
         f"{facts['date']}, {facts['hardware']}, {versions}; other work ran beside it, so no times.",
         "",
-        "| trial | seed | batch | epochs | lr | hypothesis | linear | kNN | 10 labels | loss "
-        "| best for linear | verdict |",
-        "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|---|---|",
+        "| trial | seed | batch | epochs | lr | hypothesis | linear | kNN | 10 labels "
+        "| fine-tuned, 10 / 100 labels | loss | best for linear | verdict |",
+        "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|---|---|",
     ]
     for row in rows:
         seed = row.get("seed", SEED)
@@ -128,9 +143,10 @@ def write_log(rows: list[dict[str, Any]], verdicts: dict[str, str]) -> str:
         verdict = verdicts.get(key if seed == SEED else f"{key}/{seed}", "")
         numbers = " | ".join(f"{row[name]:.1f}" for name in ("linear", "knn", "few"))
         numbers += "" if "few" in row["choices"] else "\\*"
+        tuned = " / ".join(f"{value:.1f}" for value in row.get("fine_tuned", {}).values())
         lines.append(
             f"| {row['name']} | {seed} | {row['batch']} | {row['epochs']:g} | {row['lr']:g} "
-            f"| {TRIALS[row['name']].hypothesis} | {numbers} | {row.get('loss', '-')} "
+            f"| {TRIALS[row['name']].hypothesis} | {numbers} | {tuned} | {row.get('loss', '-')} "
             f"| {row['choices']['linear']} | {verdict} |"
         )
     commands = dict.fromkeys(row["command"] for row in rows)
@@ -157,6 +173,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=CPU.batch)
     parser.add_argument("--seed", type=int, default=SEED, help=f"{SEED} or above")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--fine-tune", action="store_true", help="judge by that too")
     parser.add_argument("--out", type=Path, default=RESULTS / "recipe-trials.json")
     parser.add_argument("--write-log", action="store_true")
     options = parser.parse_args()
@@ -175,11 +192,12 @@ def main() -> None:
         Path("runs/recipe-trials"),
     )
     for name in options.only:
-        row = run_trial(race, TRIALS[name], options.epochs, options.seed)
+        row = run_trial(race, TRIALS[name], options.epochs, options.seed, options.fine_tune)
         append(options.out, row)
         print(
             f"{name:28s} lin {row['linear']:.1f} knn {row['knn']:.1f} few {row['few']:.1f} "
-            f"loss {row.get('loss')} {row['choices']} {row['trial_seconds']} s",
+            f"{row.get('fine_tuned', '')} loss {row.get('loss')} {row['choices']} "
+            f"{row['trial_seconds']} s",
             flush=True,
         )
 

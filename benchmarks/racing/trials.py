@@ -76,9 +76,14 @@ def masking(**settings: Any) -> dict[str, Any]:
     return {"tasks": {"masking": settings}}
 
 
+def with_masking(mix: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+    """A mixture with masking of this kind."""
+    return {**mix, "tasks": {**mix["tasks"], "masking": settings}}
+
+
 def mixed_masking(**settings: Any) -> dict[str, Any]:
     """The mixture of three with masking of this kind."""
-    return {**MIX, "tasks": {**MIX["tasks"], "masking": settings}}
+    return with_masking(MIX, **settings)
 
 
 MIX = mixture(masking=1, sorting=1, colorization=1)
@@ -162,9 +167,11 @@ _ALL = [
     Trial("convnext-noise", "a norm over an empty patch has a huge gradient, which sets the scale "
           "for all; noise in hidden squares has none", mixed_masking(fill="noise"), lr=1e-3,
           backbone="convnext"),
+    Trial("convnext-twoheads", "and masking alone, with a second head",
+          masking(fill="noise", normalised_share=0.5), lr=1e-3, backbone="convnext"),
     Trial("convnext-plausible", "and the energy itself tells clean images",
-          {**mixture(masking=1, sorting=1, colorization=1, identity=1),
-           "plausibility_weight": 0.1}, lr=1e-3, backbone="convnext"),
+          {**with_masking(mixture(masking=1, sorting=1, colorization=1, identity=1), fill="noise"),
+           "plausibility_weight": 1.0}, lr=1e-3, backbone="convnext"),
     Trial("sparse75", "half of the tokens run", masking(mask_ratio=0.75, hidden_share=1 / 3)),
 ]  # fmt: skip
 TRIALS = {trial.name: trial for trial in _ALL}
