@@ -15,8 +15,11 @@ MIXED: Mapping[str, Any] = {
     },
 }
 DENSE: Mapping[str, Any] = MIXED
-# Every other image is restored to MAE's target, by a second head.
-TWO_HEADS: Mapping[str, Any] = {"tasks": {"masking": {"normalised_share": 0.5}}}
+# Every other masked image is restored to MAE's target, by a second head.
+TWO_HEADS: Mapping[str, Any] = {
+    **MIXED,
+    "tasks": {**MIXED["tasks"], "masking": {"normalised_share": 0.5}},
+}
 # As MAE: three quarters are hidden; and a third of those run beside the visible quarter.
 SPARSE: Mapping[str, Any] = {"tasks": {"masking": {"mask_ratio": 0.75, "hidden_share": 1 / 3}}}
 CONVOLUTIONAL: Mapping[str, Any] = MIXED
