@@ -10,6 +10,8 @@ from backfold.evaluation.measures import MeasureRow, read_measures
 from results_bars import Verdict
 
 MIDDLE, LEAST_AUROC, ALLOWED_CLEAN_LOSS = "severity 3", 0.95, 0.5
+RESTORED = ("energy, 1 step", "energy, 2 steps", "energy, 4 steps")
+UNRESTORED = ("identity", "bicubic")  # what is shrunk is enlarged again before it is restored
 TASKS = ("masking", "sorting", "superresolution", "denoising", "colorization")
 
 
@@ -32,7 +34,7 @@ def read_run(folder: Path) -> RunMeasures | None:
         return None
     found = {
         name: read_measures(folder / f"{name}.json")
-        for name in ("energy", "adaptation")
+        for name in ("energy", "restoration", "adaptation")
         if (folder / f"{name}.json").exists()
     }
     return RunMeasures(found, json.loads((folder / "facts.json").read_text()))
@@ -85,6 +87,22 @@ def energy_table(measures: RunMeasures) -> list[list[str]]:
     return [
         [case, *(cells.get((case, name), "") for name in contenders(measures))] for case in cases
     ]
+
+
+def restoration_table(measures: RunMeasures) -> list[list[str]]:
+    """PSNR in dB at middle severity, by task: corrupted, energy, and the best of the others."""
+    rows = [row for row in measures.rows.get("restoration", []) if row.metric == "PSNR (dB)"]
+    table = []
+    for task in TASKS:
+        found = {row.contender: row for row in rows if row.case == f"{task}, {MIDDLE}"}
+        others = {name: found[name] for name in found if name not in (*RESTORED, *UNRESTORED)}
+        if not found:
+            continue
+        best = max(others, key=lambda name: others[name].mean)
+        before = next(name for name in UNRESTORED if name in found)
+        cells = [f"{found[name].mean:.1f}" for name in (before, *RESTORED)]
+        table.append([task, *cells, f"{others[best].mean:.1f} ({best})"])
+    return table
 
 
 def contenders(measures: RunMeasures) -> list[str]:

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from results_bars import Verdict, judge
-from results_energy import RunMeasures, contenders, energy_table, judge_energy, read_run
+from results_energy import (
+    RunMeasures,
+    contenders,
+    energy_table,
+    judge_energy,
+    read_run,
+    restoration_table,
+)
 from results_plots import race_plot
 from results_reading import Entry, RaceResults, distinct, read_races
 
@@ -91,8 +98,16 @@ def _energy(measures: RunMeasures) -> str:
         f"## What the energy knows\n\n{_verdicts(judge_energy(measures))}\n\n"
         f"{measures.facts['run']}\n\n{scores}\n\n"
         "An AUROC near 0 separates as well as one near 1, but the wrong way round. ± is over "
-        f"bootstrap samples of the images.\n\n```bash\n{commands}\n```\n"
+        f"bootstrap samples of the images.\n\n{_restoration(measures)}```bash\n{commands}\n```\n"
     )
+
+
+def _restoration(measures: RunMeasures) -> str:
+    rows = restoration_table(measures)
+    if not rows:
+        return ""
+    head = ["PSNR, dB", "corrupted", "1 step", "2 steps", "4 steps", "best without learning"]
+    return f"Restored at middle severity:\n\n{_table(head, rows)}\n\n"
 
 
 def _word(verdict: Verdict) -> str:

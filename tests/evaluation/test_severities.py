@@ -8,7 +8,6 @@ from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
 from backfold.evaluation.severities import (
     SEVERITIES,
-    LossOfColour,
     corrupt_images,
     corruption_names,
     parse_case,
@@ -85,7 +84,7 @@ def test_superresolution_is_pillow_s_bicubic_both_ways(images):
 
 
 def test_colour_fades_to_colorization(images):
-    half = LossOfColour(0.5)(images, generator()).corrupted
+    half = TASKS["colorization"][1](images, generator()).corrupted
     grey = Colorization()(images, generator()).corrupted
     assert torch.allclose(half, (images + grey) / 2, atol=1e-6)
     assert torch.allclose(luminance(half), luminance(images), atol=1e-5)

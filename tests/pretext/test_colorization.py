@@ -36,6 +36,33 @@ def test_all_channels_become_the_luminance(photographs_of, channels):
     assert corruption.loss_mask.all()
 
 
+@pytest.mark.parametrize("channels", [2, 3, 5])
+def test_colours_fade_by_a_share_drawn_for_each_image(photographs_of, channels):
+    clean = photographs_of(channels)
+    corrupted = Colorization(0.25, 0.75)(clean, generator()).corrupted
+    grey = luminance(clean)
+    shares = ((clean - corrupted) / (clean - grey)).flatten(1).median(dim=1).values
+    assert shares.unique().numel() == len(clean)
+    assert shares.min() >= 0.25
+    assert shares.max() <= 0.75
+    expected = clean + shares[:, None, None, None] * (grey - clean)
+    torch.testing.assert_close(corrupted, expected, atol=1e-5, rtol=0)
+
+
+def test_a_share_that_is_fixed_is_not_drawn(photographs):
+    before, after = generator(), generator()
+    corrupted = Colorization(0.5, 0.5)(photographs, after).corrupted
+    assert torch.equal(before.get_state(), after.get_state())
+    expected = (photographs + luminance(photographs)) / 2
+    torch.testing.assert_close(corrupted, expected)
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.6, 0.5), (0.5, 1.1), (float("nan"), 1.0)])
+def test_refuses_shares_out_of_range(bounds):
+    with pytest.raises(UserError, match=f"min_faded is {bounds[0]} and max_faded {bounds[1]};"):
+        Colorization(*bounds)
+
+
 def test_images_without_colours_stay_as_they_are(photographs_of):
     grey = photographs_of(1).repeat(1, 3, 1, 1)
     torch.testing.assert_close(Colorization()(grey, generator()).corrupted, grey)

@@ -23,6 +23,7 @@ DRAWING_TASKS = {
     "sorting": Sorting(sorting_patch_size=8),
     "superresolution": SuperResolution(),
     "denoising": Denoising(),
+    "fading": Colorization(0.2, 0.9),
     "mixture": Mixture(
         (Masking(mask_patch_size=8), Sorting(sorting_patch_size=8), SuperResolution(), Denoising()),
         (1.0, 1.0, 1.0, 1.0),

@@ -6,7 +6,7 @@ moved stays so, from one severity to the next (but for masks of `Masking.blocks`
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 from backfold.backbone import ImageSize
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
-from backfold.pretext import Colorization, Corruption, Denoising, PretextTask, SuperResolution
+from backfold.pretext import Colorization, Denoising, PretextTask, SuperResolution
 from backfold.pretext.superresolution import down_and_up
 from backfold.training.config import TaskSettings
 
@@ -37,22 +37,6 @@ BLUR_RADIUS_SIGMAS = 4
 OCCLUDED_AREAS = (0.05, 0.1, 0.2, 0.3, 0.45)
 
 
-@dataclass(frozen=True)
-class LossOfColour:
-    """Takes a share of the chroma away; with a share of 1 it is `Colorization`.
-
-    Args:
-        share: above 0 and up to 1.
-    """
-
-    share: float
-
-    def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
-        """Fade normalised images (batch, channels, height, width); see `Colorization`."""
-        grey = Colorization()(clean, generator)
-        return replace(grey, corrupted=torch.lerp(clean, grey.corrupted, self.share))
-
-
 def pretext_severities(
     settings: TaskSettings, channels: int, image_size: ImageSize
 ) -> dict[str, tuple[PretextTask, ...]]:
@@ -62,7 +46,7 @@ def pretext_severities(
     - sorting: 20, 35, 50, 75 and 100 % of the patches moved, two at least;
     - superresolution: scaled down by 1.5, 2, 3, 4 and 6, and up again;
     - denoising: noise_std 0.1, 0.25, 0.45, 0.8 and 1.2;
-    - colorization: 25, 50, 75, 90 and 100 % of the chroma gone; training knows only the last.
+    - colorization: 25, 50, 75, 90 and 100 % of the chroma gone (training: 100, by default).
 
     Args:
         settings: patch sizes and the masking's fill are taken from here. A patch size that does not
@@ -84,7 +68,7 @@ def pretext_severities(
         "denoising": tuple(Denoising(std, std) for std in NOISE_STDS),
     }
     if channels > 1:
-        tasks["colorization"] = tuple(LossOfColour(share) for share in CHROMA_SHARES)
+        tasks["colorization"] = tuple(Colorization(share, share) for share in CHROMA_SHARES)
     return tasks
 
 

@@ -18,15 +18,31 @@ REC_601_WEIGHTS = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Colorization:
-    """Replaces every channel by the luminance; the loss counts everywhere.
+    """Moves every channel to the luminance, all the way or in part; the loss counts everywhere.
 
-    Nothing is drawn at random, and there is nothing to configure.
+    Each image's share of the chroma that is gone is drawn uniformly from the range; where that is
+    one number, nothing is drawn. Training on all the way alone leaves an energy that knows grey
+    images, but not faded ones.
+
+    Args:
+        min_faded: smallest share of the chroma that is gone, above 0; 1 is grey (default: 1.0).
+        max_faded: largest share, min_faded or more and at most 1 (default: 1.0).
 
     Raises:
-        UserError: when called, images of one channel.
+        UserError: a field out of its range or, when called, images of one channel.
     """
 
-    def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:  # noqa: ARG002
+    min_faded: float = 1.0
+    max_faded: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_faded <= self.max_faded <= 1:
+            raise UserError(
+                f"min_faded is {self.min_faded} and max_faded {self.max_faded}; "
+                "give 0 < min_faded <= max_faded <= 1"
+            )
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """Take the colours from normalised images (batch, channels, height, width)."""
         check_images(clean)
         if clean.shape[1] == 1:
@@ -34,8 +50,16 @@ class Colorization:
                 "colorization got images of 1 channel, which have no colours; "
                 "load the images in colour or choose another pretext task"
             )
-        corrupted = luminance(clean).repeat(1, clean.shape[1], 1, 1)
-        return Corruption(corrupted, loss_everywhere(clean))
+        grey = luminance(clean).repeat(1, clean.shape[1], 1, 1)
+        if self.min_faded == 1:
+            return Corruption(grey, loss_everywhere(clean))
+        share = torch.full_like(clean[:, :1, :1, :1], self.min_faded)
+        if self.max_faded > self.min_faded:
+            drawn = torch.rand(
+                share.shape, generator=generator, device=clean.device, dtype=clean.dtype
+            )
+            share += (self.max_faded - self.min_faded) * drawn
+        return Corruption(torch.lerp(clean, grey, share), loss_everywhere(clean))
 
 
 def luminance(images: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class TaskSettings:
         sorting: permute patches.
         superresolution: scale down and up.
         denoising: add noise.
+        colorization: take colours away.
         exchange: show squares of other images.
         mixture: weight of each task where the pretext is "mixture", by the tasks' names; tasks that
             are not named are left out, and "identity" leaves its share of the images clean
@@ -59,6 +60,7 @@ class TaskSettings:
     sorting: Sorting = field(default_factory=Sorting)
     superresolution: SuperResolution = field(default_factory=SuperResolution)
     denoising: Denoising = field(default_factory=Denoising)
+    colorization: Colorization = field(default_factory=Colorization)
     exchange: Exchange = field(default_factory=Exchange)
     mixture: dict[str, float] = field(default_factory=dict)
 
@@ -274,7 +276,7 @@ def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]
         "sorting": config.tasks.sorting,
         "superresolution": config.tasks.superresolution,
         "denoising": config.tasks.denoising,
-        "colorization": Colorization(),
+        "colorization": config.tasks.colorization,
         "exchange": config.tasks.exchange,
         IDENTITY: Identity(),
     }
