@@ -175,6 +175,8 @@ def run(request: Request, writer: int, main: Any) -> NoReturn:
     redirect(os.open(os.devnull, os.O_RDONLY), 0)
     redirect(os.open(request.err, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
+    # Whoever runs the tests in the background of a script has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     install(Moment(request, writer), request)
     try:
         code = main(request.argv)

@@ -2,6 +2,7 @@ import csv
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from backfold.training.metrics_log import COLUMNS, MetricsLog
 from backfold.training.run_folder import RunFolder
@@ -62,6 +63,16 @@ def test_starting_anew_drops_all_rows(folder):
     write(folder, 0, [1, 2])
     write(folder, 0, [1])
     assert [int(line["step"]) for line in read(folder)] == [1]
+
+
+def test_tensorboard_reads_logs_of_one_second_in_their_order(folder, monkeypatch):
+    # Names end with a number that counts up, and "10" would be read before "9".
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
+    for step in range(4):
+        write(folder, step, [step + 1, step + 2], loss=float(step))
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(1, 0.0), (2, 1.0), (3, 2.0), (4, 3.0), (5, 3.0)]
 
 
 def test_tensorboard_has_each_step_once(folder):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class MetricsLog:
         write_atomically(folder.metrics, text.getvalue().encode())
         self._file = folder.metrics.open("a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
+        _wait_for_a_later_name(folder.tensorboard)
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=steps_done + 1)
 
     def add(self, row: Mapping[str, float]) -> None:
@@ -75,6 +77,13 @@ class MetricsLog:
         self._board.close()
         if self._services is not None:
             self._services.close(succeeded=succeeded)
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """TensorBoard reads its files in the order of their names, which begin with whole seconds."""
+    seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
+    while seconds and int(time.time()) <= max(seconds) < time.time() + 1:
+        time.sleep(0.02)
 
 
 def _rows_until(path: Path, step: int) -> list[dict[str, str]]:
