@@ -153,6 +153,12 @@ def config(**settings):
     )
 
 
+def test_several_steps_are_refused():
+    # Clean images leave their place in the first step, and would count as corrupted in the second.
+    with pytest.raises(UserError, match=r"^plausibility_weight is 0\.1 and num_steps 2; it tells"):
+        config(plausibility_weight=0.1, num_steps=2)
+
+
 def test_identity_is_trained_and_not_watched():
     settings = config(plausibility_weight=0.1)
     tasks = build_tasks(settings, 3)

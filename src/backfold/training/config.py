@@ -194,6 +194,12 @@ class PretrainConfig:
                 f"plausibility_weight is {weight:g}, which the finite-difference step does not "
                 "train; set it to 0, or derivative to exact"
             )
+        if weight and self.num_steps != 1:
+            # From the second step on, clean images are no longer bit for bit what they were.
+            raise UserError(
+                f"plausibility_weight is {weight:g} and num_steps {self.num_steps}; it tells clean "
+                "from corrupted images before the first step alone; set it to 0, or num_steps to 1"
+            )
 
     def _check_second_head(self) -> None:
         if not has_second_head(self):
