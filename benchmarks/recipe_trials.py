@@ -130,6 +130,7 @@ def write_log(rows: list[dict[str, Any]], verdicts: dict[str, str]) -> str:
         f"labels, and a linear probe with 10 labels a class ({CPU.draws} draws), in percent on the "
         "race's 2,000 validation images, each at its best layer and pooling (10 labels marked with "
         "an asterisk: at the linear probe's); of some also fine-tuned, at the better of two rates. "
+        "One seed is noise of a point, and of two with 10 labels. "
         "The loss is the trial's own, so it compares with no other. "
         f"{facts['date']}, {facts['hardware']}, {versions}; other work ran beside it, so no times.",
         "",
