@@ -13,7 +13,7 @@ SETTINGS = {"svg.hashsalt": "backfold", "svg.fonttype": "none"}
 MEASURES = {"linear": "linear probe, %", "knn": "kNN, %"}
 COLOURS = {
     "energy": "#d95f02",
-    "twoheads": "#a6761d",
+    "twoheads": "#1f78b4",
     "sparse": "#e7298a",
     "mae": "#7570b3",
     "simmim": "#1b9e77",
@@ -63,4 +63,5 @@ def _draw(axis: Axes, entry: Entry, measure: str, extent: float) -> None:
     axis.errorbar(places, means, yerr=deviations, color=colour, linewidth=1.0, capsize=2,
                   linestyle="-" if is_whole else "--", marker="o", markerfacecolor="white",
                   label=entry.title if is_whole else None)  # fmt: skip
-    axis.plot(places[-1:], means[-1:], color=colour, marker="o" if is_whole else "s")
+    axis.plot(places[-1:], means[-1:], color=colour, marker="o" if is_whole else "s",
+              zorder=3)  # fmt: skip
