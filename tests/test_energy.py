@@ -1,11 +1,13 @@
 """The energy model: its sum by hand, its calibrated gradient, its seed, and what it refuses."""
 
+import math
+
 import pytest
 import timm
 import torch
 from torch import nn
 
-from backfold.energy import EnergyModel, LinearHead, QuadraticHead
+from backfold.energy import EnergyModel, LinearHead, PooledHead, QuadraticHead
 from backfold.errors import UserError
 from backfold.restoration import energy_gradient, restore
 
@@ -62,7 +64,21 @@ def test_the_energy_is_the_sum_over_positions(head):
     torch.testing.assert_close(energies, torch.stack(expected))
 
 
-@pytest.mark.parametrize("head", [LinearHead(4), QuadraticHead(4)])
+def test_the_pooled_energy_is_two_layers_on_the_mean_of_the_positions():
+    model = vit(head="pooled").eval().double().requires_grad_(False)
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    tokens = model.backbone.forward_features(images)[:, 1:]
+    head = model.head
+    for image, energy in zip(tokens, model(images), strict=True):
+        mean = sum(image) / 16
+        expected = 0.0
+        for row, bias, weight in zip(*head.hidden.parameters(), head.weight, strict=True):
+            value = float(row @ mean + bias)
+            expected += 16 * float(weight) * value * (1 + math.erf(value / 2**0.5)) / 2
+        assert float(energy) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("head", [LinearHead(4), QuadraticHead(4), PooledHead(4)])
 def test_heads_sum_in_float32_at_least(head):
     features = torch.randn(2, 3, 4).bfloat16()
     assert head(features).dtype == torch.float32
@@ -70,7 +86,7 @@ def test_heads_sum_in_float32_at_least(head):
     assert head.double()(features.double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("head", ["linear", "quadratic"])
+@pytest.mark.parametrize("head", ["linear", "quadratic", "pooled"])
 @pytest.mark.parametrize(
     ("name", "side", "options", "other_side"),
     [
@@ -194,7 +210,7 @@ def test_weights_carry_timms_own_names(name):
         ),
         (
             {"backbone": "test_vit", "head": "cubic"},
-            r"^unknown head 'cubic'; choose from linear, quadratic$",
+            r"^unknown head 'cubic'; choose from linear, quadratic, pooled$",
         ),
         ({"backbone": "test_vit", "image_size": 40}, "40x40 is no multiple of the 16x16 patches"),
         ({"backbone": "test_vit", "image_size": 0}, "can't be built for 0x0 pixels"),

@@ -95,7 +95,7 @@ def test_each_image_has_its_head_s_energy():
     assert not torch.allclose(given, energy(images, second=second))
 
 
-@pytest.mark.parametrize("head", ["linear", "quadratic"])
+@pytest.mark.parametrize("head", ["linear", "quadratic", "pooled"])
 def test_both_heads_are_calibrated_and_the_first_is_as_without(head):
     energy, images = vit(head=head), torch.randn(16, 3, 8, 8)
     energy.calibrate(images)

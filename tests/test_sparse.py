@@ -201,7 +201,7 @@ def test_running_tokens_are_the_patches_inside_the_squares(size, patch):
 @pytest.mark.parametrize(("size", "patch"), [(4, (8, 8)), (12, (8, 8)), (8, (4, 16))])
 def test_refuses_squares_that_are_no_whole_patches(size, patch):
     running = RunningSquares(torch.zeros(1, 1, dtype=torch.int64), size)
-    with pytest.raises(UserError, match=rf"^mask_patch_size is {size} .* {patch[0]}x{patch[1]} "):
+    with pytest.raises(UserError, match=rf"excerpt_patch_size is {size} .* {patch[0]}x{patch[1]} "):
         running_tokens(running, patch, (96, 96))
 
 

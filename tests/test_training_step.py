@@ -81,7 +81,7 @@ def test_parameter_gradients_equal_central_differences(family):
         assert abs(change) > 1e-8
 
 
-@pytest.mark.parametrize("head", ["linear", "quadratic"])
+@pytest.mark.parametrize("head", ["linear", "quadratic", "pooled"])
 def test_first_and_second_derivatives_in_the_images_pass_gradcheck(head):
     options = {"patch_size": 4, "embed_dim": 4, "depth": 1, "num_heads": 1}
     model = EnergyModel(

@@ -7,7 +7,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backfold.pretext import Corruption, Masking, Mixture
+from backfold.pretext import Corruption, Masking, Mixture, PretextTask
 from backfold.restoration import restoration_loss, restoration_step
 
 
@@ -205,3 +205,23 @@ def judge_patches(weight: float, method: Any) -> None:
         return loss + weight * more, restored, energies
 
     training.restore = restore_and_judge
+
+
+class Compound:
+    """Applies one task after another to the same images; the loss counts wherever one's does."""
+
+    def __init__(self, tasks: tuple[PretextTask, ...]) -> None:
+        self.tasks = tasks
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
+        """Corrupt a batch."""
+        images, mask = clean, torch.zeros_like(clean[:, :1], dtype=torch.bool)
+        for task in self.tasks:
+            part = task(images, generator)
+            images, mask = part.corrupted, mask | part.loss_mask
+        return Corruption(images, mask)
+
+
+def compound(tasks: tuple[PretextTask, ...], method: Any) -> None:
+    """Each image is corrupted by all of these."""
+    method.stepper.task = Compound(tasks)

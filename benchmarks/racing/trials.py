@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from backfold.pretext import Colorization, Masking, Sorting
 from racing.changes import (
     averaged,
+    compound,
     detail,
     everywhere,
     inpaint,
@@ -86,6 +88,12 @@ def mixed_masking(**settings: Any) -> dict[str, Any]:
     return with_masking(MIX, **settings)
 
 
+def excerpt(recipe: Mapping[str, Any], squares: int) -> dict[str, Any]:
+    """A recipe that runs on so many of an image's sixteen squares."""
+    part = {"share": squares / 16, "excerpt_patch_size": 8}
+    return {**recipe, "tasks": {**recipe.get("tasks", {}), "excerpt": part}}
+
+
 MIX = mixture(masking=1, sorting=1, colorization=1)
 XAVIER = {"backbone_options": {"weight_init": "jax"}}
 # In the order in which they were thought of; those without a line in the log have not been run.
@@ -106,6 +114,14 @@ _ALL = [
     Trial("superresolution", "fine from coarse", {"pretext": "superresolution"}),
     Trial("denoising", "the issue's first trials made features worse by it",
           {"pretext": "denoising"}),
+    Trial("denoising-loud", "the weights that write corrections read the image, too: noise "
+          "must drown the content before they read content", {
+              "pretext": "denoising",
+              "tasks": {"denoising": {"min_noise_std": 0.5, "max_noise_std": 3.0}}}),
+    Trial("denoising-coarse", "or noise that is as coarse as content", {
+        "pretext": "denoising", "tasks": {"denoising": {"octaves": 5}}}),
+    Trial("denoising-coarse-loud", "both", {"pretext": "denoising", "tasks": {"denoising": {
+              "octaves": 5, "min_noise_std": 0.5, "max_noise_std": 2.0}}}),
     Trial("colorization", "colours need names of things", {"pretext": "colorization"}),
     Trial("mask-sort", "two tasks share what is semantic", mixture(masking=1, sorting=1)),
     Trial("mask-sort-color", "three tasks", MIX),
@@ -156,6 +172,8 @@ _ALL = [
                                                      "num_steps": 2}),
     Trial("mix-quadratic", "the top layer's output reaches the gradient",
           {**MIX, "head": "quadratic"}),
+    Trial("mix-pooled", "what is sent back comes from the whole image",
+          {**MIX, "head": "pooled"}),
     Trial("mix-louder-8", "a larger first gradient", MIX, prepare=partial(louder_head, 8.0)),
     Trial("mix-quieter-8", "a smaller one: images that need little restoring start unharmed", MIX,
           prepare=partial(louder_head, 1 / 8)),
@@ -172,6 +190,34 @@ _ALL = [
     Trial("convnext-plausible", "and the energy itself tells clean images",
           {**with_masking(mixture(masking=1, sorting=1, colorization=1, identity=1), fill="noise"),
            "plausibility_weight": 1.0}, lr=1e-3, backbone="convnext"),
+    Trial("mix-half", "eight of sixteen squares run, whatever the task: half of the time",
+          excerpt(MIX, 8)),
+    Trial("mix-6", "six of sixteen squares", excerpt(MIX, 6)),
+    Trial("xavier-mix-half", "both", excerpt({**XAVIER, **MIX}, 8)),
+    Trial("xavier-mix-6", "both, and faster", excerpt({**XAVIER, **MIX}, 6)),
+    Trial("xavier-heads-half", "and a second head",
+          excerpt({**XAVIER, **mixed_masking(normalised_share=0.5)}, 8)),
+    Trial("xavier-mask2-half", "and more of what makes neighbours",
+          excerpt({**XAVIER, **mixture(masking=2, sorting=1, colorization=1)}, 8)),
+    Trial("xavier-quadratic-half", "and a head that the top layer's output matters to",
+          excerpt({**XAVIER, **MIX, "head": "quadratic"}, 8)),
+    Trial("mix-4", "as many as MAE's encoder sees", excerpt(MIX, 4)),
+    Trial("mix-sort2-half", "sorting twice as often",
+          excerpt(mixture(masking=1, sorting=2, colorization=1), 8)),
+    Trial("mask2-sort-half", "no colours, masking twice as often",
+          excerpt(mixture(masking=2, sorting=1), 8)),
+    Trial("sorting-all", "all patches move",
+          {"pretext": "sorting", "tasks": {"sorting": {"sorting_patch_size": 8, "share": 1.0}}}),
+    Trial("sorting-half", "eight of sixteen squares run, all of them move", excerpt(
+        {"pretext": "sorting", "tasks": {"sorting": {"sorting_patch_size": 8, "share": 1.0}}}, 8)),
+    Trial("grey-sorting", "grey patches are sorted and coloured",
+          prepare=partial(compound, (Sorting(8, 0.5), Colorization()))),
+    Trial("masked-sorting", "a third is hidden, and what is seen is out of order",
+          prepare=partial(compound, (Sorting(8, 0.75), Masking(0.4, 8)))),
+    Trial("xavier-sorting", "a larger start for sorting",
+          {**XAVIER, "pretext": "sorting", "tasks": {"sorting": {"sorting_patch_size": 8}}}),
+    Trial("mask-sort2", "sorting wins in fine-tuning, masking in neighbours",
+          mixture(masking=1, sorting=2)),
     Trial("sparse75", "half of the tokens run", masking(mask_ratio=0.75, hidden_share=1 / 3)),
 ]  # fmt: skip
 TRIALS = {trial.name: trial for trial in _ALL}

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from backfold.activation import TwiceDifferentiableGELU
 from backfold.backbone import (
     ImageSize,
     balance_positions,
@@ -27,7 +28,7 @@ from backfold.errors import UserError
 from backfold.restoration import EnergyFn, at_least_float32, energy_gradient, eval_mode
 from backfold.sparse import sparse_feature_map
 
-HeadName = Literal["linear", "quadratic"]
+HeadName = Literal["linear", "quadratic", "pooled"]
 CALIBRATION_BATCH = 8
 
 
@@ -58,6 +59,35 @@ class QuadraticHead(nn.Module):
         return terms.sum(dim=(1, 2))
 
 
+class PooledHead(nn.Module):
+    """E = positions * (w . gelu(V mean f + b)), of the features' mean over the positions.
+
+    What it sends back to a position depends on the whole image, not on that position.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(num_features, num_features)
+        self.activation = TwiceDifferentiableGELU()
+        self.weight = nn.Parameter(torch.randn(num_features) / num_features**0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(batch, positions, features) -> (batch,), in float32 or better."""
+        features = at_least_float32(features)
+        with torch.autocast(features.device.type, enabled=False):
+            hidden = self.activation(self.hidden(features.mean(dim=1)))
+        energies: Tensor = features.shape[1] * (hidden * self.weight).sum(dim=1)
+        return energies
+
+
+Head = LinearHead | QuadraticHead | PooledHead
+HEADS: Mapping[str, type[Head]] = {
+    "linear": LinearHead,
+    "quadratic": QuadraticHead,
+    "pooled": PooledHead,
+}
+
+
 class EnergyModel(nn.Module):
     """Backbone and head: ``(batch, channels, height, width) -> (batch,)``.
 
@@ -69,7 +99,8 @@ class EnergyModel(nn.Module):
             module keeps its weights: only the head is scaled.
         image_size: (height, width) or one number, in pixels; None takes the backbone's own.
         channels: channels of the images.
-        head: "linear" (the paper's) or "quadratic" in the features.
+        head: "linear" (the paper's), "quadratic" in the features, or "pooled", two layers on their
+            mean over the positions.
         second_head: have another such head, ``second_head``, for what the backbone shall learn
             beside restoring; it is None otherwise.
         backbone_options: further keyword arguments for timm.
@@ -100,12 +131,8 @@ class EnergyModel(nn.Module):
             make_twice_differentiable(backbone)
             size = size or default_image_size(getattr(backbone, "pretrained_cfg", None))
             check_image_size(backbone, size, channels, type(backbone).__name__)
-        heads: dict[str, type[LinearHead | QuadraticHead]] = {
-            "linear": LinearHead,
-            "quadratic": QuadraticHead,
-        }
-        if head not in heads:
-            raise UserError(f"unknown head {head!r}; choose from {', '.join(heads)}")
+        if head not in HEADS:
+            raise UserError(f"unknown head {head!r}; choose from {', '.join(HEADS)}")
         parameter = next(self.backbone.parameters(), torch.zeros(()))
         with eval_mode(self.backbone), torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed CUDA too, which fork_rng does not put back here.
@@ -115,8 +142,8 @@ class EnergyModel(nn.Module):
                 balance_positions(self.backbone, images)
             with torch.no_grad():
                 num_features = feature_map(self.backbone, images[:2]).shape[-1]
-            self.head: LinearHead | QuadraticHead = heads[head](num_features).to(parameter)
-            self.second_head = heads[head](num_features).to(parameter) if second_head else None
+            self.head = HEADS[head](num_features).to(parameter)
+            self.second_head = HEADS[head](num_features).to(parameter) if second_head else None
             self.calibrate(images, batch_norm=isinstance(backbone, str))
         self.train()
 
@@ -164,7 +191,7 @@ class EnergyModel(nn.Module):
                 _scale_head(self.second_head, partial(self, second=second), images)
 
 
-def _scale_head(head: LinearHead | QuadraticHead, energy_fn: EnergyFn, images: Tensor) -> None:
+def _scale_head(head: Head, energy_fn: EnergyFn, images: Tensor) -> None:
     _, gradient = energy_gradient(energy_fn, images)
     scale = gradient.float().square().mean().sqrt()
     if torch.isfinite(scale) and scale > 0:

@@ -25,8 +25,9 @@ def check_sparse(backbone: nn.Module) -> None:
     reason = _obstacle(backbone)
     if reason:
         raise UserError(
-            f"hidden_share below 1 does not work with {type(backbone).__name__}: {reason}; "
-            "set hidden_share to 1, or take a backbone of timm's ViT or EVA family as it comes"
+            "hidden_share or tasks.excerpt.share below 1 does not work with "
+            f"{type(backbone).__name__}: {reason}; "
+            "set it to 1, or take a backbone of timm's ViT or EVA family as it comes"
         )
 
 
@@ -73,9 +74,8 @@ def running_tokens(running: RunningSquares, patch_size: ImageSize, image_size: I
     size = running.square_size
     if size % patch_size[0] or size % patch_size[1]:
         raise UserError(
-            f"mask_patch_size is {size} and the backbone's patches are "
-            f"{patch_size[0]}x{patch_size[1]} pixels; with a hidden_share below 1 "
-            "give a mask_patch_size that is a multiple of them"
+            f"mask_patch_size or excerpt_patch_size is {size} and the backbone's patches are "
+            f"{patch_size[0]}x{patch_size[1]} pixels; to run on a part of them, give a multiple"
         )
     assert image_size[0] % size == 0
     assert image_size[1] % size == 0

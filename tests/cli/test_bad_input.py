@@ -91,7 +91,7 @@ def test_nothing_but_broken_files(make_folder, pretrain_refused):
         ("--accelerator=abacus", ("can't use accelerator 'abacus'", "--accelerator auto")),
         ("--max-steps=0", ("max_steps is 0; give 1 or more",)),
         ("--epochs=-3", ("epochs is -3; give a positive number",)),
-        ("--head=cubic", ("--head", "linear", "quadratic")),
+        ("--head=cubic", ("--head", "linear", "quadratic", "pooled")),
         ("--precision=64", ("--precision", "32-true")),
         ("--batch-size=many", ("--batch-size", "many")),
         ("--batch-sise=8", ("batch", "sise")),

@@ -58,3 +58,41 @@ def test_refuses_bad_ranges(smallest, largest):
     shown = f"min_noise_std is {smallest} and max_noise_std {largest}"
     with pytest.raises(UserError, match=shown):
         Denoising(smallest, largest)
+
+
+@pytest.mark.parametrize("octaves", [1, 2, 4])
+@pytest.mark.parametrize(("height", "width"), [(32, 40), (19, 9)])
+def test_each_octave_has_its_share_of_the_variance(octaves, height, width):
+    clean = torch.zeros(4000, 1, height, width)
+    noise = Denoising(1.0, 1.0, octaves)(clean, seeded(0)).corrupted[:, 0]
+
+    def covariance(row, column):
+        """With the pixel in the corner, over the images."""
+        return float((noise[:, 0, 0] * noise[:, row, column]).mean())
+
+    # A pixel shares the squares of 1, 2, 4, ... pixels with those at most so far from the corner.
+    for distance in range(9):
+        shared = sum(2**octave > distance for octave in range(octaves)) / octaves
+        for row, column in ((distance, 0), (0, distance), (distance, distance)):
+            if row < height and column < width:
+                assert covariance(row, column) == pytest.approx(shared, abs=5 * (2 / 4000) ** 0.5)
+
+
+def test_one_octave_is_the_noise_of_before():
+    clean = torch.zeros(3, 2, 7, 5)
+    generator = seeded(4)
+    noise = torch.randn(clean.shape, generator=generator)
+    share = torch.rand(3, 1, 1, 1, generator=generator)
+    expected = (0.1 + 0.7 * share) * noise
+    torch.testing.assert_close(Denoising()(clean, seeded(4)).corrupted, expected)
+
+
+@pytest.mark.parametrize("octaves", [0, -1])
+def test_refuses_no_octaves(octaves):
+    with pytest.raises(UserError, match=f"^octaves is {octaves}; "):
+        Denoising(octaves=octaves)
+
+
+def test_refuses_squares_larger_than_the_image():
+    with pytest.raises(UserError, match=r"squares of 16 pixels in a 32x15 pixel image; give 4 or"):
+        Denoising(octaves=5)(torch.zeros(1, 3, 32, 15), seeded(0))

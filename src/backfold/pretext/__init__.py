@@ -3,6 +3,7 @@
 from backfold.pretext.colorization import Colorization, chroma_error, luminance
 from backfold.pretext.corruption import Corruption, PretextTask, SecondTarget
 from backfold.pretext.denoising import Denoising
+from backfold.pretext.excerpt import Excerpt, ExcerptSettings
 from backfold.pretext.exchange import Exchange
 from backfold.pretext.identity import Identity
 from backfold.pretext.masking import Masking
@@ -14,6 +15,8 @@ __all__ = [
     "Colorization",
     "Corruption",
     "Denoising",
+    "Excerpt",
+    "ExcerptSettings",
     "Exchange",
     "Identity",
     "Masking",

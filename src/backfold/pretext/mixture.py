@@ -42,14 +42,14 @@ class Mixture:
             )
         for task in self.tasks:
             share = _hidden_share(task)
-            if share < 1 and self._drawn != (task,):
+            if share < 1 and self.drawn != (task,):
                 raise UserError(
                     f"hidden_share is {share} in a mixture, whose other tasks need the backbone to "
                     "run on whole images; set it to 1, or give masking the only weight above 0"
                 )
 
     @property
-    def _drawn(self) -> tuple[PretextTask, ...]:
+    def drawn(self) -> tuple[PretextTask, ...]:
         """The tasks with a weight above 0."""
         return tuple(task for task, weight in zip(self.tasks, self.weights, strict=True) if weight)
 
@@ -67,8 +67,8 @@ class Mixture:
         """
         check_images(clean)
         assignment = self.assign(len(clean), generator)
-        if len(self._drawn) == 1:
-            return self._drawn[0](clean, generator)
+        if len(self.drawn) == 1:
+            return self.drawn[0](clean, generator)
         corrupted = torch.empty_like(clean)
         loss_mask = torch.empty_like(clean[:, :1], dtype=torch.bool)
         second: SecondTarget | None = None

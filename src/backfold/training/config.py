@@ -15,6 +15,8 @@ from backfold.errors import UserError
 from backfold.pretext import (
     Colorization,
     Denoising,
+    Excerpt,
+    ExcerptSettings,
     Exchange,
     Identity,
     Masking,
@@ -54,6 +56,7 @@ class TaskSettings:
         mixture: weight of each task where the pretext is "mixture", by the tasks' names; tasks that
             are not named are left out, and "identity" leaves its share of the images clean
             (default: the paper's five, those that the images allow, equally).
+        excerpt: whatever the task, run on a random part of each image's squares alone.
     """
 
     masking: Masking = field(default_factory=Masking)
@@ -63,6 +66,7 @@ class TaskSettings:
     colorization: Colorization = field(default_factory=Colorization)
     exchange: Exchange = field(default_factory=Exchange)
     mixture: dict[str, float] = field(default_factory=dict)
+    excerpt: ExcerptSettings = field(default_factory=ExcerptSettings)
 
 
 @dataclass
@@ -77,7 +81,8 @@ class PretrainConfig:
         backbone_options: further keyword arguments of the timm model, such as patch_size.
         image_size: N or HxW in pixels; none takes the backbone's own.
         channels: channels of the images; none counts them in the data.
-        head: the energy's head: "linear", the paper's, or "quadratic" in the features.
+        head: the energy's head: "linear", the paper's, "quadratic" in the features, or "pooled",
+            two layers on their mean over the positions.
         pretext: masking, sorting, superresolution, denoising, colorization, exchange or mixture.
         tasks: the pretext tasks' own settings.
         num_steps: restoration steps K in training.
@@ -309,8 +314,11 @@ def watched_tasks(tasks: dict[str, PretextTask]) -> dict[str, PretextTask]:
 
 
 def combine_tasks(config: PretrainConfig, tasks: dict[str, PretextTask]) -> PretextTask:
-    """The one task that training calls: the only one, or their weighted mixture."""
+    """The one task that training calls: the only one or their weighted mixture, on an excerpt."""
     if len(tasks) == 1:
-        return next(iter(tasks.values()))
-    weights = config.tasks.mixture or dict.fromkeys(tasks, 1.0)
-    return Mixture(tuple(tasks.values()), tuple(weights[name] for name in tasks))
+        task = next(iter(tasks.values()))
+    else:
+        weights = config.tasks.mixture or dict.fromkeys(tasks, 1.0)
+        task = Mixture(tuple(tasks.values()), tuple(weights[name] for name in tasks))
+    excerpt = config.tasks.excerpt
+    return task if excerpt.share == 1 else Excerpt(task, excerpt)

@@ -1,0 +1,186 @@
+"""Excerpts: held against cutting squares out, corrupting them and putting them back one by one."""
+
+import numpy as np
+import pytest
+import torch
+
+from backfold.energy import EnergyModel
+from backfold.errors import UserError
+from backfold.operations import count_operations
+from backfold.pretext import (
+    Colorization,
+    Denoising,
+    Excerpt,
+    ExcerptSettings,
+    Exchange,
+    Identity,
+    Masking,
+    Mixture,
+    Sorting,
+    SuperResolution,
+)
+from backfold.restoration import restoration_step, training_step
+from backfold.sparse import running_tokens, token_size
+
+HALF = ExcerptSettings(0.5, 8)
+TASKS = {
+    "masking": Masking(0.6, 8),
+    "smaller squares": Masking(0.5, 4, fill="mean"),
+    "sorting": Sorting(8, 1.0),
+    "denoising": Denoising(octaves=3),
+    "colorization": Colorization(),
+    "exchange": Exchange(0.4, 8),
+    "second head": Masking(0.6, 8, normalised_share=0.5),
+    "mixture": Mixture((Masking(0.6, 8), Sorting(8), Identity()), (1, 1, 1)),
+}
+each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def images_of(height, width, count=5):
+    return torch.randn(count, 3, height, width, generator=seeded(1))
+
+
+def squares_of(image, size):
+    """A list of (row, column, square), row by row."""
+    rows, columns = image.shape[1] // size, image.shape[2] // size
+    return [
+        image[:, size * r : size * (r + 1), size * c : size * (c + 1)]
+        for r in range(rows)
+        for c in range(columns)
+    ]
+
+
+@each_task
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 40)])
+def test_the_task_sees_the_squares_that_run_as_an_image_of_their_own(task, height, width):
+    clean = images_of(height, width)
+    given = []
+
+    def watched(images, generator):
+        given.append(images)
+        return task(images, generator)
+
+    corruption = Excerpt(watched, HALF)(clean, seeded(0))
+    generator = seeded(0)
+    torch.rand(len(clean), height * width // 64, generator=generator)  # which squares run
+    part = task(given[0], generator)
+    for number, running in enumerate(corruption.running.indices.tolist()):
+        taken = [squares_of(clean[number], 8)[index] for index in running]
+        assert torch.equal(given[0][number], torch.cat(taken, dim=1))
+        after = squares_of(corruption.corrupted[number], 8)
+        masks = squares_of(corruption.loss_mask[number], 8)
+        for index, before in enumerate(squares_of(clean[number], 8)):
+            if index in running:
+                place = slice(8 * running.index(index), 8 * running.index(index) + 8)
+                assert torch.equal(after[index], part.corrupted[number, :, place])
+                assert torch.equal(masks[index], part.loss_mask[number, :, place])
+            else:
+                assert torch.equal(after[index], before)
+                assert not masks[index].any()
+
+
+@pytest.mark.parametrize(("share", "count"), [(1.0, 16), (0.5, 8), (0.4, 6), (0.01, 2)])
+def test_every_image_runs_on_as_many_squares_drawn_evenly(share, count):
+    task = Excerpt(Identity(), ExcerptSettings(share, 8))
+    running = task(torch.zeros(2000, 1, 32, 32), seeded(0)).running
+    assert running.square_size == 8
+    assert running.indices.shape == (2000, count)
+    assert (running.indices.diff(dim=1) > 0).all()
+    frequency = np.bincount(running.indices.flatten().numpy(), minlength=16) / 2000
+    np.testing.assert_allclose(frequency, count / 16, atol=5 * 0.5 / 2000**0.5)
+
+
+def test_a_second_heads_target_is_normalised_within_the_squares_that_run_alone():
+    clean = images_of(32, 32)
+    task = Excerpt(Masking(0.6, 8, normalised_share=0.5), HALF)
+    corruption = task(clean, seeded(0))
+    assert corruption.second.chosen.tolist() == [False, True, False, True, False]
+    for number, running in enumerate(corruption.running.indices.tolist()):
+        target = squares_of(corruption.second.target[number], 8)
+        for index, square in enumerate(squares_of(clean[number], 8)):
+            if corruption.second.chosen[number] and index in running:
+                square = (square - square.mean()) / square.std(correction=0)  # noqa: PLW2901
+            torch.testing.assert_close(target[index], square, rtol=1e-3, atol=1e-3)
+
+
+def vit():
+    options = {"patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 2}
+    return EnergyModel("vit_tiny_patch16_224", image_size=32, backbone_options=options)
+
+
+def test_pixels_that_do_not_run_get_no_gradient():
+    energy, clean = vit(), images_of(32, 32)
+    corruption = Excerpt(TASKS["mixture"], HALF)(clean, seeded(0))
+    tokens = running_tokens(corruption.running, token_size(energy.backbone), (32, 32))
+    restored, _ = restoration_step(lambda images: energy(images, tokens), corruption.corrupted)
+    moved = (restored != corruption.corrupted).any(dim=1)
+    for image, running in zip(moved, corruption.running.indices.tolist(), strict=True):
+        by_square = [bool(square.any()) for square in squares_of(image[None], 8)]
+        assert by_square == [index in running for index in range(16)]
+
+
+def test_half_of_the_squares_cost_half_of_the_operations():
+    energy, clean = vit(), images_of(32, 32)
+
+    def operations(share):
+        corruption = Excerpt(Sorting(8), ExcerptSettings(share, 8))(clean, seeded(0))
+        tokens = running_tokens(corruption.running, token_size(energy.backbone), (32, 32))
+
+        def step():
+            loss, _, _ = training_step(
+                lambda images: energy(images, tokens),
+                corruption.corrupted, clean, corruption.loss_mask,
+            )  # fmt: skip
+            loss.backward()
+
+        return count_operations(step)
+
+    # The patch embedding runs on all squares, the class token always; attention grows faster.
+    assert 0.45 < operations(0.5) / operations(1.0) < 0.53
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"share": 0.0}, r"^tasks.excerpt.share is 0.0; "),
+        ({"share": 1.5}, r"^tasks.excerpt.share is 1.5; "),
+        ({"share": float("nan")}, r"^tasks.excerpt.share is nan; "),
+        ({"excerpt_patch_size": 0}, r"^tasks.excerpt.excerpt_patch_size is 0; "),
+    ],
+)
+def test_refuses_bad_settings(settings, shown):
+    with pytest.raises(UserError, match=shown):
+        ExcerptSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("task", "shown"),
+    [
+        (SuperResolution(), "superresolution blurs across"),
+        (Mixture((Identity(), SuperResolution()), (1, 1)), "superresolution blurs across"),
+        (Masking(0.6, 8, hidden_share=0.5), "hidden_share must be 1"),
+        (Masking(0.6, 8, blocks=True), "blocks false"),
+        (Masking(0.6, 16), "excerpt_patch_size is 8 and tasks.masking.mask_patch_size is 16"),
+        (Sorting(3), "excerpt_patch_size is 8 and tasks.sorting.sorting_patch_size is 3"),
+        (Exchange(0.4, 16), "tasks.exchange.exchange_patch_size is 16"),
+        (Denoising(octaves=5), "tasks.denoising.octaves, as pixels, is 16"),
+    ],
+)
+def test_refuses_tasks_that_look_beyond_the_squares(task, shown):
+    with pytest.raises(UserError, match=shown):
+        Excerpt(task, HALF)
+
+
+def test_a_task_without_weight_is_not_looked_at():
+    Excerpt(Mixture((Sorting(8), SuperResolution()), (1, 0)), HALF)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 36), (12, 16), (8, 8)])
+def test_refuses_images_that_the_squares_do_not_tile_or_fill(height, width):
+    shown = rf"^tasks.excerpt.excerpt_patch_size is 8 and images are {height}x{width} pixels; "
+    with pytest.raises(UserError, match=shown):
+        Excerpt(Sorting(8), HALF)(images_of(height, width), seeded(0))
