@@ -28,12 +28,13 @@ from backfold.memory import keep_freed_memory
 from backfold.training.run_folder import write_atomically, write_json
 from racing.judging import CHOSEN_ON, Judge
 from racing.pretraining import pretrain
-from racing.race import HALF, Race
+from racing.race import Race
 from racing.sizes import CPU
 from racing.trials import TRIALS, Trial
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 100
+READ_IMAGES = 500
 
 
 @contextmanager
@@ -56,6 +57,24 @@ def judge_backbone(judge: Judge, weights: Any, seed: int) -> dict[str, Any]:
         **{name: scores[name][choice] for name, choice in best.items()},
         "choices": {name: f"{choice.layer} {choice.pooling}" for name, choice in best.items()},
     }
+
+
+def content_over_noise(judge: Judge, weights: Any, seed: int) -> float | None:
+    """How loudly the patch embedding answers to images, over its answer to white noise as strong.
+
+    Deviations over the images, root mean squares over patches and features; None without patches.
+    """
+    backbone = judge.backbone(weights, seed).cpu().eval()
+    if not hasattr(backbone, "patch_embed"):
+        return None
+    images = judge.images.statistics.normalize(judge.images.validation.images[:READ_IMAGES].cpu())
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        content, answer = (
+            backbone.patch_embed(part - part.mean(dim=0)).var(dim=0).mean().sqrt() / part.std()
+            for part in (images, noise)
+        )
+    return round(float(content / answer), 3)
 
 
 def fine_tune_backbone(judge: Judge, weights: Any, seed: int) -> dict[str, float]:
@@ -89,7 +108,7 @@ def run_trial(
     if contender.is_trained:
         with trial_loss(trial):
             attention = "plain" if contender.kind == "energy" else "fused"
-            setting = race.setting(contender, total, trial.lr, seed, HALF, attention)
+            setting = race.setting(contender, total, trial.lr, seed, trial.precision, attention)
             method = contender.method(setting)
             trial.prepare(method)
             folder = race.folder(f"recipe-{trial.name}-{seed}")
@@ -100,6 +119,7 @@ def run_trial(
             "loss": round(sum(progress.losses[-20:]) / len(progress.losses[-20:]), 5),
         }
     row |= judge_backbone(judge, weights, seed)
+    row["content_over_noise"] = content_over_noise(judge, weights, seed)
     if fine_tunes:
         row["fine_tuned"] = fine_tune_backbone(judge, weights, seed)
     return row | {
@@ -126,17 +146,19 @@ def write_log(rows: list[dict[str, Any]], verdicts: dict[str, str]) -> str:
         "Written by `python benchmarks/recipe_trials.py --write-log`; do not edit.",
         "",
         "CIFAR-10 (JPEG q92), 10,000 images, the race's small ViT (4 layers of 128, patch 8), "
-        f"bf16, {rows[0]['threads']} thread. Linear probe and kNN with {CHOSEN_ON} "
-        f"labels, and a linear probe with 10 labels a class ({CPU.draws} draws), in percent on the "
-        "race's 2,000 validation images, each at its best layer and pooling (10 labels marked with "
-        "an asterisk: at the linear probe's); of some also fine-tuned, at the better of two rates. "
+        f"bf16 but where it says float32, {rows[0]['threads']} thread. Linear probe and kNN with "
+        f"{CHOSEN_ON} labels, and a linear probe with 10 labels a class ({CPU.draws} draws), in "
+        "percent on the race's 2,000 validation images, each at its best layer and pooling (10 "
+        "labels marked with an asterisk: at the linear probe's); of some also fine-tuned, at the "
+        "better of two rates. "
         "One seed is noise of a point, and of two with 10 labels. "
-        "The loss is the trial's own, so it compares with no other. "
+        "Content / noise: how loudly the patch embedding answers to images, over its answer to "
+        "white noise as strong. The loss is the trial's own, so it compares with no other. "
         f"{facts['date']}, {facts['hardware']}, {versions}; other work ran beside it, so no times.",
         "",
         "| trial | seed | batch | epochs | lr | hypothesis | linear | kNN | 10 labels "
-        "| fine-tuned, 10 / 100 labels | loss | best for linear | verdict |",
-        "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|---|---|",
+        "| fine-tuned, 10 / 100 labels | content / noise | loss | best for linear | verdict |",
+        "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|---|---|",
     ]
     for row in rows:
         seed = row.get("seed", SEED)
@@ -145,10 +167,11 @@ def write_log(rows: list[dict[str, Any]], verdicts: dict[str, str]) -> str:
         numbers = " | ".join(f"{row[name]:.1f}" for name in ("linear", "knn", "few"))
         numbers += "" if "few" in row["choices"] else "\\*"
         tuned = " / ".join(f"{value:.1f}" for value in row.get("fine_tuned", {}).values())
+        reads = row.get("content_over_noise") or ""
         lines.append(
             f"| {row['name']} | {seed} | {row['batch']} | {row['epochs']:g} | {row['lr']:g} "
-            f"| {TRIALS[row['name']].hypothesis} | {numbers} | {tuned} | {row.get('loss', '-')} "
-            f"| {row['choices']['linear']} | {verdict} |"
+            f"| {TRIALS[row['name']].hypothesis} | {numbers} | {tuned} | {reads} "
+            f"| {row.get('loss', '-')} | {row['choices']['linear']} | {verdict} |"
         )
     commands = dict.fromkeys(row["command"] for row in rows)
     lines += [

@@ -18,7 +18,7 @@ from backfold.training.compiled import CompiledStep, gradient_distance
 from backfold.training.config import (
     PretrainConfig,
     TaskSettings,
-    settings_without_effect,
+    doubtful_settings,
     watched_tasks,
 )
 from backfold.training.optimizer import OptimizerSettings, freeze_unreachable
@@ -209,9 +209,9 @@ def test_what_it_can_t_be_used_with_is_refused():
 
 
 def test_it_is_said_to_be_idle_without_masking():
-    (line,) = settings_without_effect(config(pretext="sorting"))
+    (line,) = doubtful_settings(config(pretext="sorting"))
     assert line == "tasks.masking.normalised_share has no effect without the masking task"
-    assert settings_without_effect(config()) == []
+    assert doubtful_settings(config()) == []
 
 
 def test_held_out_images_are_restored_by_the_first_head():

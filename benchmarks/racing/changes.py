@@ -1,5 +1,6 @@
 """What trials change in the product: losses, corruptions, and methods at their first step."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -59,6 +60,29 @@ def structure(
 
     scaled = F.smooth_l1_loss(normalised(ours), normalised(target), reduction="none")
     return _per_patch(plain + weight * scaled, loss_mask)
+
+
+def bands(images: Tensor) -> list[Tensor]:
+    """Means over squares of 8 pixels, and what squares of 4, 2 and 1 pixels add; their sum."""
+    means = [
+        F.interpolate(F.avg_pool2d(images.float(), size), scale_factor=size)
+        for size in (8, 4, 2, 1)
+    ]
+    return [means[0], *(fine - coarse for coarse, fine in itertools.pairwise(means))]
+
+
+def banded(restored: Tensor, clean: Tensor, loss_mask: Tensor, power: float) -> Tensor:
+    """Coarse and fine errors in units of how much of each the data have.
+
+    The same for all patches, and so restored to pixels: a linear map of the error.
+    """
+    scales = [band.square().mean().sqrt() ** power for band in bands(clean)]
+    loudness = sum(
+        (band / scale).square().mean() for band, scale in zip(bands(clean), scales, strict=True)
+    )
+    errors = zip(bands(restored - clean), scales, strict=True)
+    error = sum(band / scale for band, scale in errors) / loudness**0.5
+    return restoration_loss(error, torch.zeros_like(error), loss_mask)
 
 
 def everywhere(restored: Tensor, clean: Tensor, _: Tensor) -> Tensor:

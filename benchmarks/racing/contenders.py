@@ -76,6 +76,7 @@ def _at_seconds_of(tuned: str, recipe: Mapping[str, Any], title: str, rival: str
 CONTENDERS = (
     Contender("untrained", "untrained / from scratch", "vit", "untrained"),
     Contender("mae", "MAE (transformers)", "vit", "mae"),
+    Contender("mae-half", "MAE, half the epochs", "vit", "mae", epochs_share=0.5, tuned_as="mae"),
     Contender("simmim", "SimMIM (transformers)", "vit", "simmim"),
     Contender("energy", "energy", "vit", "energy", DENSE),
     _at_seconds_of("energy", DENSE, "energy", "mae"),

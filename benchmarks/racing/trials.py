@@ -10,6 +10,7 @@ from torch import Tensor
 from backfold.pretext import Colorization, Masking, Sorting
 from racing.changes import (
     averaged,
+    banded,
     compound,
     detail,
     everywhere,
@@ -44,6 +45,7 @@ class Trial:
         loss: in place of the product's.
         prepare: changes the method before its first step.
         backbone: "vit" or "convnext".
+        precision: of the training.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Trial:
     loss: Loss | None = None
     prepare: Callable[[Any], None] = _nothing
     backbone: str = "vit"
+    precision: str = "bf16-mixed"
 
     @property
     def contender(self) -> Contender:
@@ -95,7 +98,12 @@ def excerpt(recipe: Mapping[str, Any], squares: int) -> dict[str, Any]:
 
 
 MIX = mixture(masking=1, sorting=1, colorization=1)
+BLOCKS_AWAKE = {"backbone_options": {"ls_init_value": 0.1}}
 XAVIER = {"backbone_options": {"weight_init": "jax"}}
+HEADS_3 = {
+    **XAVIER,
+    **with_masking(mixture(masking=3, sorting=1), normalised_share=0.75),
+}
 # In the order in which they were thought of; those without a line in the log have not been run.
 _ALL = [
     Trial("untrained", "the floor", kind="untrained"),
@@ -190,6 +198,7 @@ _ALL = [
     Trial("convnext-plausible", "and the energy itself tells clean images",
           {**with_masking(mixture(masking=1, sorting=1, colorization=1, identity=1), fill="noise"),
            "plausibility_weight": 1.0}, lr=1e-3, backbone="convnext"),
+    Trial("mix-float32", "second derivatives lose too much in bf16", MIX, precision="32-true"),
     Trial("mix-half", "eight of sixteen squares run, whatever the task: half of the time",
           excerpt(MIX, 8)),
     Trial("mix-6", "six of sixteen squares", excerpt(MIX, 6)),
@@ -201,6 +210,13 @@ _ALL = [
           excerpt({**XAVIER, **mixture(masking=2, sorting=1, colorization=1)}, 8)),
     Trial("xavier-quadratic-half", "and a head that the top layer's output matters to",
           excerpt({**XAVIER, **MIX, "head": "quadratic"}, 8)),
+    Trial("heads3", "three of four images are masked, three of four of those for what makes "
+          "features; sorting for fine-tuning", HEADS_3),
+    Trial("heads3-half", "the same on half of the squares", excerpt(HEADS_3, 8)),
+    Trial("heads3-float32", "the same in float32", HEADS_3, precision="32-true"),
+    Trial("mix-half-banded", "coarse errors drown fine ones; all in units of the data, so that "
+          "pixels are restored", excerpt(MIX, 8), loss=partial(banded, power=1.0)),
+    Trial("mix-half-banded2", "half of the way", excerpt(MIX, 8), loss=partial(banded, power=0.5)),
     Trial("mix-4", "as many as MAE's encoder sees", excerpt(MIX, 4)),
     Trial("mix-sort2-half", "sorting twice as often",
           excerpt(mixture(masking=1, sorting=2, colorization=1), 8)),
@@ -218,6 +234,15 @@ _ALL = [
           {**XAVIER, "pretext": "sorting", "tasks": {"sorting": {"sorting_patch_size": 8}}}),
     Trial("mask-sort2", "sorting wins in fine-tuning, masking in neighbours",
           mixture(masking=1, sorting=2)),
+    Trial("convnext-scaled", "timm starts each block at a millionth of its output, so that an "
+          "energy starts with next to no blocks: at a tenth", {
+              **with_masking(MIX, fill="noise"), **BLOCKS_AWAKE}, lr=1e-3, backbone="convnext"),
+    Trial("convnext-scaled-plausible", "and the energy itself tells clean images", {
+        **with_masking(mixture(masking=1, sorting=1, colorization=1, identity=1), fill="noise"),
+        **BLOCKS_AWAKE, "plausibility_weight": 1.0}, lr=1e-3, backbone="convnext"),
+    Trial("convnext-sorting", "what fine-tunes best on a ViT", {
+        "pretext": "sorting", "tasks": {"sorting": {"sorting_patch_size": 8}}, **BLOCKS_AWAKE},
+          lr=1e-3, backbone="convnext"),
     Trial("sparse75", "half of the tokens run", masking(mask_ratio=0.75, hidden_share=1 / 3)),
 ]  # fmt: skip
 TRIALS = {trial.name: trial for trial in _ALL}

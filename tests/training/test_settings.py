@@ -8,7 +8,15 @@ import yaml
 from backfold.data.augmentation import Augmentation
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
-from backfold.pretext import Colorization, Denoising, Masking, Mixture, Sorting, SuperResolution
+from backfold.pretext import (
+    Colorization,
+    Denoising,
+    ExcerptSettings,
+    Masking,
+    Mixture,
+    Sorting,
+    SuperResolution,
+)
 from backfold.training.config import (
     PretrainConfig,
     TaskSettings,
@@ -33,8 +41,9 @@ UNUSUAL = PretrainConfig(
         masking=Masking(0.3, 8, "noise", True),
         sorting=Sorting(8, 0.25),
         superresolution=SuperResolution(1.5, 6.0),
-        denoising=Denoising(0.2, 0.3),
+        denoising=Denoising(0.2, 0.3, 3),
         colorization=Colorization(0.2, 0.3),
+        excerpt=ExcerptSettings(0.5, 32),
         mixture={"masking": 2.0, "sorting": 0.5, "identity": 1.0},
     ),
     num_steps=3,

@@ -223,9 +223,18 @@ def has_second_head(config: PretrainConfig) -> bool:
     return config.tasks.masking.normalised_share > 0 and "masking" in task_names(config)
 
 
-def settings_without_effect(config: PretrainConfig) -> list[str]:
-    """A line for each setting that the others make idle."""
+def doubtful_settings(config: PretrainConfig) -> list[str]:
+    """A line for each setting that the others make idle, and for what is known to do harm."""
     lines = []
+    tasks, names = config.tasks, task_names(config)
+    if names == ("denoising",) and tasks.denoising.octaves == 1:
+        lines.append(
+            "denoising noise of single pixels alone makes features worse than untrained ones, as "
+            "the backbone need not look at anything coarse; set tasks.denoising.octaves to 4 or 5, "
+            "or train on a mixture"
+        )
+    if tasks.excerpt.share == 1 and tasks.excerpt != ExcerptSettings():
+        lines.append("tasks.excerpt.excerpt_patch_size has no effect with a share of 1")
     if config.tasks.masking.hidden_share < 1 and "masking" not in task_names(config):
         lines.append("tasks.masking.hidden_share has no effect without the masking task")
     if config.tasks.masking.normalised_share > 0 and not has_second_head(config):

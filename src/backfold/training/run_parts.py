@@ -12,8 +12,8 @@ from backfold.training.config import (
     PretrainConfig,
     build_tasks,
     combine_tasks,
+    doubtful_settings,
     parse_image_size,
-    settings_without_effect,
     watched_tasks,
 )
 from backfold.training.distribution import make_fabric
@@ -43,7 +43,7 @@ class RunParts:
         self, config: PretrainConfig, folder: RunFolder, command: str, resume: bool
     ) -> None:
         self.config, self.folder = config, folder
-        for line in settings_without_effect(config):
+        for line in doubtful_settings(config):
             LOGGER.warning("%s", line)
         images = self.images = setup.open_images(config)
         tasks = build_tasks(config, images.channels)
@@ -55,7 +55,10 @@ class RunParts:
         self.image_size = parse_image_size(config.image_size) or default_image_size(
             getattr(self.energy.backbone, "pretrained_cfg", None)
         )
-        setup.check_tasks(tasks, images.channels, self.image_size, self.energy.backbone)
+        task = combine_tasks(config, tasks)
+        setup.check_tasks(
+            (*tasks.values(), task), images.channels, self.image_size, self.energy.backbone
+        )
         self.broken = BrokenFiles(max(1, int(config.max_broken_share * images.count)))
         self.fabric = make_fabric(config)
         if self.fabric.device.type == "cpu":
@@ -70,7 +73,7 @@ class RunParts:
             freeze_unreachable(self.energy, self.held_out.images[:2], config.plausibility_weight)
         )
         self.stepper = Stepper(
-            config, self.energy, combine_tasks(config, tasks), images.statistics, self.fabric,
+            config, self.energy, task, images.statistics, self.fabric,
             self.total_steps, self.steps_per_epoch,
         )  # fmt: skip
         self.recorder = Recorder(

@@ -3,6 +3,7 @@
 import importlib.metadata
 import logging
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -157,7 +158,7 @@ def build_energy(config: PretrainConfig, channels: int) -> EnergyModel:
 
 
 def check_tasks(
-    tasks: dict[str, PretextTask], channels: int, image_size: ImageSize, backbone: nn.Module
+    tasks: Iterable[PretextTask], channels: int, image_size: ImageSize, backbone: nn.Module
 ) -> None:
     """Try every task on one black image.
 
@@ -165,7 +166,7 @@ def check_tasks(
         UserError: a task can't take such images, or the backbone can't run on parts of them.
     """
     image = torch.zeros(1, channels, *image_size)
-    for task in tasks.values():
+    for task in tasks:
         corruption = task(image, torch.Generator().manual_seed(0))
         if corruption.running is not None:
             running_tokens(corruption.running, token_size(backbone), image_size)
