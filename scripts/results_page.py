@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from results_bars import Verdict, judge
+from results_bars import Verdict, judge, shorter_schedules
 from results_energy import (
     RunMeasures,
     contenders,
@@ -83,7 +83,9 @@ def _first_paragraph(races: Sequence[RaceResults], measures: RunMeasures | None)
 
 
 def _bars(race: RaceResults) -> str:
-    return f"## {race.name}\n\n### Bars\n\n{_verdicts(judge(race))}\n"
+    short = shorter_schedules(race)
+    beside = "" if short.met is None else f"Not a bar, but to be known:\n\n{_verdicts([short])}\n"
+    return f"## {race.name}\n\n### Bars\n\n{_verdicts(judge(race))}\n\n{beside}"
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> str:

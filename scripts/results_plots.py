@@ -14,7 +14,11 @@ MEASURES = {"linear": "linear probe, %", "knn": "kNN, %"}
 COLOURS = {
     "energy": "#d95f02",
     "twoheads": "#1f78b4",
+    "xavier": "#a6761d",
+    "masked": "#66a61e",
+    "excerpt": "#e6ab02",
     "sparse": "#e7298a",
+    "simclr": "#333333",
     "mae": "#7570b3",
     "simmim": "#1b9e77",
 }

@@ -408,6 +408,15 @@ def test_verdicts_of_made_up_scores():
     assert verdicts[4].found == "4.0 of 10.0 epochs, sparse"
     assert verdicts[4].met
     assert verdicts[5].met is None
+    assert bars.shorter_schedules(race).met is None
+    race.entries["mae-half"], race.entries["energy-half"] = (
+        entry("mae-half", 40, 30, 5.0), entry("energy-half", 42, 31, 5.0)
+    )  # fmt: skip
+    short = bars.shorter_schedules(race)
+    # linear +2 beyond 1, kNN and fine-tuned +1 beyond 0, few +1 within 1
+    assert short.what == "energy against MAE, equal epochs, half as many"
+    assert short.found.startswith("3 of 4, energy-half: linear 42.5 ± 0.7 against 40.5 ± 0.7 (+2")
+    assert short.met
 
 
 def difference(case, mean, std):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from racing.contrastive import Contrastive
 from racing.masked import MaskedAutoencoder, SimMIM
 from racing.methods import Method, Setting
-from racing.recipes import CONVOLUTIONAL, DENSE, SPARSE, TWO_HEADS
+from racing.recipes import CONVOLUTIONAL, DENSE, EXCERPT, MASKED, SPARSE, TWO_HEADS, XAVIER
 from racing.restoring import Restoring
 
 Kind = Literal["energy", "mae", "simmim", "simclr", "untrained"]
@@ -86,6 +86,10 @@ CONTENDERS = (
     _at_seconds_of("twoheads", TWO_HEADS, "energy, two heads", "mae"),
     Contender("twoheads-half", "energy, two heads, half the epochs", "vit", "energy",
               TWO_HEADS, 0.5, tuned_as="twoheads"),
+    Contender("xavier", "energy, started as MAE", "vit", "energy", XAVIER),
+    Contender("masked", "energy, started as MAE, mostly masking", "vit", "energy", MASKED),
+    Contender("excerpt", "energy, started as MAE, half of each image", "vit", "energy", EXCERPT),
+    _at_seconds_of("excerpt", EXCERPT, "energy, started as MAE, half of each image", "mae"),
     # One step of the warm-up: what the louder positions of its random weights are worth.
     Contender("energy-start", "energy, untrained", "vit", "energy", DENSE, 1e-6,
               tuned_as="energy"),

@@ -20,6 +20,15 @@ TWO_HEADS: Mapping[str, Any] = {
     **MIXED,
     "tasks": {**MIXED["tasks"], "masking": {"normalised_share": 0.5}},
 }
+# Started as MAE starts: timm's weights of 0.02 are several times too small for so narrow a ViT.
+XAVIER: Mapping[str, Any] = {**MIXED, "backbone_options": {"weight_init": "jax"}}
+# Three of four images are masked, three of four of those for MAE's target; the others are sorted.
+MASKED: Mapping[str, Any] = {
+    **XAVIER,
+    "tasks": {"mixture": {"masking": 3.0, "sorting": 1.0}, "masking": {"normalised_share": 0.75}},
+}
+# On a random half of each image's squares.
+EXCERPT: Mapping[str, Any] = {**XAVIER, "tasks": {**MIXED["tasks"], "excerpt": {"share": 0.5}}}
 # As MAE: three quarters are hidden; and a third of those run beside the visible quarter.
 SPARSE: Mapping[str, Any] = {"tasks": {"masking": {"mask_ratio": 0.75, "hidden_share": 1 / 3}}}
 CONVOLUTIONAL: Mapping[str, Any] = MIXED

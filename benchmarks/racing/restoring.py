@@ -55,8 +55,15 @@ def recipe_config(setting: Setting, recipe: Recipe) -> PretrainConfig:
         compile=setting.compiled,
         optimizer=setting.optimizer_settings(BETAS, MAX_GRADIENT_NORM),
     )
-    masks = {"tasks": {"masking": {"mask_patch_size": spec.mask_size}}}
-    changed = merged(merged(config_to_dict(base), masks), recipe)
+    side = spec.mask_size
+    sized = {
+        "tasks": {
+            "masking": {"mask_patch_size": side},
+            "sorting": {"sorting_patch_size": side},
+            "excerpt": {"excerpt_patch_size": side},
+        }
+    }
+    changed = merged(merged(config_to_dict(base), sized), recipe)
     changed["optimizer"]["base_lr"] = base.optimizer.base_lr
     return config_from_dict(changed)
 

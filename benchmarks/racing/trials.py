@@ -217,6 +217,8 @@ _ALL = [
     Trial("mix-half-banded", "coarse errors drown fine ones; all in units of the data, so that "
           "pixels are restored", excerpt(MIX, 8), loss=partial(banded, power=1.0)),
     Trial("mix-half-banded2", "half of the way", excerpt(MIX, 8), loss=partial(banded, power=0.5)),
+    Trial("mix-half-coarse", "if fine errors make features worse, coarse ones may make them better",
+          excerpt(MIX, 8), loss=partial(banded, power=-0.5)),
     Trial("mix-4", "as many as MAE's encoder sees", excerpt(MIX, 4)),
     Trial("mix-sort2-half", "sorting twice as often",
           excerpt(mixture(masking=1, sorting=2, colorization=1), 8)),
