@@ -18,6 +18,7 @@ from results_energy import (
 )
 from results_plots import race_plot
 from results_reading import Entry, RaceResults, distinct, read_races
+from results_transfer import Transfer, lowshot_table, read_transfer, segmentation_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -49,13 +50,19 @@ of another length. The linear probe and kNN have {labelled} labels, "few" 10 a c
 """
 
 
-def page(races: Sequence[RaceResults], measures: RunMeasures | None = None) -> str:
+def page(
+    races: Sequence[RaceResults],
+    measures: RunMeasures | None = None,
+    transfer: Transfer | None = None,
+) -> str:
     """The whole page."""
     parts = ["# Results\n", _first_paragraph(races, measures)]
     for race in races:
         parts += [_bars(race), _race(race)]
     if measures:
         parts.append(_energy(measures))
+    if transfer:
+        parts.append(_transfer(transfer))
     if races:
         size = races[0].size
         parts.append(HOW.format(labelled=size["labelled"], draws=size["draws"]))
@@ -110,6 +117,23 @@ def _restoration(measures: RunMeasures) -> str:
         return ""
     head = ["PSNR, dB", "corrupted", "1 step", "2 steps", "4 steps", "best without learning"]
     return f"Restored at middle severity:\n\n{_table(head, rows)}\n\n"
+
+
+def _transfer(transfer: Transfer) -> str:
+    tables = [
+        f"{title}\n\n{_table(head, rows)}\n"
+        for title, (head, rows) in (
+            ("Accuracy in percent, ± over the draws of the labels:", lowshot_table(transfer)),
+            ("Segmentation, ± over the seeds of the heads:", segmentation_table(transfer)),
+        )
+        if rows
+    ]
+    commands = "\n".join(transfer.facts["commands"])
+    return (
+        f"## Few labels, and segmentation\n\n{transfer.facts['run']}\n\n"
+        + "\n".join(tables)
+        + f"\n```bash\n{commands}\n```\n"
+    )
 
 
 def _word(verdict: Verdict) -> str:
@@ -238,7 +262,8 @@ def pictures_of(race: RaceResults) -> dict[str, str]:
 def main() -> None:
     """Write the page and the pictures."""
     races = read_races(RESULTS)
-    PAGE.write_text(page(races, read_run(RESULTS / "energy-bars")))
+    measured = read_run(RESULTS / "energy-bars"), read_transfer(RESULTS / "transfer")
+    PAGE.write_text(page(races, *measured))
     for race in races:
         for picture, backbone in pictures_of(race).items():
             (IMAGES / picture).write_bytes(race_plot(race, backbone))

@@ -346,7 +346,8 @@ def test_data_are_packed_below_the_limit(data, tmp_path, monkeypatch):
 def test_the_page_is_as_the_script_writes_it(results_page):
     races = results_page.read_races(results_page.RESULTS)
     measures = results_page.read_run(results_page.RESULTS / "energy-bars")
-    assert results_page.page(races, measures) == results_page.PAGE.read_text(), (
+    transfer = results_page.read_transfer(results_page.RESULTS / "transfer")
+    assert results_page.page(races, measures, transfer) == results_page.PAGE.read_text(), (
         "run `python scripts/results_page.py`"
     )
     for race in races:
@@ -506,3 +507,27 @@ def test_measures_that_were_not_run_have_no_verdict(results_page, judge_rows, tm
     assert found.facts["run"] == "made up"
     assert results_page.judge_energy(found) == judge_rows(energy=rows)
     assert [verdict.met for verdict in results_page.judge_energy(found)] == [False, None]
+
+
+def test_few_labels_and_segmentation_become_tables(results_page, tmp_path):
+    assert results_page.read_transfer(tmp_path) is None
+    (tmp_path / "facts.json").write_text('{"run": "One run.", "commands": ["do this"]}')
+    empty = results_page.page([], None, results_page.read_transfer(tmp_path))
+    assert "One run." in empty
+    assert "mIoU" not in empty
+    given = [
+        ("linear", 5, "untrained", 20.04, 1.0), ("linear", 5, "pretrained", 25.0, 1.25),
+        ("finetune", 5, "pretrained", 27.0, 2.0), ("linear", "10 %", "pretrained", 40.0, 0.0),
+    ]  # fmt: skip
+    names = ("protocol", "labels", "backbone", "accuracy_mean", "accuracy_std")
+    rows = [dict(zip(names, row, strict=True)) for row in given]
+    (tmp_path / "lowshot.json").write_text(json.dumps(rows))
+    heads = [
+        MeasureRow("segmentation", "decoder, frozen", name, "mIoU (%)", mean, 0.5, 3)
+        for name, mean in (("pretrained", 30.0), ("untrained", 20.0))
+    ]
+    write_measures(tmp_path / "segmentation.json", heads)
+    text = results_page.page([], None, results_page.read_transfer(tmp_path))
+    assert "| 5 a class | 20.0 ± 1.0 | 25.0 ± 1.2 |  | 27.0 ± 2.0 |" in text
+    assert "| 10 % of all |  | 40.0 ± 0.0 |  |  |" in text
+    assert "| decoder, frozen | 30.0 ± 0.5 | 20.0 ± 0.5 |" in text

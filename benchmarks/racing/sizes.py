@@ -171,7 +171,7 @@ SMOKE = Size(
     data="anything",
     image_size=16,
     backbones={
-        "vit": _vit(4, 16, 3, 2, 4, Decoder(8, 1, 2)),
+        "vit": _vit(4, 16, 3, 2, 8, Decoder(8, 1, 2)),
         "convnext": BackboneSpec(
             "convnext_atto",
             {**CONVNEXT, "depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)},
