@@ -91,7 +91,7 @@ def _first_paragraph(races: Sequence[RaceResults], measures: RunMeasures | None)
 
 def _bars(race: RaceResults) -> str:
     short = shorter_schedules(race)
-    beside = "" if short.met is None else f"Not a bar, but to be known:\n\n{_verdicts([short])}\n"
+    beside = "" if short.met is None else f"Not a bar: {short.what}: ahead on {short.found}.\n"
     return f"## {race.name}\n\n### Bars\n\n{_verdicts(judge(race))}\n\n{beside}"
 
 

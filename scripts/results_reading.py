@@ -142,7 +142,7 @@ def _read(folder: Path) -> RaceResults:
         entries[name] = Entry(
             name, first["title"], runs.get(name, {}), found, timings.get(first["tuned"])
         )
-    ordered = sorted(entries.values(), key=lambda entry: _position(entry.results))
+    ordered = sorted(entries.values(), key=_place)
     return RaceResults(
         folder.name,
         _load(folder / "race.json"),
@@ -152,8 +152,10 @@ def _read(folder: Path) -> RaceResults:
     )
 
 
-def _position(results: dict[int, Any]) -> int:
-    return int(next(iter(results.values()))["position"])
+def _place(entry: Entry) -> tuple[bool, int]:
+    """The ViT first; of one backbone, the order in which they race."""
+    first = next(iter(entry.results.values()))
+    return entry.name.startswith("convnext"), int(first["position"])
 
 
 def _by_contender(folder: Path) -> dict[str, dict[int, Any]]:

@@ -119,6 +119,17 @@ def two_heads(method: Any) -> None:
     training.restore = restore
 
 
+def noisy(std: float, method: Any) -> None:
+    """Add Gaussian noise to the images before each restoration step, as Langevin dynamics do."""
+    training = method.stepper.restoration
+    restore = training.restore
+
+    def restore_noisy(images: Tensor, *aim: Any) -> Any:
+        return restore(images + std * torch.randn_like(images), *aim)
+
+    training.restore = restore_noisy
+
+
 def whole(loss_mask: Tensor) -> Tensor:
     """Images on which the loss counts everywhere: (batch,)."""
     return loss_mask.flatten(1).all(dim=1)

@@ -7,7 +7,16 @@ from typing import Any, Literal
 from racing.contrastive import Contrastive
 from racing.masked import MaskedAutoencoder, SimMIM
 from racing.methods import Method, Setting
-from racing.recipes import CONVOLUTIONAL, DENSE, EXCERPT, MASKED, SPARSE, TWO_HEADS, XAVIER
+from racing.recipes import (
+    CONVOLUTIONAL,
+    CONVOLUTIONAL_JUDGING,
+    DENSE,
+    EXCERPT,
+    MASKED,
+    SPARSE,
+    TWO_HEADS,
+    XAVIER,
+)
 from racing.restoring import Restoring
 
 Kind = Literal["energy", "mae", "simmim", "simclr", "untrained"]
@@ -100,6 +109,8 @@ CONTENDERS = (
     _at_seconds_of("twoheads", TWO_HEADS, "energy, two heads", "simmim"),
     Contender("convnext-untrained", "ConvNeXt untrained / from scratch", "convnext", "untrained"),
     Contender("convnext-energy", "ConvNeXt, energy", "convnext", "energy", CONVOLUTIONAL),
+    Contender("convnext-judging", "ConvNeXt, energy that judges, too", "convnext", "energy",
+              CONVOLUTIONAL_JUDGING),
     Contender("simclr", "SimCLR (lightly)", "vit", "simclr"),
     Contender("convnext-simclr", "ConvNeXt, SimCLR (lightly)", "convnext", "simclr"),
 )  # fmt: skip

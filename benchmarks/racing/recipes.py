@@ -32,3 +32,14 @@ EXCERPT: Mapping[str, Any] = {**XAVIER, "tasks": {**MIXED["tasks"], "excerpt": {
 # As MAE: three quarters are hidden; and a third of those run beside the visible quarter.
 SPARSE: Mapping[str, Any] = {"tasks": {"masking": {"mask_ratio": 0.75, "hidden_share": 1 / 3}}}
 CONVOLUTIONAL: Mapping[str, Any] = MIXED
+# Noise in hidden squares, as a norm over an empty one has a huge gradient; blocks that start at a
+# tenth of their output instead of a millionth; and an energy that also tells clean images.
+CONVOLUTIONAL_JUDGING: Mapping[str, Any] = {
+    "backbone_options": {"ls_init_value": 0.1},
+    "pretext": "mixture",
+    "plausibility_weight": 1.0,
+    "tasks": {
+        "mixture": {"masking": 1.0, "sorting": 1.0, "colorization": 1.0, "identity": 1.0},
+        "masking": {"fill": "noise"},
+    },
+}
