@@ -34,7 +34,7 @@ def race_plot(race: RaceResults, backbone: str) -> bytes:
         "seconds in steps": lambda entry: entry.seconds,
         "counted operations, 10¹²": lambda entry: entry.operations(batch) / 1e12,
     }
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
     axes = figure.subplots(len(MEASURES), len(scales), squeeze=False)
     for (measure, label), line in zip(MEASURES.items(), axes, strict=True):
         for (scale, extent), axis in zip(scales.items(), line, strict=True):
@@ -42,7 +42,7 @@ def race_plot(race: RaceResults, backbone: str) -> bytes:
                 _draw(axis, entry, measure, extent(entry))
             axis.set_xlabel(scale)
         line[0].set_ylabel(label)
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     buffer = io.BytesIO()
     with mpl.rc_context(SETTINGS):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
