@@ -7,7 +7,8 @@ from results_reading import Entry, RaceResults, Score
 
 MAE_SECONDS, SIMMIM_SECONDS, HALF = "-mae-seconds", "-simmim-seconds", "-half"
 SHORTER = 0.5
-CONVNEXT, CONVNEXT_SCRATCH = ("convnext-energy", "convnext-judging"), "convnext-untrained"
+CONVNEXT = ("convnext-energy", "convnext-judging", "convnext-judging-long")
+CONVNEXT_SCRATCH = "convnext-untrained"
 RECIPES = ("energy", "twoheads", "xavier", "masked", "excerpt", "sparse")
 
 

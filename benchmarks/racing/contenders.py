@@ -111,6 +111,8 @@ CONTENDERS = (
     Contender("convnext-energy", "ConvNeXt, energy", "convnext", "energy", CONVOLUTIONAL),
     Contender("convnext-judging", "ConvNeXt, energy that judges, too", "convnext", "energy",
               CONVOLUTIONAL_JUDGING),
+    Contender("convnext-judging-long", "ConvNeXt, energy that judges, too, twice the epochs",
+              "convnext", "energy", CONVOLUTIONAL_JUDGING, 2.0, tuned_as="convnext-judging"),
     Contender("simclr", "SimCLR (lightly)", "vit", "simclr"),
     Contender("convnext-simclr", "ConvNeXt, SimCLR (lightly)", "convnext", "simclr"),
 )  # fmt: skip
