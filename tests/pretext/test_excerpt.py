@@ -179,8 +179,13 @@ def test_a_task_without_weight_is_not_looked_at():
     Excerpt(Mixture((Sorting(8), SuperResolution()), (1, 0)), HALF)
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 36), (12, 16), (8, 8)])
-def test_refuses_images_that_the_squares_do_not_tile_or_fill(height, width):
+@pytest.mark.parametrize(
+    ("height", "width", "fitting"), [(32, 36, 4), (12, 16, 4), (8, 8, 4), (9, 9, 3), (8, 20, 4)]
+)
+def test_refuses_images_that_the_squares_do_not_tile_or_fill(height, width, fitting):
     shown = rf"^tasks.excerpt.excerpt_patch_size is 8 and images are {height}x{width} pixels; "
-    with pytest.raises(UserError, match=shown):
+    with pytest.raises(UserError, match=shown) as refusal:
         Excerpt(Sorting(8), HALF)(images_of(height, width), seeded(0))
+    assert str(refusal.value).endswith(f", such as {fitting}")
+    mended = Excerpt(Sorting(fitting), ExcerptSettings(0.5, fitting))
+    mended(images_of(height, width), seeded(0))

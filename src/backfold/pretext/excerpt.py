@@ -112,10 +112,15 @@ class Excerpt:
         """Rows and columns of squares."""
         size, (height, width) = self.settings.excerpt_patch_size, clean.shape[2:]
         if height % size or width % size or height * width < 2 * size**2:
+            common = math.gcd(height, width)
+            fitting = (
+                side for side in range(min(common, size), 0, -1)
+                if common % side == 0 and height * width >= 2 * side**2
+            )  # fmt: skip
             raise UserError(
                 f"tasks.excerpt.excerpt_patch_size is {size} and images are {height}x{width} "
                 "pixels; give a number that divides both sides into two squares or more, "
-                f"such as {math.gcd(height, width) // 2 or 1}"
+                f"such as {next(fitting, 1)}"
             )
         return height // size, width // size
 
