@@ -97,6 +97,8 @@ CONTENDERS = (
               TWO_HEADS, 0.5, tuned_as="twoheads"),
     Contender("xavier", "energy, started as MAE", "vit", "energy", XAVIER),
     Contender("masked", "energy, started as MAE, mostly masking", "vit", "energy", MASKED),
+    _at_seconds_of("masked", MASKED, "energy, started as MAE, mostly masking", "mae"),
+    _at_seconds_of("masked", MASKED, "energy, started as MAE, mostly masking", "simmim"),
     Contender("excerpt", "energy, started as MAE, half of each image", "vit", "energy", EXCERPT),
     _at_seconds_of("excerpt", EXCERPT, "energy, started as MAE, half of each image", "mae"),
     # One step of the warm-up: what the louder positions of its random weights are worth.
