@@ -176,7 +176,9 @@ def test_refuses_tasks_that_look_beyond_the_squares(task, shown):
 
 
 def test_a_task_without_weight_is_not_looked_at():
-    Excerpt(Mixture((Sorting(8), SuperResolution()), (1, 0)), HALF)
+    task = Excerpt(Mixture((Sorting(8), SuperResolution()), (1, 0)), HALF)
+    corruption = task(images_of(32, 32), seeded(0))
+    assert corruption.loss_mask.any()
 
 
 @pytest.mark.parametrize(
