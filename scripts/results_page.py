@@ -38,7 +38,9 @@ Learning rate: for each contender the best of the same grid, in short runs of a 
 else uses. Layer and pooling of each probe, and fine-tuning's learning rate: for each contender, at
 its first seed. All of these are chosen on a validation split of the training file, which no number
 here uses.
-Runs that are shorter or longer than a rival's take the choices of their recipe.
+Runs that are shorter or longer than a rival's take the choices of their recipe. Which of our
+recipes stands in a bar is chosen on that split too; but recipes joined the race one after another,
+when the results of the earlier ones had been seen.
 
 Seconds are steps times the median time of a step; the steps of all contenders were timed in turn,
 each in the precision and with the attention kernel in which it is fastest on that machine.
