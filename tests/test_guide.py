@@ -145,7 +145,7 @@ def check_words(outputs):
     report = Path("runs/microscope/report.html").read_text()
     assert "Is the run healthy?" in report
     assert "Did pretraining pay?" in report
-    for word in ("knn", "linear", "untrained", "pretrained", "difference", "±"):
+    for word in ("Nearest", "Linear", "before", "pretrained", "pixels", "±", "Did pretraining pay?"):
         assert word in outputs["evaluate"]
 
 

@@ -9,6 +9,7 @@ from backfold.version import __version__
 
 if TYPE_CHECKING:
     from backfold.api import Backfold
+    from backfold.evaluation.evaluate import evaluate
 
 __all__ = [
     "Backfold",
@@ -16,14 +17,19 @@ __all__ = [
     "RestorationResult",
     "UserError",
     "__version__",
+    "evaluate",
     "restore",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # Reading runs needs far more modules than restoring with an energy does.
+    # Reading and judging runs needs far more modules than restoring with an energy does.
     if name == "Backfold":
         from backfold.api import Backfold
 
         return Backfold
+    if name == "evaluate":
+        from backfold.evaluation.evaluate import evaluate
+
+        return evaluate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

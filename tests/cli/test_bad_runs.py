@@ -124,7 +124,7 @@ def fill_disk_after(monkeypatch, writes):
     monkeypatch.setattr(run_folder_module.os, "fsync", sync)
 
 
-@pytest.mark.parametrize("writes", [5, 9, 11, 14, 17])
+@pytest.mark.parametrize("writes", [6, 10, 12, 15, 18])
 def test_a_full_disk_keeps_the_last_checkpoint(
     writes, monkeypatch, refused, tiny, make_parquet, tmp_path, capsys
 ):

@@ -54,17 +54,33 @@ def test_parts_keep_pixels_and_name_classes_by_position(write, tmp_path, style):
     assert [len(part) for part in loaded] == [2, 1]
     for part, pairs in zip(loaded, (train, test), strict=True):
         assert part.class_ids == (0, 3, 7)
+        images, masks = everything(part)
+        assert masks.dtype == torch.uint8
         for number, (image, mask) in enumerate(pairs):
-            assert np.array_equal(part.images[number].permute(1, 2, 0).numpy(), image)
+            assert np.array_equal(images[number].permute(1, 2, 0).numpy(), image)
             expected = np.select([mask == 0, mask == 3, mask == 7], [0, 1, 2], VOID)
-            assert np.array_equal(part.masks[number].numpy(), expected)
+            assert np.array_equal(masks[number].numpy(), expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_many_images_are_decoded_as_few_are(write, tmp_path, monkeypatch, num_workers):
+    write("train.parquet", range(5))
+    write("test.parquet", [9])
+    kept, _ = load_masked(open_masked(tmp_path), SIZE, 3, void=11)
+    monkeypatch.setattr("backfold.data.segmentation.KEPT_BYTES", 0)
+    anew, _ = load_masked(open_masked(tmp_path), SIZE, 3, void=11, num_workers=num_workers)
+    assert anew.pixels == kept.pixels
+    assert sum(anew.pixels.values()) == 5 * SIZE[0] * SIZE[1]
+    places = [torch.tensor([4, 1, 4]), torch.tensor([0])]
+    for expected, found in zip(kept.batches(places), anew.batches(places), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
 
 
 def test_validation_is_the_test_part_where_there_is_no_other(write, tmp_path):
     write("train/a.parquet", [0, 1])
     ((image, _),) = write("val/a.parquet", [2])
     _, test = load_masked(open_masked(tmp_path), SIZE, 3, void=11)
-    assert np.array_equal(test.images[0].permute(1, 2, 0).numpy(), image)
+    assert np.array_equal(everything(test)[0][0].permute(1, 2, 0).numpy(), image)
 
 
 def test_the_data_s_own_folder_names_no_part(write, tmp_path):
@@ -84,20 +100,27 @@ def test_both_are_stretched_and_masks_stay_ids(write, tmp_path):
     ((image, mask),) = write("train.parquet", [0])
     write("test.parquet", [1])
     train, _ = load_masked(open_masked(tmp_path), (6, 10), 1, void=11)
-    assert train.images.shape == (1, 1, 6, 10)
+    images, masks = everything(train)
+    assert images.shape == (1, 1, 6, 10)
     # Each 2 x 2 block of the mask becomes one pixel.
     expected = np.select([mask == 0, mask == 3, mask == 7], [0, 1, 2], VOID)[::2, ::2]
-    assert np.array_equal(train.masks[0].numpy(), expected)
+    assert np.array_equal(masks[0].numpy(), expected)
     grey = torch.from_numpy(image @ np.array([0.2989, 0.587, 0.114]))
-    assert (train.images.float().mean() - grey.mean()).abs() < 1.0
+    assert (images.float().mean() - grey.mean()).abs() < 1.0
 
 
 def test_a_limit_takes_images_spread_over_the_part(write, tmp_path):
     pairs = write("train.parquet", range(5))
     write("test.parquet", [9])
     train, _ = load_masked(open_masked(tmp_path), SIZE, 3, void=11, limit=3)
+    images, _ = everything(train)
     for number, row in enumerate((0, 2, 4)):
-        assert np.array_equal(train.images[number].permute(1, 2, 0).numpy(), pairs[row][0])
+        assert np.array_equal(images[number].permute(1, 2, 0).numpy(), pairs[row][0])
+
+
+def everything(part):
+    ((images, masks),) = part.batches([torch.arange(len(part))])
+    return images, masks
 
 
 def refusal(call) -> str:
@@ -134,9 +157,20 @@ def test_a_broken_row_is_named(tmp_path, image, mask, message):
     table = pa.table({"image": [good[0], image], "mask": [good[1], mask]})
     pq.write_table(table, tmp_path / "train.parquet")
     pq.write_table(table.slice(0, 1), tmp_path / "test.parquet")
-    line = refusal(lambda: load_masked(open_masked(tmp_path), SIZE, 3))
+    lines = {
+        refusal(lambda n=n: load_masked(open_masked(tmp_path), SIZE, 3, num_workers=n))
+        for n in (0, 1)
+    }
+    (line,) = lines
     assert message in line
     assert "train.parquet row 1" in line
+
+
+def test_a_part_of_nothing_but_void_is_refused(write, tmp_path):
+    write("train.parquet", [0])
+    write("test.parquet", [0], ids=(11,))
+    line = refusal(lambda: load_masked(open_masked(tmp_path), SIZE, 3, void=11))
+    assert "test.parquet: every pixel of the masks is void, 11" in line
 
 
 def test_masks_of_one_class_are_refused(write, tmp_path):

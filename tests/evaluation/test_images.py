@@ -1,117 +1,213 @@
+"""Which images are learned from, chosen on and tested on, and that they are what the files hold."""
+
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from backfold.data.source import EMBEDDED, open_source
-from backfold.data.statistics import ChannelStatistics
-from backfold.energy import EnergyModel
 from backfold.errors import UserError
-from backfold.evaluation.images import load_images
+from backfold.evaluation import images
+from backfold.evaluation.images import SEEN, Images, Parts, label_case, open_parts
+from backfold.evaluation.subject import Subject
 from backfold.training.config import PretrainConfig
-from backfold.training.pretrained import Pretrained
+from backfold.training.setup import open_images
 
-STATISTICS = ChannelStatistics((0.3,), (0.4,))
-COUNT = 40
-
-
-def run_of(channels=1, image_size=(28, 28), statistics=STATISTICS, **settings):
-    options = {"patch_size": 7, "embed_dim": 8, "depth": 1, "num_heads": 2}
-    energy = EnergyModel(
-        "vit_tiny_patch16_224", image_size=image_size, channels=channels, backbone_options=options
-    )
-    config = PretrainConfig(**settings)
-    return Pretrained(energy, config, statistics, channels, image_size, step=0)
+COUNT = 120
 
 
-def table(count=COUNT):
-    return pq.read_table(EMBEDDED / "fashion_mnist_train.parquet").slice(0, count)
+def subject(run_data="", size=(28, 28), **settings):
+    """Grey images; of a run on ``run_data``, or of none."""
+    run = None
+    if run_data != "":
+        run = SimpleNamespace(config=PretrainConfig(data=run_data, num_workers=0, **settings))
+    return Subject("toy", {}, lambda _: None, 1, size, None, run=run)
 
 
-def write(path, rows):
-    pq.write_table(rows, path)
-    return open_source(path, "train", labelled=True)
+def write(path, count=COUNT, first=0, broken=()):
+    """Rows of the embedded sample; broken ones hold no image, and all have labels of their own."""
+    rows = pq.read_table(EMBEDDED / "fashion_mnist_train.parquet").slice(first, count).to_pydict()
+    column = next(name for name in rows if name != "label")
+    for place in broken:
+        old = rows[column][place]
+        rows[column][place] = {**old, "bytes": b"no"} if isinstance(old, dict) else b"no"
+    if broken:
+        rows["label"] = [100 + place for place in range(count)]
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(rows), path)
+    return path
 
 
 @pytest.fixture
-def source(tmp_path):
-    return write(tmp_path / "images.parquet", table())
+def data(tmp_path):
+    return write(tmp_path / "images.parquet")
 
 
 @pytest.fixture
-def pixels(source):
-    return torch.stack([source.read(index) for index in range(COUNT)])
+def split_data(tmp_path):
+    write(tmp_path / "both" / "train.parquet")
+    return write(tmp_path / "both" / "test.parquet", 40, COUNT).parent
 
 
-def test_all_images_come_normalised_with_their_labels(source, pixels):
-    loaded = load_images(source, run_of(), batch_size=7)
-    assert torch.allclose(loaded.images, (pixels / 255 - 0.3) / 0.4, atol=1e-6)
-    assert loaded.images.dtype == torch.float32
-    assert loaded.labels.tolist() == table()["label"].to_pylist()
-    assert loaded.indices.tolist() == list(range(COUNT))
+def pixels(part):
+    """Each image's bytes; images of the sample are all different."""
+    return [image.numpy().tobytes() for image in part.load()[0]]
 
 
-def test_part_is_drawn_by_the_seed_and_keeps_its_labels(source, pixels):
-    first, again, other = (
-        load_images(source, run_of(), 15, seed, normalised=False) for seed in (1, 1, 2)
-    )
-    assert len(first.indices.unique()) == 15
-    assert first.indices.tolist() == sorted(first.indices.tolist())
-    assert torch.equal(first.images, pixels[first.indices])
-    assert first.images.dtype == torch.uint8
-    assert first.labels.tolist() == [source.labels[index] for index in first.indices]
-    assert torch.equal(first.indices, again.indices)
-    assert not torch.equal(first.indices, other.indices)
-    assert len(load_images(source, run_of(), COUNT + 1).images) == COUNT
+def source_pixels(source):
+    return [source.read(place).numpy().tobytes() for place in range(len(source))]
 
 
-def test_images_get_the_runs_size_and_channels(source):
-    statistics = ChannelStatistics((0.0,) * 3, (1.0,) * 3)
-    loaded = load_images(source, run_of(3, (14, 21), statistics), 5)
-    assert loaded.images.shape == (5, 3, 14, 21)
-    assert torch.equal(loaded.images[:, 0], loaded.images[:, 2])
+def assert_disjoint(parts):
+    assert not set(pixels(parts.train)) & set(pixels(parts.test))
+    places = torch.cat([parts.fit, parts.validation])
+    assert torch.equal(places.sort().values, torch.arange(len(parts.train)))
 
 
-def test_broken_file_is_replaced_label_and_all(tmp_path, pixels):
-    rows = table().to_pydict()
-    column = next(name for name in rows if name != "label")
-    content = rows[column][4]
-    rows[column][4] = {**content, "bytes": b"no"} if isinstance(content, dict) else b"no"
-    rows["label"] = [100 + number for number in range(COUNT)]
-    source = write(tmp_path / "broken.parquet", pa.table(rows))
-    loaded = load_images(source, run_of(), normalised=False)
-    assert loaded.indices.tolist() == [0, 1, 2, 3, 5, *range(5, COUNT)]
-    assert torch.equal(loaded.images, pixels[loaded.indices])
-    names = [source.class_names[label] for label in loaded.labels] if source.class_names else None
-    found = names or loaded.labels.tolist()
-    assert [int(name) for name in found] == [100 + index for index in loaded.indices.tolist()]
+def test_a_test_split_of_their_own_is_taken(split_data):
+    for judged in (subject(), subject(split_data)):
+        parts = open_parts(split_data, judged)
+        assert pixels(parts.train) == source_pixels(open_source(split_data, "train"))
+        assert pixels(parts.test) == source_pixels(open_source(split_data, "test"))
+        assert_disjoint(parts)
+        assert parts.caveat == ""
 
 
-def test_too_many_broken_files_stop(tmp_path):
-    rows = table().to_pydict()
-    column = next(name for name in rows if name != "label")
-    for number in range(6):
-        content = rows[column][number]
-        rows[column][number] = {**content, "bytes": b"no"} if isinstance(content, dict) else b"no"
-    source = write(tmp_path / "broken.parquet", pa.table(rows))
-    with pytest.raises(UserError, match="6 images can't be read, 4 are allowed"):
-        load_images(source, run_of(max_broken_share=0.1))
+@pytest.mark.parametrize(("held_out", "watch_labels"), [(12, True), (8, True), (11, False)])
+def test_what_a_run_held_out_is_the_test_part_of_its_own_data(data, held_out, watch_labels):
+    judged = subject(data, held_out=held_out, watch_labels=watch_labels, seed=3)
+    trained = open_images(judged.run.config)
+    for given in (data, None, str(data)):
+        parts = open_parts(given, judged, seed=5)
+        assert pixels(parts.test) == source_pixels(trained.held_out)
+        assert pixels(parts.train) == source_pixels(trained.training)
+        assert_disjoint(parts)
+        assert parts.caveat == ""
 
 
-def test_mixed_depths_become_floats(tmp_path):
-    folder = tmp_path / "mixed"
-    folder.mkdir()
+def test_a_fifth_of_other_data_is_set_apart(data, tmp_path):
+    other = write(tmp_path / "other" / "other.parquet", 100, 1000)
+    for judged in (subject(), subject(data), subject(None)):
+        parts = open_parts(other, judged, seed=1)
+        assert (len(parts.train), len(parts.test), parts.caveat) == (80, 20, "")
+        assert sorted(pixels(parts.train) + pixels(parts.test)) == sorted(
+            source_pixels(open_source(other, "train"))
+        )
+        assert_disjoint(parts)
+        assert len(parts.validation) == 16
+    again, different = (open_parts(other, subject(), seed=seed) for seed in (1, 2))
+    assert pixels(again.test) == pixels(parts.test) != pixels(different.test)
+
+
+@pytest.mark.parametrize(("inner", "outer"), [("run", "data"), ("data", "run")])
+def test_folders_within_each_other_have_a_caveat(tmp_path, inner, outer, caplog):
+    where = {outer: tmp_path, inner: tmp_path / "a"}
+    random = np.random.default_rng(0)
+    for number in range(40):
+        folder = tmp_path / "ab"[number % 2] / "cd"[number // 2 % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 255, (9, 9), np.uint8)).save(folder / f"{number}.png")
+    parts = open_parts(where["data"], subject(where["run"]))
+    assert parts.caveat == SEEN in caplog.text.partition(": ")[0]
+    assert_disjoint(parts)
+    assert open_parts(tmp_path / "b", subject(tmp_path / "a")).caveat == ""
+
+
+def test_fewer_training_images(tmp_path):
+    data = write(tmp_path / "images.parquet", 49)
+    for limit in (7, 25, 38, 50):  # 25 of 39 as a share, times 39, is a little more than 25
+        parts = open_parts(data, subject(), limit=limit)
+        assert (len(parts.train), len(parts.test)) == (min(39, limit), 10)
+        assert_disjoint(parts)
+
+
+def parts_of(members, validation=5):
+    """Labels alone: so many of each class, of which the first of all images are for choices."""
+    labels = np.concatenate([np.full(count, label) for label, count in members.items()])
+    labels = labels[np.random.default_rng(0).permutation(len(labels))]
+    part = SimpleNamespace(labels=torch.from_numpy(labels))
+    places = torch.arange(len(labels))
+    return Parts(part, part, places[validation:], places[:validation])
+
+
+@pytest.mark.parametrize("count", [1, 7, 0.01, 0.1, 0.5])
+def test_draws_hold_so_many_images_of_every_class(count):
+    parts = parts_of({4: 15, 0: 195, 7: 250})
+    labels = parts.train.labels
+    drawn = parts.draws(count, draws=3, seed=2)
+    for places in drawn:
+        assert not torch.isin(places, parts.validation).any()
+        assert torch.equal(places, places.unique())  # rising
+        for label in (0, 4, 7):
+            # Half up, by whole numbers; one at least.
+            share = (round(200 * count) * int((labels[parts.fit] == label).sum()) + 100) // 200
+            expected = count if isinstance(count, int) else max(1, share)
+            assert int((labels[places] == label).sum()) == expected
+    assert all(torch.equal(*pair) for pair in zip(drawn, parts.draws(count, 3, 2), strict=True))
+    assert torch.equal(parts.draws(count, 1, 2)[0], drawn[0])
+    others = [*drawn[1:], *parts.draws(count, 3, 3)]
+    assert not any(torch.equal(drawn[0], places) for places in others)
+    with pytest.raises(UserError, match=r"class 4 has \d+ images .* than the 16 labels a class"):
+        parts.draws(16, 3, 2)
+    (every,) = parts.draws(None, 3, 2)
+    assert torch.equal(every, parts.fit)
+
+
+def test_cases_say_how_many_labels():
+    texts = [label_case(count) for count in (None, 1, 10, 0.01, 0.1)]
+    assert texts == ["all labels", "1 label a class", "10 labels a class", "1 % of the labels",
+                     "10 % of the labels"]  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kept_bytes", [0, 2**29])
+def test_batches_are_the_files_pixels_and_broken_files_are_replaced_label_and_all(
+    tmp_path, monkeypatch, workers, kept_bytes
+):
+    monkeypatch.setattr(images, "KEPT_BYTES", kept_bytes)
+    source = open_source(write(tmp_path / "a.parquet", 20, broken=[4]), "train", labelled=True)
+    given = Images(source, subject(), workers)
+    truth = [source.read(place) for place in range(20) if place != 4]
+    truth.insert(4, source.read(5))
+    asked = [[3, 4], [19, 0, 5, 4], list(range(8, 12))]
+    found = list(given.batches(asked))
+    for wanted, (batch, places) in zip(asked, found, strict=True):
+        assert batch.dtype == torch.uint8
+        assert torch.equal(batch, torch.stack([truth[place] for place in wanted]))
+        assert places.tolist() == [5 if place == 4 else place for place in wanted]
+    replaced = torch.from_numpy(source.labels)[[5 if place == 4 else place for place in range(20)]]
+    assert torch.equal(given.labels, replaced)
+    assert source.class_names == () or source.labels[4] != replaced[4]
+    every, places = given.load()
+    assert torch.equal(every, torch.stack(truth))
+    few, places = given.load(limit=6, seed=1)
+    assert len(few) == len(places) == 6
+    assert torch.equal(few, every[places])
+    again, other = (given.load(limit=6, seed=seed)[1] for seed in (1, 2))
+    assert torch.equal(places, again)
+    assert not torch.equal(places, other)
+
+
+def test_mixed_depths_become_floats_of_the_subjects_size(tmp_path):
     for number in range(3):
-        np.save(folder / f"{number}.npy", np.full((28, 28), 51, np.uint8))
-    np.save(folder / "3.npy", np.full((28, 28), 0.7, np.float32))
-    source = open_source(folder, "train")
-    loaded = load_images(source, run_of(), normalised=False, batch_size=2)
-    assert loaded.labels is None
-    assert loaded.images.dtype == torch.float32
-    assert loaded.images[:, 0, 0, 0].tolist() == pytest.approx([0.2, 0.2, 0.2, 0.7])
+        np.save(tmp_path / f"{number}.npy", np.full((28, 28), 51, np.uint8))
+    np.save(tmp_path / "3.npy", np.full((28, 28), 0.7, np.float32))
+    loaded, _ = Images(open_source(tmp_path, "train"), subject(size=(14, 21))).load()
+    assert loaded.shape == (4, 1, 14, 21)
+    assert loaded[:, 0, 0, 0].tolist() == pytest.approx([0.2, 0.2, 0.2, 0.7])
 
 
-def test_bad_limit(source):
-    with pytest.raises(UserError, match="limit is 0 images; give 1 or more"):
-        load_images(source, run_of(), 0)
+def test_bad_images_are_refused(tmp_path):
+    path = write(tmp_path / "a.parquet", 40, broken=range(0, 40, 4))
+    with pytest.raises(UserError, match="10 images can't be read, 1 are allowed"):
+        Images(open_source(path, "train"), subject()).load()
+    pq.write_table(pq.read_table(write(path, 40)).drop_columns(["label"]), path)
+    parts = open_parts(path, subject())
+    with pytest.raises(UserError, match=r"a\.parquet has no labels; give"):
+        parts.refuse_unlabelled()
+    assert (len(parts.train), len(parts.test), len(parts.validation)) == (32, 8, 7)
+    assert_disjoint(parts)

@@ -1,39 +1,47 @@
 import io
-from functools import partial
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
 from PIL import Image
 from timm.layers import resample_abs_pos_embed
+from torch import nn
 
 from backfold.backbone import create_backbone
-from backfold.data.segmentation import VOID, MaskedImages
+from backfold.data.segmentation import VOID
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
+from backfold.evaluation.evaluate import EvaluateSettings, Evaluation
 from backfold.evaluation.segmentation import (
-    SegmentationSettings,
-    compare_segmentation,
-    segment_with_run,
-)
-from backfold.evaluation.segmentation_picture import draw_segmentation
-from backfold.evaluation.segmenter import (
     FeatureGrid,
+    SegmentationSettings,
     decoder,
     fit,
-    grid_shape,
     linear_head,
     mean_iou,
     predict,
     resized,
+    segmentation,
 )
-from backfold.training.config import PretrainConfig
-from backfold.training.pretrained import Pretrained
-from backfold.training.setup import build_energy
+from backfold.evaluation.subject import Subject
 
 STATISTICS = ChannelStatistics((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 VIT = {"patch_size": 8, "depth": 1, "embed_dim": 24, "num_heads": 2}
+CPU = torch.device("cpu")
+FROZEN = ("linear head, frozen", "decoder, frozen")
+TUNED = ("linear head, fine-tuned", "decoder, fine-tuned")
+
+
+class Pairs(list):
+    """Inputs and masks, as `segmentation` has them."""
+
+    def batches(self, indices):
+        for places in indices:
+            inputs, masks = zip(*(self[place] for place in places), strict=True)
+            yield torch.stack(inputs), torch.stack(masks)
 
 
 def counted_iou(predicted, masks):
@@ -55,25 +63,8 @@ def test_mean_iou_against_counting(seed):
     # The last class occurs nowhere; with the seeds' choices some occur in one of both only.
     masks = torch.from_numpy(random.choice([0, 1, 2, VOID], (3, 5, 7)).astype(np.uint8))
     predicted = torch.from_numpy(random.choice([0, 1, 3][: 1 + seed], (3, 5, 7)).astype(np.uint8))
-    assert mean_iou(predicted, masks, 5) == pytest.approx(counted_iou(predicted, masks), rel=1e-5)
-
-
-def test_void_pixels_do_not_count():
-    masks = torch.tensor([[[0, 1, VOID, VOID]]], dtype=torch.uint8)
-    assert mean_iou(torch.tensor([[[0, 1, 1, 0]]]), masks, 2) == 100
-    with pytest.raises(UserError, match="every pixel of the test masks is void"):
-        mean_iou(torch.zeros(1, 1, 2), torch.full((1, 1, 2), VOID, dtype=torch.uint8), 2)
-
-
-@pytest.mark.parametrize("rows", range(1, 9))
-@pytest.mark.parametrize("columns", [1, 5, 6])
-def test_the_grid_has_the_image_s_shape(rows, columns):
-    assert grid_shape(rows * columns, (16 * rows, 16 * columns)) == (rows, columns)
-
-
-def test_positions_that_are_no_grid_are_refused():
-    with pytest.raises(UserError, match="7 positions are no grid over 32 x 48 pixels; give"):
-        grid_shape(7, (32, 48))
+    batches = zip(predicted.split(2), masks.split(2), strict=True)
+    assert mean_iou(batches, 5) == pytest.approx(counted_iou(predicted, masks), rel=1e-5)
 
 
 FAMILIES = {
@@ -87,7 +78,7 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_feature_grids_are_timm_s_maps_of_an_image_that_is_not_square(name):
     # Built for another size than it is used with.
-    backbone = create_backbone(name, (64, 64), options=FAMILIES[name])
+    backbone = create_backbone(name, (64, 64), options=FAMILIES[name]).eval()
     wide = resized(backbone, (64, 96), 3, name)
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     unit = ChannelStatistics((0.0,) * 3, (1.0,) * 3)
@@ -101,56 +92,55 @@ def test_feature_grids_are_timm_s_maps_of_an_image_that_is_not_square(name):
     assert torch.allclose(grid, expected, atol=1e-5)
 
 
-def test_positions_are_resampled_as_timm_does_and_the_original_stays():
-    backbone = create_backbone("vit_tiny_patch16_224", (32, 32), options=VIT)
-    before = {name: weight.clone() for name, weight in backbone.state_dict().items()}
-    wide = resized(backbone, (48, 64), 3, "vit")
-    expected = resample_abs_pos_embed(
-        backbone.pos_embed, (6, 8), (4, 4), num_prefix_tokens=backbone.num_prefix_tokens
+def test_positions_are_resampled_as_timm_does():
+    made, backbone = (
+        timm.create_model("vit_tiny_patch16_224", img_size=size, num_classes=0, **VIT).eval()
+        for size in ((48, 64), (32, 32))
     )
+    before = {name: weight.clone() for name, weight in backbone.state_dict().items()}
+    prefix = backbone.num_prefix_tokens
+    expected = resample_abs_pos_embed(before["pos_embed"], (6, 8), (4, 4), num_prefix_tokens=prefix)
+    wide = resized(backbone, (48, 64), 3, "vit")
     assert torch.equal(wide.pos_embed, expected)
-    # As a model that was made for this size and read the weights.
-    made = timm.create_model("vit_tiny_patch16_224", img_size=(48, 64), num_classes=0, **VIT)
-    filtered = timm.models.vision_transformer.checkpoint_filter_fn(before, made)
-    made.load_state_dict(filtered)
+    made.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(before, made))
     images = torch.randn(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        features, expected = (m.eval().forward_features(images) for m in (wide, made))
-    assert torch.allclose(features, expected, atol=1e-5)
-    assert all(torch.equal(before[name], weight) for name, weight in backbone.state_dict().items())
-
-
-def test_a_size_that_the_backbone_cannot_take_is_refused():
-    backbone = create_backbone("vit_tiny_patch16_224", (32, 32), options=VIT)
+        assert torch.allclose(
+            wide.forward_features(images), made.forward_features(images), atol=1e-5
+        )
     with pytest.raises(UserError, match="; ") as caught:
-        resized(backbone, (30, 32), 3, "vit")
+        resized(wide, (30, 32), 3, "vit")
     assert "\n" not in str(caught.value)
 
 
 def readable_maps(count, seed):
-    """Feature maps (count, 6, 4, 7) of which a matrix gives the class, and a tenth of void."""
+    """Feature maps (6, 4, 7) of which a matrix gives the class, and a tenth of void."""
     random = torch.Generator().manual_seed(seed)
     classes = torch.randint(0, 3, (count, 4, 7), generator=random)
     mixing = torch.randn(3, 6, generator=torch.Generator().manual_seed(99))
     maps = mixing[classes].permute(0, 3, 1, 2) * 50 + 1000
     maps = maps + torch.randn(maps.shape, generator=random)
     void = torch.rand(classes.shape, generator=random) < 0.1
-    return maps, torch.where(void, VOID, classes).to(torch.uint8), classes
+    masks = torch.where(void, VOID, classes).to(torch.uint8)
+    return Pairs(zip(maps, masks, strict=True)), classes
 
 
-@pytest.mark.parametrize("make_head", [linear_head, partial(decoder, stride=4)])
-def test_a_class_that_can_be_read_linearly_is_found(make_head):
-    train, masks, _ = readable_maps(24, 0)
-    test, test_masks, classes = readable_maps(8, 1)
+@pytest.mark.parametrize("kind", ["linear", "decoder"])
+def test_a_class_that_can_be_read_linearly_is_found_and_no_other(kind):
+    train, _ = readable_maps(24, 0)
+    test, classes = readable_maps(8, 1)
     torch.manual_seed(0)
-    head = make_head(6, 3)
-    encoder = torch.nn.Identity()
-    fit(encoder, head, train, masks, epochs=40, batch_size=4, seed=0)
-    predicted = predict(encoder, head, test, (4, 7), 3)
+    head = linear_head(6, 3) if kind == "linear" else decoder(6, 3, 4)
+    encoder = nn.Identity()
+    fit(encoder, head, train, epochs=40, batch_size=4, rates=(2e-3, 0.0))
+    every = torch.arange(8).split(3)
+    assert mean_iou(predict(encoder, head, test, every), 3) > 99
+    predicted = torch.cat([each for each, _ in predict(encoder, head, test, every)])
     assert predicted.dtype == torch.uint8
-    assert mean_iou(predicted, test_masks, 3) > 99
-    if make_head is linear_head:  # right where the truth was hidden, too
+    if kind == "linear":  # right where the truth was hidden, too
         assert (predicted == classes).float().mean() > 0.99
+    unrelated = Pairs(zip((m for m, _ in test), readable_maps(8, 2)[1].byte(), strict=True))
+    assert mean_iou(predict(encoder, head, unrelated, every), 3) < 35
 
 
 @pytest.mark.parametrize("stride", [2, 4, 8, 16, 32])
@@ -161,123 +151,148 @@ def test_the_decoder_s_logits_are_four_pixels_apart(stride):
     assert logits.shape == (2, 3, 3 * factor, 5 * factor)
 
 
-def test_a_class_that_is_not_in_the_features_is_not_found():
-    train, masks, _ = readable_maps(24, 0)
-    test, _, _ = readable_maps(8, 1)
-    _, other, _ = readable_maps(8, 2)
-    torch.manual_seed(0)
-    head = linear_head(6, 3)
-    fit(torch.nn.Identity(), head, train, masks, epochs=40, batch_size=4)
-    assert mean_iou(predict(torch.nn.Identity(), head, test, (4, 7), 8), other, 3) < 30
+class Colours(nn.Module):
+    """The mean colour of 8 x 8 squares, as far as its weights let it see."""
+
+    feature_info = ({"reduction": 8},)
+
+    def __init__(self):
+        super().__init__()
+        self.look = nn.Conv2d(3, 3, 8, 8, bias=False)
+
+    def forward(self, images):
+        return self.look(images)
 
 
-def coloured_squares(count, seed):
-    """Images of 16 x 24 pixels in 8 x 8 squares, light where the class is 1; one corner is void."""
-    random = torch.Generator().manual_seed(seed)
-    squares = torch.randint(0, 2, (count, 2, 3), generator=random)
-    masks = squares.repeat_interleave(8, 1).repeat_interleave(8, 2).to(torch.uint8)
-    noise = torch.randint(0, 60, (count, 3, 16, 24), generator=random)
-    images = (60 + 120 * masks[:, None] + noise).to(torch.uint8)
-    masks[:, :4, :4] = VOID
-    return MaskedImages(images, masks, (4, 9))
+def colours(strength):
+    eye = torch.eye(3)[:, :, None, None].expand(-1, -1, 8, 8)
+    return {"look.weight": strength * eye / 64}
+
+
+def subject_of(weights, make=Colours, statistics=STATISTICS, **options):
+    return Subject("by hand", weights, lambda _: make(), 3, (16, 16), statistics, **options)
+
+
+def png(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
-def compared():
-    torch.manual_seed(0)
-    backbone = create_backbone("vit_tiny_patch16_224", (16, 24), options=VIT).eval()
-    before = {name: weight.clone() for name, weight in backbone.state_dict().items()}
-    settings = SegmentationSettings(
-        epochs=15, finetune_epochs=4, finetune_rate=1e-3, seeds=2, batch_size=4
+def squares(tmp_path_factory):
+    """16 x 24 pixels in 8 x 8 squares whose class, 4 or 9, is the colour; a corner is void."""
+    folder = tmp_path_factory.mktemp("squares")
+    random, found = np.random.default_rng(0), {}
+    for part, count in (("train", 12), ("test", 5)):
+        classes = random.choice(2, (count, 2, 3), p=(0.4, 0.6)).repeat(8, 1).repeat(8, 2)
+        images = random.integers(60, 120, (count, 16, 24, 3))
+        images[..., 0] += 100 * classes
+        masks = np.where(classes, 9, 4)
+        masks[:, :4, :4] = 0
+        columns = {
+            "image": [png(each.astype(np.uint8)) for each in images],
+            "mask": [png(each.astype(np.uint8)) for each in masks],
+        }
+        pq.write_table(pa.table(columns), folder / f"{part}.parquet")
+        found[part] = torch.from_numpy(np.where(masks == 0, VOID, classes))
+    return folder, found
+
+
+def evaluate(folder, subject, seed=3, num_workers=0, **options):
+    chosen = {"void": 0, "epochs": 40, "finetune_epochs": 0, "seeds": 2, "batch_size": 4}
+    settings = EvaluateSettings(
+        protocols="segmentation",
+        segmentation=SegmentationSettings(data=folder, **{**chosen, **options}),
+        num_workers=num_workers,
+        seed=seed,
     )
-    parts = coloured_squares(12, 0), coloured_squares(5, 1)
-    results = [
-        compare_segmentation({"untrained": backbone}, *parts, STATISTICS, settings, seed=seed)
-        for seed in (3, 3, 4)
-    ]
-    after = backbone.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    return results, parts
+    given = Evaluation(settings, subject, CPU)
+    return {(row.case, row.contender): row for row in segmentation(given)}, given
 
 
-def test_rows_of_both_heads_frozen_and_fine_tuned(compared):
-    (result, again, other), (train, test) = compared
-    assert result.rows == again.rows
-    assert result.rows != other.rows
-    floor, *rows = result.rows
-    commonest = 0 if (train.masks == 0).sum() > (train.masks == 1).sum() else 1
-    predicted = torch.full_like(test.masks, commonest)
-    assert floor.mean == pytest.approx(counted_iou(predicted, test.masks), rel=1e-5)
-    assert [row.case for row in rows] == [
-        "linear head, frozen", "decoder, frozen", "linear head, fine-tuned", "decoder, fine-tuned",
-    ]  # fmt: skip
-    for row in rows:
-        assert (row.protocol, row.metric, row.count) == ("segmentation", "mIoU (%)", 2)
-        # Brightness is read from a square's mean, and squares are patches.
-        assert floor.mean < row.mean <= 100
-    assert max(row.mean for row in rows) > 70
+SEES, BLIND = colours(1.0), colours(0.0)
 
 
-def test_the_picture_has_a_row_an_image_and_a_column_a_contender(compared):
-    (result, *_), (_, test) = compared
-    with Image.open(io.BytesIO(result.picture)) as picture:
+def test_who_sees_the_colours_wins_whatever_the_name(squares):
+    folder, masks = squares
+    right, given = evaluate(folder, subject_of({"pretrained": SEES, "before": BLIND}))
+    bent, _ = evaluate(folder, subject_of({"pretrained": BLIND, "before": SEES}))
+    assert masks["train"][masks["train"] != VOID].double().mean() > 0.5
+    floor = counted_iou(torch.ones_like(masks["test"]), masks["test"])
+    assert right["without the image", "most frequent class"].mean == pytest.approx(floor)
+    for case in FROZEN:
+        assert right[case, "pretrained"].mean > 75
+        # The decoder's padding tells it where the border is.
+        assert right[case, "before"].mean == pytest.approx(
+            floor, abs=0.01 if "linear" in case else 12
+        )
+        assert right[case, "pixels"].mean == pytest.approx(right[case, "pretrained"].mean, abs=0.5)
+        assert bent[case, "pretrained"].mean == right[case, "before"].mean
+        assert bent[case, "before"].mean == right[case, "pretrained"].mean
+        for rows in (right, bent):
+            gap = rows[case, "pretrained"].mean - rows[case, "before"].mean
+            assert rows[case, "pretrained over before"].mean == pytest.approx(gap)
+            assert rows[case, "pretrained"].count == 2
+        assert right[case, "pretrained over before"].mean > 40
+        assert bent[case, "pretrained over before"].mean < -40
+    with Image.open(io.BytesIO(given.pictures["segmentation.png"])) as picture:
         assert picture.format == "PNG"
-        narrow = picture.size
-    predicted = test.masks[:2].where(test.masks[:2] != VOID, 0)
-    wide = draw_segmentation(test, {"untrained": predicted, "pretrained": predicted})
-    with Image.open(io.BytesIO(wide)) as picture:
-        assert picture.width > narrow[0]
-        assert picture.height < narrow[1]
-        assert len(picture.convert("RGB").getcolors(2**16)) > 10
+        assert len(picture.convert("RGB").getcolors(2**20)) > 10
 
 
-def test_a_run_s_backbone_is_measured_at_the_images_own_size():
-    config = PretrainConfig(
-        backbone="vit_tiny_patch16_224", image_size=16, backbone_options=VIT, seed=5
-    )
-    energy = build_energy(config, 3).eval()
-    with torch.no_grad():
-        for weight in energy.backbone.parameters():
-            weight.add_(
-                0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-            )
-    run = Pretrained(energy, config, STATISTICS, 3, (16, 16), 0)
-    parts = tuple(Memory(coloured_squares(6, seed)) for seed in (0, 1))
-    settings = SegmentationSettings(epochs=2, finetune_epochs=0, seeds=1, batch_size=4)
-    result = segment_with_run(run, parts, settings, device=torch.device("cpu"))
-    assert [(row.case, row.contender) for row in result.rows] == [
-        ("without the image", "most frequent class"),
-        ("linear head, frozen", "untrained"),
-        ("decoder, frozen", "untrained"),
-        ("linear head, frozen", "pretrained"),
-        ("decoder, frozen", "pretrained"),
-    ]
-    refused = SegmentationSettings(image_size="15x24")
+def test_gaps_are_taken_seed_by_seed(squares):
+    folder, _ = squares
+    subject = subject_of({"pretrained": SEES, "before": colours(-1.0)})
+    options = {"epochs": 1, "seeds": 1}
+    both, _ = evaluate(folder, subject, seed=3, epochs=1)
+    single = [evaluate(folder, subject, seed=seed, **options)[0] for seed in (3, 4)]
+    for key, row in both.items():
+        values = [rows[key].mean for rows in single]
+        assert row.mean == pytest.approx(np.mean(values))
+        assert row.std == pytest.approx(np.std(values, ddof=row.count - 1))
+
+
+def test_rows_are_the_same_wherever_images_and_maps_are_kept(squares, monkeypatch):
+    folder, _ = squares
+    subject = subject_of({"pretrained": SEES}, statistics=None)
+    options = {"epochs": 2, "finetune_epochs": 1, "seeds": 1}
+    kept, _ = evaluate(folder, subject, **options)
+    for module in ("backfold.data.segmentation", "backfold.evaluation.segmentation"):
+        monkeypatch.setattr(f"{module}.KEPT_BYTES", 0)
+    anew, _ = evaluate(folder, subject, num_workers=2, **options)
+    assert anew.keys() == kept.keys()
+    for key, row in kept.items():
+        assert anew[key].mean == pytest.approx(row.mean)
+
+
+def test_fine_tuning_opens_blind_eyes_and_leaves_the_subject_alone(squares):
+    folder, _ = squares
+
+    def make():
+        return timm.create_model("vit_tiny_patch16_224", img_size=16, num_classes=0, **VIT)
+
+    torch.manual_seed(0)
+    weights = {name: make().state_dict() for name in ("pretrained", "before", "random")}
+    before = {key: value.clone() for key, value in weights["pretrained"].items()}
+    subject = subject_of(weights, make, started_random=False)
+    options = {"epochs": 5, "finetune_epochs": 8, "finetune_rate": 1e-3, "seeds": 1}
+    rows, _ = evaluate(folder, subject, **options)
+    frozen = {"pretrained", "before", "random", "pixels"}
+    assert {name for case, name in rows if case == FROZEN[0] and "over" not in name} == frozen
+    tuned = {name for case, name in rows if case in TUNED and "over" not in name}
+    assert tuned == {"pretrained", "before", "from scratch"}
+    assert all(rows[case, name].mean > 70 for case in TUNED for name in tuned)
+    assert all(torch.equal(before[key], value) for key, value in weights["pretrained"].items())
+
+
+def test_settings_and_sizes_outside_their_range_are_refused(squares):
+    wrong = {
+        "epochs": 0, "finetune_epochs": -1, "batch_size": 1, "seeds": 0, "limit": 0,
+        "finetune_rate": float("nan"),
+    }  # fmt: skip
+    for name, value in wrong.items():
+        with pytest.raises(UserError, match=rf"segmentation's {name} is .*; give"):
+            SegmentationSettings(**{name: value})
     with pytest.raises(UserError, match="stride is 8; give multiples of it, such as 16x24"):
-        segment_with_run(run, parts, refused, device=torch.device("cpu"))
-
-
-class Memory:
-    """Stands for a `MaskedSource`."""
-
-    def __init__(self, part):
-        self.part = part
-
-    def __len__(self):
-        return len(self.part)
-
-    def read(self, row):
-        return self.part.images[row], self.part.masks[row].long()
-
-
-WRONG = [
-    {"epochs": 0}, {"finetune_epochs": -1}, {"batch_size": 1}, {"seeds": 0}, {"limit": 0},
-    {"finetune_rate": 0.0}, {"finetune_rate": float("nan")},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_settings_outside_their_range_are_refused(wrong):
-    (name,) = wrong
-    with pytest.raises(UserError, match=rf"segmentation's {name} is .*; give"):
-        SegmentationSettings(**wrong)
+        evaluate(squares[0], subject_of({"pretrained": SEES}), image_size="15x24")

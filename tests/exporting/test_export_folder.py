@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from backfold import UserError
 from backfold.batch_norm import refresh_batch_norm
-from backfold.evaluation.protocol import EvaluationRow, write_rows
+from backfold.evaluation.results import Row, write_rows
 from backfold.exporting import run as exporting
 from backfold.exporting.run import export_run
 from backfold.training.pretrained import load_pretrained
@@ -74,12 +74,26 @@ def test_an_export_that_fails_leaves_the_old_one(make_run, tmp_path, monkeypatch
 
 def test_the_card_has_recipe_statistics_and_results_but_no_paths(make_run, tmp_path):
     run = make_run()
-    rows = [EvaluationRow("knn", "all", "pretrained", 61.25, 0.0)]
+    rows = [
+        Row("knn", "all labels", contender, metric, mean, 1.0, 1, "squares", 7, note)
+        for contender, metric, mean, note in (
+            ("pretrained", "accuracy (%)", 61.25, "layer -2, max"),
+            ("before", "accuracy (%)", 50.5, ""),
+            ("pixels", "accuracy (%)", 55.0, ""),
+            ("pretrained over before", "accuracy (%)", 10.75, ""),
+            ("energy", "AUROC", 0.9, ""),
+        )
+    ]
     write_rows(RunFolder(run).evaluation, rows)
     write_json(RunFolder(run).health, {"history": [{"step": 7, "psnr_gain_db": 3.456}]})
     export_run(run, "huggingface", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| knn | all | pretrained | 61.25 | 0.00 |" in card
+    results = [line for line in card.splitlines() if line.startswith("| knn")]
+    assert results == [
+        "| knn | all labels | pretrained | 61.25 | 1.00 | squares | layer -2, max |",
+        "| knn | all labels | before | 50.50 | 1.00 | squares |  |",
+        "| knn | all labels | pixels | 55.00 | 1.00 | squares |  |",
+    ]
     assert "gained 3.46 dB of PSNR at step 7" in card
     assert "| mean of pixels in [0, 1] | 0.3, 0.4, 0.5 |" in card
     assert "| deviation | 0.2, 0.25, 0.3 |" in card

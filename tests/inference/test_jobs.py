@@ -23,9 +23,15 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def clean(run, pictures):
+def pixels(pictures):
+    """As loaded: uint8."""
     source = pictures(6)
-    return run.statistics.normalize(torch.stack([source.pixels(i) for i in range(6)]) / 255)
+    return torch.stack([source.pixels(i) for i in range(6)])
+
+
+@pytest.fixture
+def clean(run, pixels):
+    return run.statistics.normalize(pixels / 255)
 
 
 def scoring(run, **changes):
@@ -33,9 +39,9 @@ def scoring(run, **changes):
     return replace(ScoringJob(run, tasks, 1, 1.0, 0, CPU), **changes)
 
 
-def test_vectors_are_the_embeddings(run, clean):
+def test_vectors_are_the_embeddings(run, pixels, clean):
     for choice in (EmbeddingChoice(), EmbeddingChoice(pooling="class_token")):
-        columns = EmbeddingJob(run, choice, CPU)(clean, range(6))
+        columns = EmbeddingJob(run, choice, CPU)(pixels, range(6))
         with torch.no_grad():
             expected = embed(run.energy.backbone, clean, choice)
         assert list(columns) == ["vector"]
@@ -43,17 +49,17 @@ def test_vectors_are_the_embeddings(run, clean):
         torch.testing.assert_close(torch.tensor(columns["vector"].to_pylist()), expected)
 
 
-def test_energies_are_those_of_the_clean_images(run, clean):
-    columns = scoring(run)(clean, range(6))
+def test_energies_are_those_of_the_clean_images(run, pixels, clean):
+    columns = scoring(run)(pixels, range(6))
     with torch.no_grad():
         expected = run.energy(clean)
     assert list(columns) == ["energy", "error_masking", "error_sorting"]
     torch.testing.assert_close(torch.tensor(columns["energy"].to_pylist()), expected)
 
 
-def test_errors_are_the_training_loss_image_by_image(run, clean):
+def test_errors_are_the_training_loss_image_by_image(run, pixels, clean):
     job = scoring(run, num_steps=2, step_size=0.5, seed=3)
-    given = job(clean, range(6))["error_masking"].to_pylist()
+    given = job(pixels, range(6))["error_masking"].to_pylist()
     for index in range(6):
         generator = torch.Generator().manual_seed(image_seed(3, index))
         corruption = job.tasks["masking"](clean[index : index + 1], generator)
@@ -67,24 +73,24 @@ def test_errors_are_the_training_loss_image_by_image(run, clean):
         assert given[index] == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_a_corruption_depends_on_seed_and_index_alone(run, clean):
+def test_a_corruption_depends_on_seed_and_index_alone(run, pixels):
     job = scoring(run)
-    whole = job(clean, range(6))["error_masking"].to_pylist()
-    part = job(clean[2:4], [2, 3])["error_masking"].to_pylist()
+    whole = job(pixels, range(6))["error_masking"].to_pylist()
+    part = job(pixels[2:4], [2, 3])["error_masking"].to_pylist()
     assert part == pytest.approx(whole[2:4], rel=1e-5)
-    elsewhere = job(clean[2:4], [12, 13])["error_masking"].to_pylist()
-    reseeded = scoring(run, seed=1)(clean[2:4], [2, 3])["error_masking"].to_pylist()
+    elsewhere = job(pixels[2:4], [12, 13])["error_masking"].to_pylist()
+    reseeded = scoring(run, seed=1)(pixels[2:4], [2, 3])["error_masking"].to_pylist()
     for other in (elsewhere, reseeded):
         assert all(abs(a - b) > 1e-4 * a for a, b in zip(other, part, strict=True))
     assert len({image_seed(seed, index) for seed in range(30) for index in range(30)}) == 900
 
 
-def test_a_diverging_image_has_an_infinite_error(run, clean):
+def test_a_diverging_image_has_an_infinite_error(run, pixels):
     def leave_first_alone(images, generator):
         factor = 1.0 if generator.initial_seed() == image_seed(0, 0) else torch.inf
         return Corruption(images * factor, torch.ones_like(images[:, :1], dtype=torch.bool))
 
-    columns = scoring(run, tasks={"blow": leave_first_alone})(clean[:2] + 3, [0, 1])
+    columns = scoring(run, tasks={"blow": leave_first_alone})(pixels[:2], [0, 1])
     first, second = columns["error_blow"].to_pylist()
     assert 0 < first < 100
     assert second == float("inf")

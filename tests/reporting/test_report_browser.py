@@ -8,14 +8,14 @@ from html import escape
 from pathlib import Path
 
 import pytest
-from test_report_page import parse, text
-from test_report_reading import write_run
+from fake_run import parse, text, write_run
 
 from backfold.reporting.report import write_report
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
 
+DARK = "--blink-settings=preferredColorScheme=0"
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -103,34 +103,41 @@ def test_the_policy_refuses_requests_and_says_so_on_the_console(report, tmp_path
     assert "Content Security Policy" in console[0]
 
 
-def overflow(html: str, width: int, folder: Path) -> int:
-    """By how many pixels the page is wider than a window of this width.
+def framed(html: str, width: int, folder: Path, *flags: str) -> tuple[int, str]:
+    """By how many pixels the page is wider than a window of this width, and its background.
 
-    Chromium's own windows are 500 pixels wide at least; a frame may be narrower.
+    Chromium's own windows are 500 pixels wide at least; a frame may be narrower. Folded parts are
+    opened.
     """
     page = folder / "frame.html"
+    opened = html.replace("<details>", "<details open>")
     page.write_text(
-        f'<iframe style="border:0;width:{width}px;height:800px" srcdoc="{escape(html)}"></iframe>'
+        f'<iframe style="border:0;width:{width}px;height:800px" srcdoc="{escape(opened)}"></iframe>'
         """<script>
         addEventListener("load", () => {
-          const root = document.querySelector("iframe").contentDocument.documentElement;
-          document.body.dataset.widths = JSON.stringify([root.clientWidth, root.scrollWidth]);
+          const inner = document.querySelector("iframe").contentDocument;
+          const root = inner.documentElement, colour = getComputedStyle(inner.body).backgroundColor;
+          document.body.dataset.found = [root.clientWidth, root.scrollWidth, colour].join(";");
         });
         </script>""",
         encoding="utf-8",
     )
-    dumped, _ = dump_dom(page, folder / "profile")
-    visible, needed = json.loads(re.search(r'data-widths="(\[.*?\])"', dumped)[1])
-    assert width - 20 <= visible <= width  # a scroll bar takes the rest
-    return needed - visible
+    dumped, _ = dump_dom(page, folder / "profile", *flags)
+    visible, needed, colour = re.search(r'data-found="(.*?)"', dumped)[1].split(";")
+    assert width - 20 <= int(visible) <= width  # a scroll bar takes the rest
+    return int(needed) - int(visible), colour
 
 
-@pytest.mark.parametrize("width", [390, 1400])
-def test_the_page_fits_the_window(report, tmp_path, width):
-    assert overflow(report.read_text(encoding="utf-8"), width, tmp_path) == 0
+@pytest.mark.parametrize("width", [375, 1280])
+def test_the_page_fits_the_window_in_light_and_dark(report, tmp_path, width):
+    html = report.read_text(encoding="utf-8")
+    light = framed(html, width, tmp_path)
+    dark = framed(html, width, tmp_path, DARK)
+    assert (light[0], dark[0]) == (0, 0)
+    assert light[1] != dark[1]
 
 
 def test_a_page_that_is_too_wide_is_noticed(report, tmp_path):
     wide = '<div style="width:1000px">wide</div></body>'
     html = report.read_text(encoding="utf-8").replace("</body>", wide)
-    assert overflow(html, 390, tmp_path) > 500
+    assert framed(html, 375, tmp_path)[0] > 500

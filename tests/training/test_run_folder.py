@@ -43,8 +43,9 @@ def old_run(tmp_path):
     folder = RunFolder(root)
     files = [
         folder.config, folder.facts, folder.last_checkpoint, folder.best_checkpoint,
-        folder.backbone, folder.metrics, folder.health, folder.evaluation, folder.log,
-        folder.previews / "a.png", folder.tensorboard / "events", root / "report.html",
+        folder.initial, folder.backbone, folder.metrics, folder.health, folder.evaluation,
+        folder.pictures / "segmentation.png", folder.log, folder.previews / "a.png",
+        folder.tensorboard / "events", root / "report.html", root / "measures" / "energy.json",
         root / ".run.json.tmp",
     ]  # fmt: skip
     for number, path in enumerate(files):

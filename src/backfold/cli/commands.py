@@ -6,23 +6,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from backfold.cli.evaluation import evaluate
+from backfold.cli.evaluation import print_tables, print_verdict
 from backfold.errors import UserError
-from backfold.evaluation.measure_suite import Measured
-from backfold.evaluation.restored_images import (
+from backfold.evaluation.evaluate import EvaluateSettings, evaluate_each
+from backfold.inference.restored import (
     RestoredImage,
     distinct_names,
     read_images,
     restore_images,
     sample_images,
 )
-from backfold.evaluation.settings import DEMO_RUN, EvaluateSettings
-from backfold.evaluation.table import render_table
 from backfold.reporting.report import write_report
 from backfold.training.config import PretrainConfig, build_tasks
 from backfold.training.pretrained import load_pretrained
 from backfold.training.progress import is_first_process, log_to, terminal
-from backfold.training.run_folder import RunFolder
+from backfold.training.run_folder import DEMO_RUN, RunFolder
 from backfold.training.trainer import pretrain
 
 SAMPLED_IMAGES = 4
@@ -116,8 +114,9 @@ def run_demo(config: PretrainConfig, command: str) -> None:
     if not is_first_process():
         return
     with log_to(RunFolder(config.out).log, console):
-        found = list(evaluate(EvaluateSettings(checkpoint=config.out)))
+        found = list(evaluate_each(EvaluateSettings(checkpoint=config.out)))
     report = write_report(config.out)
-    rows = [row for part in found if not isinstance(part, Measured) for row in part]
-    Console().print(render_table(rows))
+    rows = [row for part in found for row in part]
+    print_tables(Console(), rows)
+    print_verdict(Console(), rows)
     print(f"report: {report}")

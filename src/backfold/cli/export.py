@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from backfold.evaluation.settings import DEMO_RUN
 from backfold.exporting.run import Format, export_run
 from backfold.training.progress import log_to, terminal
+from backfold.training.run_folder import DEMO_RUN
 
 
 @dataclass

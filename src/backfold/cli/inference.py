@@ -9,12 +9,10 @@ from typing import Literal
 import torch
 from rich.console import Console
 
-from backfold.cli.evaluation import choose_device
 from backfold.data.loading import default_workers
 from backfold.data.source import ImageSource, Split, open_source
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
-from backfold.evaluation.settings import DEMO_RUN
 from backfold.inference.contact_sheet import render_contact_sheet
 from backfold.inference.jobs import EmbeddingJob, Job, ScoringJob, scorable_tasks
 from backfold.inference.local import local_parts
@@ -22,9 +20,10 @@ from backfold.inference.ray_engine import ray_parts
 from backfold.inference.run import Engine, compute, make_plan
 from backfold.inference.table import Parts, check_out
 from backfold.training.config import build_tasks
+from backfold.training.distribution import choose_device
 from backfold.training.pretrained import Pretrained, load_pretrained
 from backfold.training.progress import log_to, terminal
-from backfold.training.run_folder import write_atomically
+from backfold.training.run_folder import DEMO_RUN, write_atomically
 
 EngineName = Literal["local", "ray"]
 

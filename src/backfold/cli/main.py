@@ -20,10 +20,11 @@ from backfold.cli.export import ExportSettings, run_export
 from backfold.cli.inference import EmbedSettings, ScoreSettings, run_embed, run_score
 from backfold.cli.stats import StatsSettings, run_stats
 from backfold.errors import UserError
-from backfold.evaluation.settings import DEMO_RUN, EvaluateSettings
+from backfold.evaluation.evaluate import EvaluateSettings
 from backfold.training.config import PretrainConfig
 from backfold.training.distribution import refuse_strategy
 from backfold.training.progress import is_first_process
+from backfold.training.run_folder import DEMO_RUN
 from backfold.training.stopping import RunStopped, was_requeued
 from backfold.version import __version__
 

@@ -45,7 +45,8 @@ class FolderSource(EncodedSource):
         names = class_names or sorted({name for name in folders if name is not None})
         if labelled and None not in folders and len(names) >= 2:
             self.class_names = tuple(names)
-            self.labels = np.array([names.index(name) for name in folders if name], dtype=np.int64)
+            places = {name: place for place, name in enumerate(names)}
+            self.labels = np.array([places[name] for name in folders if name], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -51,22 +51,22 @@ class ImageSource(Protocol):
 
 
 class SubsetSource:
-    """Some images of another source, in the order of ``indices``."""
+    """Some images of another source, in the order of ``indices``, which count in that source."""
 
     def __init__(self, source: ImageSource, indices: Sequence[int] | Labels) -> None:
         self._source = source
-        self._indices = np.asarray(indices, dtype=np.int64)
+        self.indices = np.asarray(indices, dtype=np.int64)
         self.name = source.name
-        self.labels = None if source.labels is None else source.labels[self._indices]
+        self.labels = None if source.labels is None else source.labels[self.indices]
         self.class_names = source.class_names
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def read(self, index: int, min_side: int | None = None) -> Tensor:
         """See `ImageSource.read`."""
-        return self._source.read(int(self._indices[index]), min_side)
+        return self._source.read(int(self.indices[index]), min_side)
 
     def describe(self, index: int) -> str:
         """As the other source says."""
-        return self._source.describe(int(self._indices[index]))
+        return self._source.describe(int(self.indices[index]))

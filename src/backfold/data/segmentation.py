@@ -1,7 +1,8 @@
 """Images with a class for every pixel, in parquet files."""
 
 import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,18 +14,21 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
 from backfold.data.arrays import BrokenImage
 from backfold.data.augmentation import ImageSize
 from backfold.data.decode import to_channels
 from backfold.data.files import PATTERN_SIGNS, expand_pattern, find_files
-from backfold.data.loading import stack_images
+from backfold.data.loading import LoadingError, stack_images
 from backfold.data.parquet import ParquetSource
 from backfold.data.split import stratified_split
 from backfold.errors import UserError
 
-VOID = 255  # in `MaskedImages.masks`: a pixel of no class
+VOID = 255  # in masks: a pixel of no class
+KEPT_BYTES = 2**29  # decoded images and masks of less stay in memory
+BATCH_SIZE = 32
 TEST_NAMES = ("test", "val")
 TEST_SHARE = 0.2
 REMEDY = (
@@ -71,22 +75,108 @@ class MaskedSource:
         return image, mask
 
 
-@dataclass(frozen=True)
-class MaskedImages:
-    """Images of one size in memory, with a class for every pixel.
+class MaskedRows(Dataset[tuple[Tensor, Tensor]]):
+    """Rows of a source at one size: images stretched (bilinear), masks by their nearest pixel.
 
-    Attributes:
-        images: (images, channels, height, width), uint8, or float32 (see `Batch.images`).
-        masks: (images, height, width), uint8: positions in ``class_ids``, or `VOID`.
-        class_ids: the ids of the classes, rising.
+    Args:
+        source: where they are.
+        image_size: (height, width) in pixels.
+        channels: see `to_channels`.
+        limit: rows, spread over the source; None takes all.
     """
 
-    images: Tensor
-    masks: Tensor
-    class_ids: tuple[int, ...]
+    def __init__(
+        self, source: MaskedSource, image_size: ImageSize, channels: int, limit: int | None = None
+    ) -> None:
+        self._source, self.image_size, self.channels = source, image_size, channels
+        count = len(source) if limit is None else min(limit, len(source))
+        self._rows = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        """An image (channels, height, width) and its class ids (height, width), int32.
+
+        Raises:
+            LoadingError: what `MaskedSource.read` raises.
+        """
+        try:
+            image, mask = self._source.read(self._rows[row])
+            image = to_channels(image, self.channels)
+        except UserError as error:
+            raise LoadingError(str(error)) from None
+        ids = F.interpolate(mask[None, None].float(), self.image_size, mode="nearest-exact")[0, 0]
+        return TF.resize(image, list(self.image_size), antialias=True), ids.int()
+
+
+class MaskedImages:
+    """Images with a class for every pixel; few stay in memory, others are decoded when asked for.
+
+    Args:
+        rows: how they are decoded.
+        num_workers: processes that decode.
+
+    Attributes:
+        class_ids: the ids of the classes, rising; those of this part alone, or as `load_masked`
+            sets them.
+        pixels: of each id that occurs, how many pixels it has.
+    """
+
+    def __init__(self, rows: MaskedRows, num_workers: int = 0) -> None:
+        self._rows, self._num_workers = rows, num_workers
+        self._kept: tuple[Tensor, Tensor] | None = None
+        self.pixels: Counter[int] = Counter()
+        loaded = []
+        for images, ids in self._decoded(torch.arange(len(rows)).split(BATCH_SIZE)):
+            values, counts = ids.unique(return_counts=True)
+            self.pixels.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+            if len(rows) * (images[0].nbytes + ids[0].nbytes) <= KEPT_BYTES:
+                loaded.append((images, ids))
+        if sum(len(ids) for _, ids in loaded) == len(rows):
+            images = stack_images([image for part, _ in loaded for image in part])
+            self._kept = images, torch.cat([ids for _, ids in loaded])
+        self.class_ids = tuple(sorted(self.pixels))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def image_size(self) -> ImageSize:
+        """(height, width) in pixels."""
+        return self._rows.image_size
+
+    def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and masks of each batch of places.
+
+        Images are (batch, channels, height, width), uint8, or float32 (see `Batch.images`); masks
+        (batch, height, width), uint8: positions in ``class_ids``, or `VOID` for any other id.
+
+        Raises:
+            UserError: a row that can't be read.
+        """
+        classes = torch.tensor(self.class_ids, dtype=torch.int32)
+        for images, ids in self._decoded(indices):
+            places = torch.searchsorted(classes, ids).clamp(max=len(classes) - 1)
+            yield images, torch.where(classes[places] == ids, places, VOID).to(torch.uint8)
+
+    def _decoded(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._kept is not None:
+            yield from ((self._kept[0][part], self._kept[1][part]) for part in indices)
+            return
+        yield from DataLoader(
+            self._rows,
+            batch_sampler=[part.tolist() for part in indices],
+            num_workers=self._num_workers,
+            collate_fn=_collated,
+            pin_memory=torch.cuda.is_available(),
+            # The loader's own draw (its workers' seeds, unused here) leaves the global one alone.
+            generator=torch.Generator(),
+        )
+
+
+def _collated(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return stack_images([image for image, _ in rows]), torch.stack([ids for _, ids in rows])
 
 
 def open_masked(data: Path | str | None, seed: int = 0) -> tuple[MaskedSource, MaskedSource]:
@@ -121,10 +211,9 @@ def load_masked(
     channels: int,
     void: int = VOID,
     limit: int | None = None,
+    num_workers: int = 0,
 ) -> list[MaskedImages]:
-    """Parts in memory, all with the same classes: those that occur in any of them.
-
-    Images are stretched to the size (bilinear), masks by their nearest pixel.
+    """Parts at one size, all with the same classes: those that occur in any of them.
 
     Args:
         parts: as `open_masked` gives them.
@@ -132,41 +221,29 @@ def load_masked(
         channels: see `to_channels`.
         void: the id that is no class.
         limit: images a part, spread over it; None takes all.
+        num_workers: processes that decode.
 
     Raises:
-        UserError: fewer than 2 or more than 255 classes, or what reading raises.
+        UserError: fewer than 2 or more than 255 classes, a part of nothing but void, or what
+            reading raises.
     """
-    loaded = [_load(part, image_size, channels, limit) for part in parts]
-    ids = torch.cat([masks.unique() for _, masks in loaded]).unique()
-    classes = ids[ids != void]
+    loaded = [
+        MaskedImages(MaskedRows(part, image_size, channels, limit), num_workers) for part in parts
+    ]
+    classes = sorted({value for part in loaded for value in part.class_ids} - {void})
     if not 2 <= len(classes) <= VOID:
         raise UserError(
             f"{parts[0].images.name}: the masks hold {len(classes)} classes beside void, {void}; "
             f"give 2 to {VOID}, and the id that is no class by --segmentation.void"
         )
-    return [
-        MaskedImages(images, _positions(masks, classes, void), tuple(classes.tolist()))
-        for images, masks in loaded
-    ]
-
-
-def _load(
-    part: MaskedSource, image_size: ImageSize, channels: int, limit: int | None
-) -> tuple[Tensor, Tensor]:
-    count = len(part) if limit is None else min(limit, len(part))
-    images, masks = [], []
-    for row in np.linspace(0, len(part) - 1, count).round().astype(int).tolist():
-        image, mask = part.read(row)
-        images.append(TF.resize(to_channels(image, channels), list(image_size), antialias=True))
-        masks.append(
-            F.interpolate(mask[None, None].float(), image_size, mode="nearest-exact")[0, 0].long()
-        )
-    return stack_images(images), torch.stack(masks)
-
-
-def _positions(masks: Tensor, classes: Tensor, void: int) -> Tensor:
-    positions = torch.searchsorted(classes, masks)
-    return torch.where(masks == void, VOID, positions).to(torch.uint8)
+    for part, source in zip(loaded, parts, strict=True):
+        if set(part.class_ids) <= {void}:
+            raise UserError(
+                f"{source.images.name}: every pixel of the masks is void, {void}; give masks with "
+                "classes"
+            )
+        part.class_ids = tuple(classes)
+    return loaded
 
 
 def _parquet_files(data: Path | str | None) -> list[Path]:

@@ -1,46 +1,32 @@
-"""Attentive probe: attention pooling and a linear classifier on frozen feature maps."""
+"""Attentive probe: attention pooling and a linear classifier on frozen feature maps.
+
+All learning rates and weight decays are trained at once, on the same maps: the backbone runs once
+for all of them, and where the maps are too large to be kept, it runs anew in every pass.
+"""
 
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from backfold.backbone import feature_map
-from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
+from backfold.evaluation.images import Images, label_case
+from backfold.evaluation.results import Row, accuracy_rows
 from backfold.evaluation.seeding import seeded
-from backfold.restoration import eval_mode
 
-FOLDS = 5
+if TYPE_CHECKING:
+    from backfold.evaluation.evaluate import Evaluation
 
-
-@dataclass(frozen=True)
-class AttentiveProbe:
-    """How the probe is trained: AdamW with a cosine down to 0.
-
-    Args:
-        num_heads: queries, each with its own weights over the positions.
-        epochs: passes over the training part.
-        min_steps: optimizer steps at least, where epochs of few images would be fewer.
-        batch_size: feature maps in a step; all where there are fewer.
-        learning_rates: tried on held-out images.
-        weight_decays: tried with each of them.
-    """
-
-    num_heads: int = 8
-    epochs: int = 20
-    min_steps: int = 200
-    batch_size: int = 256
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 4e-3)
-    weight_decays: tuple[float, ...] = (0.01, 10.0)
+NUM_HEADS, EPOCHS, MIN_STEPS, BATCH_SIZE = 8, 20, 200, 256
+LEARNING_RATES, WEIGHT_DECAYS = (3e-4, 1e-3, 4e-3), (0.01, 10.0)
+KEPT_BYTES = 2**30  # of the feature maps of one part, in half precision
 
 
 class AttentionPooling(nn.Module):
@@ -72,141 +58,172 @@ class AttentionPooling(nn.Module):
         return logits
 
 
-def feature_maps(
-    backbone: nn.Module,
-    images: Tensor,
-    statistics: ChannelStatistics,
-    device: torch.device,
-    batch_size: int = 256,
-    extract: Callable[[nn.Module, Tensor], Tensor] = feature_map,
-) -> Tensor:
-    """Feature maps (images, positions, features) of a frozen backbone, float32 on the CPU.
+class FeatureMaps:
+    """Standardised feature maps of a frozen backbone, kept where they are small.
 
     Args:
-        backbone: on the device; it runs in eval mode, and gets its modes back.
-        images: uint8 or float in [0, 1], (images, channels, height, width).
-        statistics: normalise them.
-        device: where to compute.
-        batch_size: images at once.
-        extract: gives (batch, positions, features) from the backbone and normalised images.
-
-    Raises:
-        UserError: no images.
+        given: the images, how they are normalised, and the device.
+        backbone: on the device, in eval mode.
     """
-    if not len(images):
-        raise UserError("there are no images to take features of; give a data set with images")
-    with eval_mode(backbone), torch.inference_mode():
-        parts = [
-            extract(backbone, statistics.normalize(batch.to(device))).float().cpu()
-            for batch in images.split(batch_size)
+
+    def __init__(self, given: "Evaluation", backbone: nn.Module) -> None:
+        self._given, self._backbone = given, backbone
+        self._kept: dict[int, Tensor] = {}
+        first, _ = given.parts.train.load(BATCH_SIZE, given.settings.seed)
+        maps = self._maps(first)
+        # Half precision holds no large numbers: standardised features are small.
+        std, self.mean = torch.std_mean(maps, dim=(0, 1), correction=0)
+        varies = std > torch.finfo(std.dtype).eps * self.mean.abs()
+        self.std = torch.where(varies, std, torch.ones_like(std))
+        self.width, self._bytes = maps.shape[2], 2 * maps[0].numel()
+
+    def batches(self, images: Images, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """(batch, positions, features), float32 on the device, of these places.
+
+        Raises:
+            UserError: features that are not finite.
+        """
+        if len(images) * self._bytes <= KEPT_BYTES:
+            kept = self._kept.get(id(images))
+            if kept is None:
+                every = torch.arange(len(images)).split(BATCH_SIZE)
+                loaded = images.batches([part.tolist() for part in every])
+                kept = torch.cat([self._standard(batch).half().cpu() for batch, _ in loaded])
+                self._kept[id(images)] = kept
+            for part in parts:
+                yield kept[part].to(self._given.device, torch.float32)
+            return
+        for batch, _ in images.batches([part.tolist() for part in parts]):
+            yield self._standard(batch)
+
+    def _standard(self, images: Tensor) -> Tensor:
+        maps = (self._maps(images) - self.mean) / self.std
+        if not bool(torch.isfinite(maps).all()):
+            raise UserError(
+                "feature maps are not finite; the backbone diverged: pretrain it with a lower "
+                "base_lr"
+            )
+        return maps
+
+    @torch.inference_mode()
+    def _maps(self, images: Tensor) -> Tensor:
+        normalised = self._given.statistics.normalize(images.to(self._given.device))
+        return feature_map(self._backbone, normalised).float()
+
+
+def attentive(given: "Evaluation") -> list[Row]:
+    """The attentive probe with all labels and with few.
+
+    Learning rate and weight decay are those with the lowest log loss on the validation images, for
+    few labels the mean over the draws; the probe then learns from the validation images, too, where
+    all labels count.
+    """
+    rows, parts = [], given.parts
+    maps = {name: FeatureMaps(given, backbone) for name, backbone in given.backbones.items()}
+    for count in given.settings.label_counts():
+        draws = parts.draws(count, given.settings.draws, given.settings.seed)
+        learned = [torch.arange(len(parts.train))] if count is None else draws
+        correct, notes = {}, {}
+        for name, features in maps.items():
+            probe = AttentiveProbe(features, parts.train, given.settings.seed, given.device)
+            grid = list(itertools.product(LEARNING_RATES, WEIGHT_DECAYS))
+            losses = torch.stack(
+                [
+                    probe.train(places, grid).log_loss(parts.train, parts.validation)
+                    for places in draws
+                ]
+            )
+            best = grid[int(losses.mean(dim=0).argmin())]
+            notes[name] = f"learning rate {best[0]:g}, weight decay {best[1]:g}"
+            correct[name] = [
+                probe.train(places, [best]).predict(parts.test) == parts.test.labels
+                for places in learned
+            ]
+        rows += accuracy_rows("attentive", label_case(count), correct, notes)
+    return rows
+
+
+class AttentiveProbe:
+    """Probes of several learning rates and weight decays, trained side by side.
+
+    Args:
+        features: the frozen backbone's.
+        images: the labelled training images.
+        seed: of weights and order.
+        device: where the probes are.
+    """
+
+    def __init__(
+        self, features: FeatureMaps, images: Images, seed: int, device: torch.device
+    ) -> None:
+        self._features, self._images = features, images
+        self._seed, self._device = seed, device
+        self._models: list[AttentionPooling] = []
+        self._classes = torch.empty(0, dtype=torch.int64)
+
+    def train(self, places: Tensor, grid: Sequence[tuple[float, float]]) -> "AttentiveProbe":
+        """Train a new probe for each (learning rate, weight decay) on these images; returns self.
+
+        Raises:
+            UserError: a single class, or features that are not finite.
+        """
+        labels = self._images.labels[places]
+        self._classes, targets = torch.unique(labels, return_inverse=True)
+        if len(self._classes) < 2:
+            raise UserError("the attentive probe needs two classes and there is 1; label more")
+        count, batch_size = len(places), min(BATCH_SIZE, len(places))
+        steps = max(MIN_STEPS, math.ceil(EPOCHS * count / batch_size))
+        with seeded(self._seed, self._device):
+            first = AttentionPooling(self._features.width, len(self._classes), NUM_HEADS)
+            passes = [torch.randperm(count) for _ in range(math.ceil(steps * batch_size / count))]
+        self._models = [
+            AttentionPooling(self._features.width, len(self._classes), NUM_HEADS) for _ in grid
         ]
-    return torch.cat(parts).clone()
+        for model in self._models:
+            model.load_state_dict(first.state_dict())
+            model.to(self._device)
+        groups = [
+            {"params": list(model.parameters()), "lr": rate, "weight_decay": decay}
+            for model, (rate, decay) in zip(self._models, grid, strict=True)
+        ]
+        optimizer = AdamW(groups)
+        schedule = CosineAnnealingLR(optimizer, steps)
+        order = torch.cat(passes)[: steps * batch_size].split(batch_size)
+        loaded = self._features.batches(self._images, [places[part] for part in order])
+        for part, maps in zip(order, loaded, strict=True):
+            truth = targets[part].to(self._device)
+            # Each probe's gradient is its own: the sum of their losses trains all of them.
+            loss = torch.stack([F.cross_entropy(model(maps), truth) for model in self._models])
+            optimizer.zero_grad(set_to_none=True)
+            loss.sum().backward()
+            optimizer.step()
+            schedule.step()
+        return self
 
+    def log_loss(self, images: Images, places: Tensor) -> Tensor:
+        """(probes,): the mean log loss on these images; infinite where it is not finite.
 
-def attentive_probe_accuracy(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    seed: int = 0,
-    probe: AttentiveProbe | None = None,
-) -> float:
-    """Test accuracy, from 0 to 1, of attention pooling and a linear classifier.
-
-    Features are standardised to the training part, over images and positions. Learning rate and
-    weight decay are those with the lowest log loss on a fifth of the training part (more of it
-    where a class has fewer than 5 images); the probe is then trained on all of it.
-
-    Args:
-        train_features: (training images, positions, features); the probe trains on their device.
-        train_labels: (training images,), whole numbers.
-        test_features: (test images, positions, features).
-        test_labels: (test images,), whole numbers.
-        seed: of the held-out part, the probe's weights and the order of the images.
-        probe: how it is trained.
-
-    Raises:
-        UserError: features that are not finite, a single class, or a class with a single image.
-    """
-    probe = probe or AttentiveProbe()
-    features, labels = _checked(train_features), train_labels.to(train_features.device)
-    classes, targets = torch.unique(labels, return_inverse=True)
-    smallest = int(targets.bincount().min())
-    if len(classes) < 2 or smallest < 2:
-        raise UserError(
-            f"the attentive probe needs two classes and two images of each; there are "
-            f"{len(classes)} classes, the smallest with {smallest}; label more images"
+        An image of a class that the probe has not seen counts as one of chance.
+        """
+        labels = images.labels[places]
+        targets = torch.searchsorted(self._classes, labels).clamp(max=len(self._classes) - 1)
+        known = (self._classes[targets] == labels).to(self._device)
+        logits = self._logits(images, places)
+        losses = torch.stack(
+            [F.cross_entropy(each, targets.to(self._device), reduction="none") for each in logits]
         )
-    mean, std = _moments(features)
-    features = (features - mean) / std
-    with seeded(seed, features.device):
-        rate, decay = _choose(features, targets, probe, smallest, seed)
-    with seeded(seed, features.device):
-        model = _train(features, targets, len(classes), probe, rate, decay)
-    logits = _logits(model, (_checked(test_features).to(features.device) - mean) / std, probe)
-    predicted = classes[logits.argmax(dim=1)]
-    return float((predicted == test_labels.to(predicted.device)).double().mean())
+        chance = torch.full_like(losses, math.log(len(self._classes)))
+        found = torch.where(known, losses, chance).mean(dim=1).cpu()
+        return torch.where(torch.isfinite(found), found, math.inf)
 
+    def predict(self, images: Images) -> Tensor:
+        """Labels of all images by the first probe, int64 on the CPU."""
+        logits = self._logits(images, torch.arange(len(images)))[0]
+        return self._classes[logits.argmax(dim=1).cpu()]
 
-def _choose(
-    features: Tensor, targets: Tensor, probe: AttentiveProbe, smallest_class: int, seed: int
-) -> tuple[float, float]:
-    """Learning rate and weight decay with the lowest log loss on held-out images."""
-    grid = list(itertools.product(probe.learning_rates, probe.weight_decays))
-    array = targets.cpu().numpy()
-    folds = StratifiedKFold(min(FOLDS, smallest_class), shuffle=True, random_state=seed)
-    fit, held_out = (
-        torch.from_numpy(part).to(features.device) for part in next(folds.split(array, array))
-    )
-    losses = []
-    for rate, decay in grid:
-        num_classes = int(targets.max()) + 1
-        model = _train(features[fit], targets[fit], num_classes, probe, rate, decay)
-        loss = F.cross_entropy(_logits(model, features[held_out], probe), targets[held_out])
-        losses.append(float(loss) if torch.isfinite(loss) else math.inf)
-    return grid[int(np.argmin(losses))]
-
-
-def _train(
-    features: Tensor,
-    targets: Tensor,
-    num_classes: int,
-    probe: AttentiveProbe,
-    rate: float,
-    weight_decay: float,
-) -> AttentionPooling:
-    count, batch_size = len(features), min(probe.batch_size, len(features))
-    steps = max(probe.min_steps, math.ceil(probe.epochs * count / batch_size))
-    model = AttentionPooling(features.shape[2], num_classes, probe.num_heads).to(features.device)
-    optimizer = AdamW(model.parameters(), lr=rate, weight_decay=weight_decay)
-    schedule = CosineAnnealingLR(optimizer, steps)
-    order = torch.cat([torch.randperm(count) for _ in range(math.ceil(steps * batch_size / count))])
-    for indices in order[: steps * batch_size].view(steps, batch_size).to(features.device):
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(features[indices]), targets[indices]).backward()
-        optimizer.step()
-        schedule.step()
-    return model
-
-
-@torch.no_grad()
-def _logits(model: AttentionPooling, features: Tensor, probe: AttentiveProbe) -> Tensor:
-    return torch.cat([model(part) for part in features.split(probe.batch_size)])
-
-
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each feature; 1 where it does not vary."""
-    std, mean = torch.std_mean(features, dim=(0, 1), correction=0)
-    varies = std > torch.finfo(std.dtype).eps * mean.abs()
-    return mean, torch.where(varies, std, torch.ones_like(std))
-
-
-def _checked(features: Tensor) -> Tensor:
-    features = features.detach().float()
-    finite = torch.isfinite(features).flatten(1).all(dim=1)
-    if not finite.all():
-        raise UserError(
-            f"{int((~finite).sum())} of {len(features)} feature maps are not finite; the backbone "
-            "diverged: pretrain it with a lower base_lr"
-        )
-    return features
+    @torch.inference_mode()
+    def _logits(self, images: Images, places: Tensor) -> list[Tensor]:
+        """(images, classes) of each probe."""
+        loaded = self._features.batches(images, places.split(BATCH_SIZE))
+        parts = [[model(maps) for model in self._models] for maps in loaded]
+        return [torch.cat(of_one) for of_one in zip(*parts, strict=True)]

@@ -1,43 +1,58 @@
-"""Semantic segmentation by heads on a backbone's feature maps, frozen and fine-tuned."""
+"""Semantic segmentation by heads on a backbone's feature maps, frozen and fine-tuned.
+
+All contenders have the same budget and seeds: a seed decides the decoder's first weights and the
+order of the images. Nothing is chosen; test images are looked at by the final predictions alone.
+"""
 
 import copy
+import io
 import logging
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+import matplotlib as mpl
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassJaccardIndex
 
-from backfold.batch_norm import refresh_batch_norm
-from backfold.data.segmentation import VOID, MaskedImages, MaskedSource, load_masked
-from backfold.data.statistics import ChannelStatistics
+from backfold.backbone import ImageSize, check_image_size, feature_map
+from backfold.batch_norm import measure_batch_norm, refresh_batch_norm
+from backfold.data.decode import as_float
+from backfold.data.segmentation import VOID, MaskedImages, MaskedSource, load_masked, open_masked
+from backfold.data.source import SubsetSource
+from backfold.data.statistics import ChannelStatistics, measure_statistics
+from backfold.embedding import grid_shape
 from backfold.errors import UserError
-from backfold.evaluation.measures import MeasureRow
-from backfold.evaluation.segmentation_picture import draw_segmentation
-from backfold.evaluation.segmenter import (
-    FeatureGrid,
-    decoder,
-    fit,
-    linear_head,
-    mean_iou,
-    predict,
-    resized,
-    segmentation_size,
-)
-from backfold.evaluation.untrained import untrained_backbone
-from backfold.training.pretrained import Pretrained
+from backfold.evaluation.results import OVER, PIXELS, PRETRAINED, RANDOM, SCRATCH, Row
+from backfold.evaluation.seeding import seeded
+from backfold.evaluation.subject import Subject
+from backfold.training.config import parse_image_size
+
+if TYPE_CHECKING:
+    from backfold.evaluation.evaluate import Evaluation
 
 LOGGER = logging.getLogger("backfold")
-PROTOCOL = "segmentation"
-METRIC = "mIoU (%)"
+PROTOCOL, METRIC = "segmentation", "mIoU (%)"
 LINEAR, DECODER = "linear head", "decoder"
 HEADS = (LINEAR, DECODER)
 FROZEN, TUNED = "frozen", "fine-tuned"
-NO_IMAGE = "without the image"
-SHOWN_CASE = f"{LINEAR}, {FROZEN}"
-SHOWN_IMAGES = 4
+NO_IMAGE, COMMONEST = "without the image", "most frequent class"
+PICTURE = "segmentation.png"
+
+DECODER_WIDTH, DECODER_STRIDE = 64, 4
+HEAD_RATE, WEIGHT_DECAY, WARM_UP_SHARE = 2e-3, 0.01, 0.1
+FROZEN_LINEAR_RATE = 5e-3  # convex; at less, few features (pixels) stay behind many for long
 BATCH_NORM_IMAGES = 64
+KEPT_BYTES = 2**30  # of the feature maps of one part
+SHOWN_IMAGES, TILE_INCHES, COLOURS = 4, 2.2, 20
 
 
 @dataclass
@@ -80,178 +95,415 @@ class SegmentationSettings:
             )
 
 
-@dataclass(frozen=True)
-class SegmentationResult:
-    """The rows, and a PNG of test images, their truth, and what both backbones make of them."""
+def segmentation(given: "Evaluation") -> list[Row]:
+    """Rows for each head and contender, frozen and fine-tuned; leaves a picture of test images.
 
-    rows: list[MeasureRow]
-    picture: bytes
-
-
-def segment_with_run(
-    run: Pretrained,
-    parts: tuple[MaskedSource, MaskedSource],
-    settings: SegmentationSettings,
-    *,
-    seed: int = 0,
-    device: torch.device,
-) -> SegmentationResult:
-    """`compare_segmentation` of a run's backbone and the same with its first weights.
+    Beside the backbones there are heads on the pixels themselves, at the feature map's resolution,
+    and the floor: the training masks' most frequent class everywhere.
 
     Raises:
-        UserError: what loading raises, or an image size that the backbone can't take.
+        UserError: no masks, or an image size that the backbone can't take.
     """
-    size = segmentation_size(run.energy.backbone, parts[0], settings.image_size)
-    train, test = load_masked(parts, size, run.channels, settings.void, settings.limit)
-    LOGGER.info(
-        f"segmentation: {len(train)} images to train, {len(test)} to test, {size[0]} x {size[1]} "
-        f"pixels, {len(train.class_ids)} classes"
-    )
-    if not (train.masks == VOID).any():
-        LOGGER.info(f"segmentation: no pixel has the id {settings.void}, void")
-    first = run.statistics.normalize(train.images[:BATCH_NORM_IMAGES]).to(device)
-    untrained = untrained_backbone(run, first, device, size)
-    pretrained = resized(run.energy.backbone, size, run.channels, run.config.backbone).to(device)
-    # The same function with the new images' statistics, so that training starts from it.
-    refresh_batch_norm(pretrained, [first])
-    backbones = {"untrained": untrained, "pretrained": pretrained}
-    return compare_segmentation(backbones, train, test, run.statistics, settings, seed=seed)
+    work, settings = _Work(given), given.settings.segmentation
+    scores: dict[str, dict[str, list[float]]] = {}
+    shown: dict[str, Tensor] = {}
+    for name, encoder in work.encoders():
+        LOGGER.info(f"segmentation: {name}")
+        parts = work.parts
+        maps = [_Maps(encoder, part, given.device, settings.batch_size) for part in parts]
+        for head in HEADS:
+            found, predicted = work.run(head, nn.Identity(), maps, settings.epochs)
+            scores.setdefault(f"{head}, {FROZEN}", {})[name] = found
+            shown.setdefault(name, predicted)
+        if name == PIXELS:
+            continue
+        start = SCRATCH if name == given.subject.scratch else name
+        for head in HEADS if settings.finetune_epochs else ():
+            epochs, rate = settings.finetune_epochs, settings.finetune_rate
+            found, _ = work.run(head, encoder, parts, epochs, rate)
+            scores.setdefault(f"{head}, {TUNED}", {})[start] = found
+    given.pictures[PICTURE] = draw_segmentation(*work.examples(), shown)
+    return [_floor(*work.parts), *(row for case in scores for row in _rows(case, scores[case]))]
 
 
-def compare_segmentation(
-    backbones: Mapping[str, nn.Module],
-    train: MaskedImages,
-    test: MaskedImages,
-    statistics: ChannelStatistics,
-    settings: SegmentationSettings,
-    *,
-    seed: int = 0,
-) -> SegmentationResult:
-    """Rows for each head and backbone, frozen and fine-tuned, all with the same budget.
+def _rows(case: str, scores: Mapping[str, Sequence[float]]) -> Iterator[Row]:
+    """Each contender's, and by how much the pretrained one is ahead, seed by seed."""
+    for name, values in scores.items():
+        yield Row.of(PROTOCOL, case, name, METRIC, values)
+    for name, values in scores.items():
+        if name != PRETRAINED:
+            gaps = [ours - its for ours, its in zip(scores[PRETRAINED], values, strict=True)]
+            yield Row.of(PROTOCOL, case, f"{PRETRAINED}{OVER}{name}", METRIC, gaps)
 
-    A seed decides the head's first weights and the order of the images, the same for each backbone.
+
+def _floor(train: MaskedImages, test: MaskedImages) -> Row:
+    commonest = max(train.class_ids, key=lambda value: train.pixels[value])
+    counted = {value: test.pixels[value] for value in train.class_ids if test.pixels[value]}
+    overlap = counted.get(commonest, 0) / sum(counted.values())
+    score = 100 * overlap / len(counted.keys() | {commonest})
+    return Row.of(PROTOCOL, NO_IMAGE, COMMONEST, METRIC, [score])
+
+
+def open_masks(given: "Evaluation") -> tuple[MaskedSource, MaskedSource]:
+    """The training and the test part of the data that are asked for, or of the run's own.
+
+    Raises:
+        UserError: no such data, or data without masks.
+    """
+    settings, run = given.settings, given.subject.run
+    own = run.config.data if run is not None and settings.data is None else settings.data
+    return open_masked(settings.segmentation.data or own, settings.seed)
+
+
+class _Work:
+    """What is done with every contender; ``parts`` are to learn from, and to test on."""
+
+    def __init__(self, given: "Evaluation") -> None:
+        self._given, self._settings = given, given.settings.segmentation
+        subject, void = given.subject, self._settings.void
+        sources = open_masks(given)
+        self._size = _image_size(subject, sources[0], self._settings.image_size)
+        self.parts = load_masked(
+            sources, self._size, subject.channels, void, self._settings.limit, given.num_workers
+        )
+        train, test = self.parts
+        LOGGER.info(
+            f"segmentation: {len(train)} images to train, {len(test)} to test, {self._size[0]} x "
+            f"{self._size[1]} pixels, {len(train.class_ids)} classes"
+        )
+        if void not in train.pixels:
+            LOGGER.info(f"segmentation: no pixel has the id {void}, void")
+        own = SubsetSource(sources[0].images, sources[0].indices)
+        self._statistics = subject.statistics or measure_statistics(own, subject.channels)
+        # Neighbours are often frames of one film.
+        self._shown = _spread(test, SHOWN_IMAGES)
+
+    def encoders(self) -> Iterator[tuple[str, nn.Module]]:
+        """Each contender as images -> feature maps, in eval mode on the device."""
+        subject, grid = self._given.subject, torch.Size()
+        ((images, _),) = self.parts[0].batches([_spread(self.parts[0], BATCH_NORM_IMAGES)])
+        images = images.to(self._given.device)
+        for name in subject.weights:
+            backbone = resized(subject.backbone(name), self._size, subject.channels, subject.name)
+            backbone.to(self._given.device)
+            with torch.no_grad():
+                if name in (subject.scratch, RANDOM):
+                    measure_batch_norm(backbone, self._statistics.normalize(images))
+                else:  # the same function with these images' statistics, as training starts there
+                    refresh_batch_norm(backbone, [self._statistics.normalize(images)])
+                encoder = FeatureGrid(backbone, self._statistics)
+                grid = encoder(images[:2]).shape
+            yield name, encoder
+        yield PIXELS, PixelGrid((grid[2], grid[3]), self._statistics)
+
+    def run(
+        self,
+        head_name: str,
+        encoder: nn.Module,
+        parts: Sequence["_Pairs"],
+        epochs: int,
+        encoder_rate: float = 0.0,
+    ) -> tuple[list[float], Tensor]:
+        """Each seed's mIoU in percent, and what the first seed makes of the images shown."""
+        given, batch_size = self._given, self._settings.batch_size
+        scores: list[float] = []
+        shown: list[Tensor] = []
+        for seed in range(given.settings.seed, given.settings.seed + self._settings.seeds):
+            with seeded(seed, given.device):
+                own = copy.deepcopy(encoder) if encoder_rate else encoder
+                head = self._new_head(head_name, own, parts[0])
+                head_rate = (
+                    FROZEN_LINEAR_RATE if own is encoder and head_name == LINEAR else HEAD_RATE
+                )
+                fit(own, head, parts[0], epochs, batch_size, (head_rate, encoder_rate), seed)
+            every = torch.arange(len(parts[1])).split(batch_size)
+            predictions = predict(own, head, parts[1], every)
+            scores.append(mean_iou(predictions, len(self.parts[0].class_ids)))
+            if not shown:
+                shown = [each.cpu() for each, _ in predict(own, head, parts[1], [self._shown])]
+        return scores, torch.cat(shown)
+
+    def _new_head(self, name: str, encoder: nn.Module, train: "_Pairs") -> nn.Module:
+        ((first, _),) = train.batches([torch.tensor([0])])
+        with torch.no_grad():
+            features, rows = encoder(first.to(self._given.device)).shape[1:3]
+        classes = len(self.parts[0].class_ids)
+        made = (
+            linear_head(features, classes)
+            if name == LINEAR
+            else decoder(features, classes, self._size[0] / rows)
+        )
+        return made.to(self._given.device)
+
+    def examples(self) -> tuple[Tensor, Tensor]:
+        """Images and masks that are shown."""
+        ((images, masks),) = self.parts[1].batches([self._shown])
+        return images, masks
+
+
+def _spread(images: MaskedImages, most: int) -> Tensor:
+    return torch.linspace(0, len(images) - 1, min(most, len(images))).round().long()
+
+
+class FeatureGrid(nn.Module):
+    """A backbone as images, as they were loaded -> (batch, features, rows, columns), float32.
 
     Args:
-        backbones: by the name that the rows give them; in eval mode, each on its device.
-        train: what the heads learn from.
-        test: what they are measured on.
+        backbone: as `feature_map` takes it.
         statistics: normalise the images.
-        settings: the budget.
-        seed: the first of the seeds.
-
-    Raises:
-        UserError: a backbone whose feature map is no grid.
     """
-    rows = [_without_image(train, test)]
-    shown: dict[str, Tensor] = {}
-    seeds = range(seed, seed + settings.seeds)
-    # Neighbours are often frames of one film.
-    drawn = torch.linspace(0, len(test) - 1, min(SHOWN_IMAGES, len(test))).round().long()
-    for name, backbone in backbones.items():
-        LOGGER.info(f"segmentation: heads on the frozen backbone, {name}")
-        maps = _feature_maps(FeatureGrid(backbone, statistics), train, test, settings.batch_size)
-        for head in HEADS:
-            runs = [_learn_on_maps(head, maps, train, settings, seed) for seed in seeds]
-            rows.append(_row(f"{head}, {FROZEN}", name, runs, test))
-            if f"{head}, {FROZEN}" == SHOWN_CASE:
-                shown[name] = runs[0][drawn]
-    for name, backbone in backbones.items() if settings.finetune_epochs else ():
-        LOGGER.info(f"segmentation: fine-tuning the backbone, {name}")
-        grid = FeatureGrid(backbone, statistics)
-        for head in HEADS:
-            runs = [_fine_tune(head, grid, train, test, settings, seed) for seed in seeds]
-            rows.append(_row(f"{head}, {TUNED}", name, runs, test))
-    examples = MaskedImages(test.images[drawn], test.masks[drawn], test.class_ids)
-    return SegmentationResult(rows, draw_segmentation(examples, shown))
+
+    def __init__(self, backbone: nn.Module, statistics: ChannelStatistics) -> None:
+        super().__init__()
+        self.backbone, self._statistics = backbone, statistics
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The feature map.
+
+        Raises:
+            UserError: the positions form no grid of the images' shape.
+        """
+        positions = feature_map(self.backbone, self._statistics.normalize(images)).float()
+        shape = grid_shape(positions.shape[1], (images.shape[2], images.shape[3]))
+        grid: Tensor = positions.transpose(1, 2).unflatten(2, shape)
+        return grid
 
 
-def _row(case: str, name: str, runs: list[Tensor], test: MaskedImages) -> MeasureRow:
-    values = [mean_iou(predicted, test.masks, len(test.class_ids)) for predicted in runs]
-    return MeasureRow.of(PROTOCOL, case, name, METRIC, values)
+class PixelGrid(nn.Module):
+    """Images as a feature map: the mean colour at each position of such rows and columns."""
+
+    def __init__(self, shape: tuple[int, int], statistics: ChannelStatistics) -> None:
+        super().__init__()
+        self._shape, self._statistics = shape, statistics
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(batch, channels, rows, columns)."""
+        return F.adaptive_avg_pool2d(self._statistics.normalize(images), self._shape)
 
 
-def _without_image(train: MaskedImages, test: MaskedImages) -> MeasureRow:
-    """The floor: the training masks' most frequent class everywhere."""
-    commonest = train.masks[train.masks != VOID].mode().values
-    predicted = commonest.expand(test.masks.shape)
-    return _row(NO_IMAGE, "most frequent class", [predicted], test)
-
-
-@dataclass(frozen=True)
 class _Maps:
-    """Feature maps (images, features, rows, columns) on the CPU, and where heads are trained."""
+    """A frozen encoder's maps with the masks, as `MaskedImages` has images; few are kept."""
 
-    train: Tensor
-    test: Tensor
-    device: torch.device
+    def __init__(
+        self, encoder: nn.Module, images: MaskedImages, device: torch.device, batch_size: int
+    ) -> None:
+        self._encoder, self._images, self._device = encoder.eval(), images, device
+        self._kept: tuple[Tensor, Tensor] | None = None
+        self.image_size = images.image_size
+        every = torch.arange(len(images)).split(batch_size)
+        ((first, _),) = self._encoded([every[0][:1]])
+        if len(images) * (first.nbytes + math.prod(self.image_size)) <= KEPT_BYTES:
+            maps, masks = zip(*((m.cpu(), mask) for m, mask in self._encoded(every)), strict=True)
+            self._kept = torch.cat(maps), torch.cat(masks)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(batch, features, rows, columns) and masks (batch, height, width), uint8."""
+        if self._kept is None:
+            yield from self._encoded(indices)
+        else:
+            yield from ((self._kept[0][places], self._kept[1][places]) for places in indices)
+
+    def _encoded(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, masks in self._images.batches(indices):
+            with torch.no_grad():
+                maps = self._encoder(images.to(self._device, non_blocking=True))
+            yield maps, masks
+
+
+_Pairs = MaskedImages | _Maps
+
+
+def linear_head(features: int, classes: int) -> nn.Module:
+    """Standardised features, one weight for each of them and each class, at first 0."""
+    weights = nn.Conv2d(features, classes, 1)
+    for parameter in weights.parameters():
+        nn.init.zeros_(parameter)
+    return nn.Sequential(nn.BatchNorm2d(features, affine=False), weights)
+
+
+def decoder(features: int, classes: int, stride: float) -> nn.Module:
+    """A small convolutional decoder, whose logits are some 4 pixels apart.
+
+    Args:
+        features: of the feature map.
+        classes: logits.
+        stride: pixels between the feature map's positions.
+    """
+    doublings = max(0, round(math.log2(stride / DECODER_STRIDE)))
+    return nn.Sequential(
+        nn.BatchNorm2d(features, affine=False),
+        nn.Conv2d(features, DECODER_WIDTH, 1),
+        *_block(DECODER_WIDTH),
+        *(
+            part
+            for _ in range(doublings)
+            for part in (nn.Upsample(scale_factor=2, mode="bilinear"), *_block(DECODER_WIDTH))
+        ),
+        nn.Conv2d(DECODER_WIDTH, classes, 1),
+    )
+
+
+def _block(width: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+
+
+def fit(
+    encoder: nn.Module,
+    head: nn.Module,
+    train: _Pairs,
+    epochs: int,
+    batch_size: int,
+    rates: tuple[float, float],
+    seed: int = 0,
+) -> None:
+    """Train a head, and its encoder if that gets a learning rate, in place.
+
+    AdamW, one cycle of the learning rate, cross-entropy of the logits at the masks' resolution.
+    While the encoder trains, half of the images are mirrored.
+
+    Args:
+        encoder: what ``train`` holds -> feature maps (batch, features, rows, columns).
+        head: on the device; feature maps -> logits of any resolution.
+        train: images or feature maps, with masks.
+        epochs: passes over them.
+        batch_size: of them in a step.
+        rates: the head's and the encoder's highest learning rate; an encoder of rate 0 stays as it
+            is, in eval mode.
+        seed: of the order and the mirroring.
+    """
+    tuned = rates[1] > 0
+    groups = [{"params": list(part.parameters())} for part in (head, encoder)][: 1 + tuned]
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+    generator = torch.Generator().manual_seed(seed)
+    count = math.ceil(len(train) / batch_size)
+    orders = [torch.randperm(len(train), generator=generator) for _ in range(epochs)]
+    order = [places for each in orders for places in each.tensor_split(count)]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        list(rates[: 1 + tuned]),
+        max(2, len(order)),
+        pct_start=WARM_UP_SHARE,
+        cycle_momentum=False,
+    )
+    head.train()
+    encoder.train(tuned)
+    device = next(head.parameters()).device
+    for batch, masks in train.batches(order):
+        inputs, truth = batch.to(device, non_blocking=True), masks.to(device).long()
+        if tuned:
+            mirrored = (torch.rand(len(inputs), generator=generator) < 0.5).to(device)
+            inputs = torch.where(mirrored[:, None, None, None], inputs.flip(-1), inputs)
+            truth = torch.where(mirrored[:, None, None], truth.flip(-1), truth)
+        logits = F.interpolate(head(encoder(inputs)), truth.shape[1:], mode="bilinear")
+        # A batch of nothing but void has no mean.
+        loss = F.cross_entropy(logits, truth, ignore_index=VOID, reduction="sum")
+        (loss / (truth != VOID).sum().clamp_min(1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
 
 
 @torch.no_grad()
-def _feature_maps(
-    grid: FeatureGrid, train: MaskedImages, test: MaskedImages, batch_size: int
-) -> _Maps:
-    device = _device(grid)
-    parts = [
-        torch.cat([grid(batch.to(device)).cpu() for batch in part.images.split(batch_size)])
-        for part in (train, test)
-    ]
-    return _Maps(parts[0], parts[1], device)
+def predict(
+    encoder: nn.Module, head: nn.Module, test: _Pairs, indices: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The likeliest class of each pixel, uint8 on the head's device, and the masks, by batches.
+
+    Encoder, head and ``test`` are as for `fit`; ``indices`` are places of each batch.
+    """
+    encoder.eval()
+    head.eval()
+    device = next(head.parameters()).device
+    for batch, masks in test.batches(indices):
+        logits = head(encoder(batch.to(device, non_blocking=True)))
+        logits = F.interpolate(logits, masks.shape[1:], mode="bilinear")
+        yield logits.argmax(dim=1).to(torch.uint8), masks.to(device)
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+def mean_iou(batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> float:
+    """Intersection over union in percent, the mean of the classes that occur in either.
+
+    It is counted over all pixels of all images; those that are `VOID` in the masks don't count.
+
+    Args:
+        batches: predictions and masks, (batch, height, width): whole numbers below ``classes``, in
+            masks `VOID`, too.
+        classes: how many there are.
+    """
+    index = MulticlassJaccardIndex(classes, ignore_index=VOID, validate_args=False)
+    for predicted, masks in batches:
+        index.to(predicted.device).update(predicted.long(), masks.long())
+    return 100 * float(index.compute())
 
 
-def _new_head(name: str, maps: Tensor, train: MaskedImages, seed: int) -> nn.Module:
-    """A head for such feature maps, (images, features, rows, columns)."""
-    features, classes = maps.shape[1], len(train.class_ids)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if name == LINEAR:
-            return linear_head(features, classes)
-        return decoder(features, classes, train.masks.shape[1] / maps.shape[2])
+def _image_size(subject: Subject, source: MaskedSource, wanted: int | str | None) -> ImageSize:
+    """What is asked for, or the first image's, rounded to multiples of the stride."""
+    information: Any = getattr(subject.backbone(PRETRAINED), "feature_info", None)
+    stride = int(information[-1]["reduction"]) if information else 1
+    size = parse_image_size(wanted) or source.read(0)[0].shape[1:]
+    rows, columns = (max(1, round(side / stride)) * stride for side in size)
+    if wanted is not None and tuple(size) != (rows, columns):
+        raise UserError(
+            f"--segmentation.image-size is {size[0]}x{size[1]}, and the backbone's stride is "
+            f"{stride}; give multiples of it, such as {rows}x{columns}"
+        )
+    return rows, columns
 
 
-def _learn_on_maps(
-    name: str, maps: _Maps, train: MaskedImages, settings: SegmentationSettings, seed: int
-) -> Tensor:
-    """A head's predictions for the test images, the backbone frozen."""
-    head = _new_head(name, maps.train, train, seed).to(maps.device)
-    fit(
-        nn.Identity(),
-        head,
-        maps.train,
-        train.masks,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        seed=seed,
-    )
-    size = (train.masks.shape[1], train.masks.shape[2])
-    return predict(nn.Identity(), head, maps.test, size, settings.batch_size)
+def resized(backbone: nn.Module, size: ImageSize, channels: int, name: str) -> nn.Module:
+    """Make it take images of another size, in place; timm resamples its position embeddings.
+
+    Raises:
+        UserError: the backbone, of this name, can't take images of this (height, width).
+    """
+    if hasattr(backbone, "set_input_size"):
+        try:
+            with warnings.catch_warnings():
+                # timm resamples Swin's tables of positions in ways that PyTorch finds old.
+                warnings.simplefilter("ignore", UserWarning)
+                cast(Any, backbone).set_input_size(img_size=size)
+        except Exception as error:
+            # Each family has its own conditions, and checks them by whatever fails.
+            raise UserError(
+                f"backbone {name!r} can't take {size[0]} x {size[1]} pixels: "
+                f"{' '.join(str(error).split())[:200]}; give another --segmentation.image-size"
+            ) from error
+    check_image_size(backbone, size, channels, name)
+    return backbone
 
 
-def _fine_tune(
-    name: str,
-    grid: FeatureGrid,
-    train: MaskedImages,
-    test: MaskedImages,
-    settings: SegmentationSettings,
-    seed: int,
-) -> Tensor:
-    """A head's predictions for the test images, the backbone trained with it; a copy is."""
-    encoder, device = copy.deepcopy(grid), _device(grid)
-    with torch.no_grad():
-        maps = grid(train.images[:1].to(device))
-    head = _new_head(name, maps, train, seed).to(device)
-    fit(
-        encoder,
-        head,
-        train.images,
-        train.masks,
-        epochs=settings.finetune_epochs,
-        batch_size=settings.batch_size,
-        encoder_rate=settings.finetune_rate,
-        seed=seed,
-    )
-    size = (train.masks.shape[1], train.masks.shape[2])
-    return predict(encoder, head, test.images, size, settings.batch_size)
+def draw_segmentation(images: Tensor, masks: Tensor, predicted: Mapping[str, Tensor]) -> bytes:
+    """A PNG with a row an image: the image, its truth, and each prediction; void is black.
+
+    Args:
+        images: (images, channels, height, width), as they were loaded (see `Batch.images`).
+        masks: (images, height, width), with `VOID`.
+        predicted: by the column's heading, shaped as ``masks``.
+    """
+    count, height, width = masks.shape
+    pixels = as_float(images).double().clamp(0.0, 1.0).permute(0, 2, 3, 1).numpy()
+    shown = pixels[..., :3] if pixels.shape[3] >= 3 else pixels[..., :1].repeat(3, axis=3)
+    coloured = {name: _coloured(each) for name, each in {"truth": masks, **predicted}.items()}
+    columns = {"image": shown, **coloured}
+    inches = (TILE_INCHES * len(columns), (TILE_INCHES * height / width + 0.1) * count + 0.2)
+    figure = Figure(figsize=inches, layout="constrained")
+    axes = figure.subplots(count, len(columns), squeeze=False)
+    for column, (heading, pictures) in enumerate(columns.items()):
+        axes[0, column].set_title(heading, fontsize=9)
+        for row, picture in enumerate(pictures):
+            axes[row, column].imshow(picture, interpolation="nearest")
+            axes[row, column].set_axis_off()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _coloured(masks: Tensor) -> NDArray[np.float64]:
+    colours = mpl.colormaps["tab20"](np.arange(COLOURS))[:, :3]
+    positions = masks.numpy()
+    coloured: NDArray[np.float64] = colours[positions % COLOURS]
+    coloured[positions == VOID] = 0.0
+    return coloured

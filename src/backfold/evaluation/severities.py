@@ -5,7 +5,7 @@ is drawn from the seed, not from the severity: in each image, noise grows, and w
 moved stays so, from one severity to the next (but for masks of `Masking.blocks`).
 """
 
-import re
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,6 @@ from backfold.pretext.superresolution import down_and_up
 from backfold.training.config import TaskSettings
 
 SEVERITIES = (1, 2, 3, 4, 5)
-CASE = re.compile(r"(?P<name>.+), severity (?P<severity>\d)")
 
 MASK_RATIOS = (0.2, 0.4, 0.6, 0.75, 0.9)
 SORTED_SHARES = (0.2, 0.35, 0.5, 0.75, 1.0)
@@ -70,6 +69,14 @@ def pretext_severities(
     if channels > 1:
         tasks["colorization"] = tuple(Colorization(share, share) for share in CHROMA_SHARES)
     return tasks
+
+
+def seeded_batches(
+    batches: Iterable[Tensor], seed: int
+) -> Iterator[tuple[Tensor, torch.Generator]]:
+    """Each batch with a generator on its device, the same again at the next severity."""
+    for number, batch in enumerate(batches):
+        yield batch, torch.Generator(batch.device).manual_seed(seed + number)
 
 
 def _fitting(patch_size: int, image_size: ImageSize) -> int:
@@ -161,14 +168,3 @@ def _covered(length: int, place: Tensor, share: float) -> Tensor:
     start = (place * (length - extent + 1)).floor()
     positions = torch.arange(length, device=place.device)
     return (positions >= start) & (positions < start + extent)
-
-
-def severity_case(name: str, severity: int) -> str:
-    """The case of a row: "denoising, severity 3"."""
-    return f"{name}, severity {severity}"
-
-
-def parse_case(case: str) -> tuple[str, int] | None:
-    """The inverse of `severity_case`; None for any other case."""
-    found = CASE.fullmatch(case)
-    return (found["name"], int(found["severity"])) if found else None

@@ -8,13 +8,22 @@ import yaml
 from jinja2 import Environment, PackageLoader
 
 from backfold.errors import UserError
-from backfold.evaluation.protocol import EvaluationRow, read_rows
+from backfold.evaluation.results import (
+    ACCURACY,
+    BEFORE,
+    PIXELS,
+    PRETRAINED,
+    SCRATCH,
+    Row,
+    read_rows,
+)
 from backfold.exporting.timm_folder import Rebuilt, architecture
 from backfold.training.config_file import config_to_dict
 from backfold.training.pretrained import Pretrained
 from backfold.training.run_folder import RunFolder
 from backfold.version import __version__
 
+SHOWN = (PRETRAINED, BEFORE, SCRATCH, PIXELS)
 PATHS = ("data", "out", "init")
 
 
@@ -59,10 +68,11 @@ def _public(key: str, value: Any) -> Any:
     return Path(value).name if key in PATHS and value is not None else value
 
 
-def _rows(files: RunFolder | None) -> list[EvaluationRow]:
+def _rows(files: RunFolder | None) -> list[Row]:
     if files is None or not files.evaluation.exists():
         return []
-    return read_rows(files.evaluation)
+    rows = read_rows(files.evaluation)
+    return [row for row in rows if row.metric == ACCURACY and row.contender in SHOWN]
 
 
 def _last_health(files: RunFolder | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ LOGGER = logging.getLogger("backfold")
 
 
 class Job(Protocol):
-    """Columns of normalised images. It can be pickled, to run in other processes."""
+    """Columns of images. It can be pickled, to run in other processes."""
 
     @property
     def run(self) -> Pretrained:
@@ -37,11 +37,11 @@ class Job(Protocol):
         """What decides the columns besides the weights, plain values for JSON."""
         ...
 
-    def __call__(self, clean: Tensor, indices: Sequence[int]) -> dict[str, pa.Array]:
+    def __call__(self, images: Tensor, indices: Sequence[int]) -> dict[str, pa.Array]:
         """Columns by name, a value an image.
 
         Args:
-            clean: normalised, on the CPU, (batch, channels, height, width).
+            images: as loaded (see `Batch.images`), (batch, channels, height, width).
             indices: the images' indices in their source.
         """
         ...
@@ -65,8 +65,9 @@ class EmbeddingJob:
         """See `Job`."""
         return {"job": "embed", "embedding": asdict(self.choice)}
 
-    def __call__(self, clean: Tensor, indices: Sequence[int]) -> dict[str, pa.Array]:  # noqa: ARG002
+    def __call__(self, images: Tensor, indices: Sequence[int]) -> dict[str, pa.Array]:  # noqa: ARG002
         """See `Job`."""
+        clean = normalised(self, images)
         vectors = embed_batches(self.run.energy.backbone, [clean], self.choice, self.device)
         flat = pa.array(vectors.flatten().numpy())
         return {"vector": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])}
@@ -108,13 +109,14 @@ class ScoringJob:
             "seed": self.seed,
         }
 
-    def __call__(self, clean: Tensor, indices: Sequence[int]) -> dict[str, pa.Array]:
+    def __call__(self, images: Tensor, indices: Sequence[int]) -> dict[str, pa.Array]:
         """See `Job`."""
-        energy = self.run.energy
+        energy, clean = self.run.energy, normalised(self, images)
         with eval_mode(energy), torch.no_grad():
-            columns = {"energy": energy(clean.to(self.device)).float()}
+            columns = {"energy": energy(clean).float()}
         for name, task in self.tasks.items():
-            columns[f"error_{name}"] = self._errors(task, clean, indices)
+            # Drawn on the CPU: the same corruption whatever the device.
+            columns[f"error_{name}"] = self._errors(task, clean.cpu(), indices)
         return {name: pa.array(values.cpu().numpy()) for name, values in columns.items()}
 
     def _errors(self, task: PretextTask, clean: Tensor, indices: Sequence[int]) -> Tensor:
@@ -132,6 +134,11 @@ class ScoringJob:
             ]
         )
         return torch.where(diverged, torch.inf, errors)
+
+
+def normalised(job: Job, images: Tensor) -> Tensor:
+    """Loaded images on the job's device, normalised there."""
+    return job.run.statistics.normalize(images.to(job.device, non_blocking=True))
 
 
 def scorable_tasks(tasks: Mapping[str, PretextTask]) -> dict[str, PretextTask]:

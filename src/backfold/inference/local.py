@@ -56,7 +56,7 @@ def _batches(plan: Plan, part: int) -> list[range]:
 def _rows(job: Job, source: ImageSource, batch: Batch, wanted: range) -> pa.Table:
     """The batch's rows, without those of images that stand in for broken ones."""
     indices = batch.indices.tolist()
-    columns = job(job.run.statistics.normalize(batch.images), indices)
+    columns = job(batch.images, indices)
     table = make_part(indices, [source.describe(index) for index in indices], columns)
     kept = [index == expected for index, expected in zip(indices, wanted, strict=True)]
     return table.filter(pa.array(kept))

@@ -149,3 +149,16 @@ def shard_optimizer(optimizer: AdamW) -> "ZeroRedundancyOptimizer":
     defaults = {name: value for name, value in optimizer.defaults.items() if name in known}
     groups = [dict(group) for group in optimizer.param_groups]
     return ZeroRedundancyOptimizer(groups, AdamW, **defaults)
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """The device that Lightning would take.
+
+    Raises:
+        UserError: an accelerator that is not there.
+    """
+    try:
+        return Fabric(accelerator=accelerator, devices=1).device
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"can't use accelerator {accelerator!r}: {reason}; try auto") from error

@@ -21,9 +21,12 @@ from backfold.version import __version__
 FORMAT = "backfold-checkpoint"
 FORMAT_VERSION = 1
 LOCK = ".lock"
+DEMO_RUN = Path("runs/demo")
 OURS = {
-    "config.yaml", "run.json", "checkpoints", "backbone.safetensors", "metrics.csv", "previews",
-    "health.json", "evaluation.json", "measures", "train.log", "tensorboard", "report.html", LOCK,
+    "config.yaml", "run.json", "checkpoints", "initial.safetensors", "backbone.safetensors",
+    "metrics.csv", "previews", "health.json", "evaluation.json", "evaluation", "train.log",
+    "tensorboard", "report.html", LOCK,
+    "measures",  # of older runs
 }  # fmt: skip
 
 
@@ -32,6 +35,14 @@ class RunFolder:
     """Paths in a run's folder."""
 
     root: Path
+
+    @staticmethod
+    def of(path: str | Path) -> Path | None:
+        """The run's folder that this is, or that this checkpoint lies in; else None."""
+        given = Path(path)
+        if given.is_file():
+            given = given.parent.parent
+        return given if RunFolder(given).config.is_file() else None
 
     @property
     def config(self) -> Path:
@@ -59,6 +70,11 @@ class RunFolder:
         return self.root / "checkpoints" / "best.ckpt"
 
     @property
+    def initial(self) -> Path:
+        """The backbone's weights before the first step."""
+        return self.root / "initial.safetensors"
+
+    @property
     def backbone(self) -> Path:
         """The backbone's weights under timm's names."""
         return self.root / "backbone.safetensors"
@@ -79,9 +95,9 @@ class RunFolder:
         return self.root / "evaluation.json"
 
     @property
-    def measures(self) -> Path:
-        """What the evaluation measured besides accuracies: a PROTOCOL.json each, and a picture."""
-        return self.root / "measures"
+    def pictures(self) -> Path:
+        """Pictures that the evaluation left."""
+        return self.root / "evaluation"
 
     @property
     def log(self) -> Path:

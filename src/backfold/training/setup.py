@@ -16,6 +16,7 @@ from backfold.data.broken import BrokenFiles
 from backfold.data.guarded_loading import evaluation_batches
 from backfold.data.source import (
     ImageSource,
+    Labels,
     SubsetSource,
     open_source,
     open_stream,
@@ -74,12 +75,7 @@ def open_images(config: PretrainConfig) -> Images:
     source = open_source(config.data, "train", config.watch_labels, config.max_pixels)
     if len(source) < 2:
         raise UserError(f"{source.name} holds {len(source)} image; give at least 2")
-    held_out = min(config.held_out, max(1, int(LARGEST_HELD_OUT_SHARE * len(source))))
-    try:
-        labels = len(source) if source.labels is None else source.labels
-        training, kept = stratified_split(labels, held_out / len(source), config.seed)
-    except UserError:  # fewer held-out images than classes
-        training, kept = stratified_split(len(source), held_out / len(source), config.seed)
+    training, kept = split_held_out(source, config.held_out, config.seed)
     workers = _reading_workers(config)
     channels = config.channels or count_channels(source, apart=workers > 0)
     found = find_survey(config.data, source, channels) or survey(
@@ -105,6 +101,16 @@ def open_images(config: PretrainConfig) -> Images:
         len(training),
         reading_workers=workers,
     )
+
+
+def split_held_out(source: ImageSource, held_out: int, seed: int) -> tuple[Labels, Labels]:
+    """Places of the training images and of those that are kept from it, a tenth at most."""
+    share = min(held_out, max(1, int(LARGEST_HELD_OUT_SHARE * len(source)))) / len(source)
+    try:
+        labels = len(source) if source.labels is None else source.labels
+        return stratified_split(labels, share, seed)
+    except UserError:  # fewer held-out images than classes
+        return stratified_split(len(source), share, seed)
 
 
 def _reading_workers(config: PretrainConfig) -> int:

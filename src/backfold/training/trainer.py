@@ -34,7 +34,13 @@ from backfold.training.progress import (
     log_to,
     terminal,
 )
-from backfold.training.run_folder import RunFolder, check_available, claim, write_yaml
+from backfold.training.run_folder import (
+    RunFolder,
+    check_available,
+    claim,
+    write_tensors,
+    write_yaml,
+)
 from backfold.training.run_parts import RunParts
 from backfold.training.stopping import (
     StopNow,
@@ -138,6 +144,8 @@ class Run(RunParts):
         """Go on to the last step, and leave the weights."""
         if self.fabric.is_global_zero:
             write_yaml(self.folder.config, config_to_dict(self.config))
+            if not self.state.step:  # what evaluation holds the pretrained backbone against
+                write_tensors(self.folder.initial, self.energy.backbone.state_dict())
             if self.state.step:  # a run that was killed just behind a checkpoint had not yet
                 self.recorder.describe(self._epoch())
         with request.at_once():

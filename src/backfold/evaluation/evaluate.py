@@ -1,0 +1,430 @@
+"""Judging a backbone: one verb, one row, and the protocols by name.
+
+A protocol is a function of an `Evaluation` that returns rows, and one entry of `PROTOCOLS`.
+"""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from backfold.data.loading import default_workers
+from backfold.data.segmentation import open_masked
+from backfold.data.source import open_source
+from backfold.data.statistics import ChannelStatistics, measure_statistics
+from backfold.embedding import EmbeddingChoice
+from backfold.errors import UserError
+from backfold.evaluation.adaptation import adaptation
+from backfold.evaluation.attentive import attentive
+from backfold.evaluation.energy import energy
+from backfold.evaluation.finetune import LEARNING_RATE_FACTORS, FineTuning, finetune
+from backfold.evaluation.frozen import FrozenVectors, knn, layers, linear
+from backfold.evaluation.images import Parts, open_parts
+from backfold.evaluation.restoration import restoration
+from backfold.evaluation.results import Row, data_name, merge_rows, read_rows, write_rows
+from backfold.evaluation.segmentation import SegmentationSettings, segmentation
+from backfold.evaluation.subject import Subject, open_subject
+from backfold.training.config import parse_image_size
+from backfold.training.distribution import choose_device
+from backfold.training.run_folder import DEMO_RUN, RunFolder, write_atomically
+
+LOGGER = logging.getLogger("backfold")
+FEW_LABELS: tuple[int | float, ...] = (1, 5, 10, 25, 0.01, 0.1)
+
+
+@dataclass
+class EvaluateSettings:
+    """How `backfold evaluate` measures a backbone and its energy.
+
+    Args:
+        checkpoint: a run's folder or a .ckpt file, an exported folder, or the name of a timm model.
+        weights: of a timm model: a file or folder as pretraining's init takes it, or "timm".
+        data: labelled images: a folder with a sub-folder a class, or parquet files with a label
+            column; none takes the run's own data.
+        protocols: comma-separated: knn, linear, layers, attentive, finetune, lowshot (linear and
+            finetune with very few labels), segmentation, energy, restoration, adaptation.
+        embedding: layer and pooling of frozen vectors; "auto" chooses them on validation images.
+        labels: comma-separated numbers of labelled images a class, shares such as 1%, or all.
+        draws: how often few labels are drawn; the table shows mean and deviation.
+        near: other images that look like the run's; how well the energy tells them apart.
+        far: the same of images that look different.
+        train_images: labelled training images that are used, and the neighbours of energy; none
+            takes all.
+        test_images: test images of energy, restoration and adaptation, and of near and far.
+        num_steps: restoration steps that are compared by restoration.
+        finetuning: the recipe of finetune, lowshot and adaptation.
+        rate_factors: learning rates tried on validation images, as factors of finetuning's base_lr;
+            a single one is taken without a trial.
+        segmentation: data with masks, and how heads are trained on them.
+        image_size: N or HxW pixels, of backbones that are no run's; none takes their own.
+        channels: of the images of a timm model.
+        seed: of draws, splits and training.
+        out: folder for evaluation.json and pictures; none takes the run's.
+        accelerator: cpu, cuda, mps, or auto.
+        num_workers: processes that decode images; none takes as many as there are cores but one.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    checkpoint: str | Path = DEMO_RUN
+    weights: str | None = None
+    data: str | Path | None = None
+    protocols: str | list[str] = "knn,linear"
+    embedding: EmbeddingChoice | Literal["auto"] = "auto"
+    labels: str | list[str] = "all,10"
+    draws: int = 5
+    near: str | Path | None = None
+    far: str | Path | None = None
+    train_images: int | None = None
+    test_images: int = 500
+    num_steps: tuple[int, ...] = (1, 2, 4)
+    finetuning: FineTuning = field(default_factory=FineTuning)
+    rate_factors: tuple[float, ...] = LEARNING_RATE_FACTORS
+    segmentation: SegmentationSettings = field(default_factory=SegmentationSettings)
+    image_size: int | str | None = None
+    channels: int = 3
+    seed: int = 0
+    out: str | Path | None = None
+    accelerator: str = "auto"
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("train_images", 2), ("test_images", 2), ("draws", 1), ("channels", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} is {value}; give {least} or more")
+        if not self.rate_factors or not all(factor > 0 for factor in self.rate_factors):
+            raise UserError(f"rate_factors is {self.rate_factors}; give one or more, each above 0")
+        self.protocol_names()
+        self.label_counts()
+        parse_image_size(self.image_size)
+
+    def protocol_names(self) -> list[str]:
+        """The protocols asked for, each once.
+
+        Raises:
+            UserError: an unknown one, or none.
+        """
+        names = _listed(self.protocols)
+        unknown = [name for name in names if name not in PROTOCOLS]
+        if unknown or not names:
+            raise UserError(
+                f"unknown protocol {', '.join(unknown) or self.protocols!r}; choose from "
+                f"{', '.join(PROTOCOLS)}"
+            )
+        return names
+
+    def label_counts(self) -> list[int | float | None]:
+        """Labels a class; below 1 the share of each class; None for all.
+
+        Raises:
+            UserError: none of these.
+        """
+        return [_count(text) for text in _listed(self.labels)] or [_count("")]
+
+
+def _listed(given: str | Sequence[object]) -> list[str]:
+    parts = given.split(",") if isinstance(given, str) else [str(part) for part in given]
+    return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
+
+
+def _count(text: str) -> int | float | None:
+    if text == "all":
+        return None
+    try:
+        number = float(text.removesuffix("%")) / 100 if text.endswith("%") else int(text)
+    except ValueError:
+        number = 0
+    if number <= 0 or (text.endswith("%") and number >= 1):
+        raise UserError(f"labels is {text!r}; give all, numbers of 1 or more, or shares such as 1%")
+    return number
+
+
+class Evaluation:
+    """What the protocols share; images and backbones are made once, when they are needed.
+
+    Args:
+        settings: of all protocols.
+        subject: what is judged.
+        device: where to compute.
+
+    Attributes:
+        pictures: files for the folder of pictures, by name, that protocols leave.
+    """
+
+    def __init__(self, settings: EvaluateSettings, subject: Subject, device: torch.device) -> None:
+        self.settings, self.subject, self.device = settings, subject, device
+        self.num_workers = (
+            default_workers() if settings.num_workers is None else settings.num_workers
+        )
+        self.pictures: dict[str, bytes] = {}
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The images, with labels if they have any; see `backfold.evaluation.images.open_parts`."""
+        return open_parts(
+            self.settings.data,
+            self.subject,
+            seed=self.settings.seed,
+            num_workers=self.num_workers,
+            limit=self.settings.train_images,
+        )
+
+    @cached_property
+    def frozen(self) -> FrozenVectors:
+        """All contenders' vectors."""
+        return FrozenVectors(self)
+
+    def with_labels(self, labels: list[str]) -> "Evaluation":
+        """The same images and backbones, with other numbers of labels."""
+        other = copy.copy(self)
+        other.settings = replace(self.settings, labels=labels)
+        return other
+
+    @cached_property
+    def statistics(self) -> ChannelStatistics:
+        """What normalises the images: the subject's, or else measured on the training part."""
+        known = self.subject.statistics
+        if known is not None:
+            return known
+        return measure_statistics(self.parts.train.source, self.subject.channels)
+
+    @cached_property
+    def backbones(self) -> Mapping[str, nn.Module]:
+        """By contender: frozen, in eval mode, on the device."""
+        return {
+            name: self.subject.backbone(name).requires_grad_(False).to(self.device)
+            for name in self.subject.weights
+        }
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How something is measured.
+
+    Args:
+        run: gives the rows.
+        title: of its section in the report.
+        sentence: what the numbers mean.
+        needs: "labels", "masks", or "energy", which only runs have.
+        uses: settings that not every protocol uses.
+    """
+
+    run: Callable[[Evaluation], list[Row]]
+    title: str
+    sentence: str
+    needs: Literal["labels", "masks", "energy", "energy and labels"]
+    uses: tuple[str, ...]
+
+
+def lowshot(given: Evaluation) -> list[Row]:
+    """`linear` and `finetune` with very few labels; numbers that a class lacks are left out."""
+    labels = given.parts.train.labels[given.parts.fit]
+    smallest = int(labels.unique(return_counts=True)[1].min())
+    affordable = [n for n in FEW_LABELS if isinstance(n, float) or n <= smallest]
+    texts = [f"{100 * n:g}%" if isinstance(n, float) else str(n) for n in affordable]
+    few = given.with_labels(texts)
+    return [*linear(few), *finetune(few)]
+
+
+TUNING = ("finetuning", "rate_factors", "train_images")
+FROZEN = ("embedding", "draws", "train_images")
+PROTOCOLS: Mapping[str, Protocol] = {
+    "knn": Protocol(
+        knn,
+        "Nearest neighbours",
+        "The 20 nearest training images in cosine similarity vote for a test image's class.",
+        "labels",
+        (*FROZEN, "labels"),
+    ),
+    "linear": Protocol(
+        linear,
+        "Linear probe",
+        "A logistic regression reads the class from the frozen backbone's vectors.",
+        "labels",
+        (*FROZEN, "labels"),
+    ),
+    "layers": Protocol(
+        layers,
+        "By layer",
+        "What linear probes read from each layer and pooling, on validation images.",
+        "labels",
+        ("train_images",),
+    ),
+    "attentive": Protocol(
+        attentive,
+        "Attentive probe",
+        "Attention pooling and a linear classifier, trained on the frozen backbone's positions.",
+        "labels",
+        ("labels", "draws", "train_images"),
+    ),
+    "finetune": Protocol(
+        finetune,
+        "Fine-tuning",
+        "The whole backbone is trained with labels; from scratch it starts at random with the same "
+        "recipe, and each gets once or three times the steps, whichever is better on validation "
+        "images.",
+        "labels",
+        (*TUNING, "labels", "draws"),
+    ),
+    "lowshot": Protocol(
+        lowshot,
+        "Few labels",
+        "Linear probe and fine-tuning with 1 to 25 labels a class, and with 1 and 10 %.",
+        "labels",
+        (*TUNING, *FROZEN),
+    ),
+    "segmentation": Protocol(
+        segmentation,
+        "Segmentation",
+        "The class of every pixel, read from the feature map by a linear head and by a small "
+        "decoder, frozen and fine-tuned; the mean intersection over union (mIoU) is 100 % where "
+        "every pixel is right.",
+        "masks",
+        ("segmentation",),
+    ),
+    "energy": Protocol(
+        energy,
+        "What the energy knows",
+        "How often a strange image's score is above a clean test image's: 1 is always, 0.5 is "
+        "chance.",
+        "energy",
+        ("near", "far", "test_images", "train_images"),
+    ),
+    "restoration": Protocol(
+        restoration,
+        "Restoration",
+        "How close corrupted images come to the clean ones where they were corrupted, by the "
+        "energy's steps and by methods that learn nothing.",
+        "energy",
+        ("num_steps", "test_images"),
+    ),
+    "adaptation": Protocol(
+        adaptation,
+        "Restoring before classifying",
+        "A fine-tuned classifier's accuracy on corrupted test images, as they are and after the "
+        "energy restored those that look implausible.",
+        "energy and labels",
+        (*TUNING, "test_images"),
+    ),
+}
+
+
+def evaluate(subject: str | Path | nn.Module, **settings: Any) -> list[Row]:
+    """Judge a backbone, and leave the rows in its run's folder, or in ``out`` if that is given.
+
+    Args:
+        subject: a run's folder or checkpoint, an exported folder, a timm name, or a module.
+        **settings: those of `EvaluateSettings`, such as ``data`` and ``protocols``.
+
+    Raises:
+        UserError: an unknown protocol, data that one of them can't use, or what it raises.
+    """
+    if isinstance(subject, nn.Module):
+        return list(_all_rows(EvaluateSettings(**settings), subject))
+    given = EvaluateSettings(checkpoint=subject, **settings)
+    return list(_all_rows(given, given.checkpoint))
+
+
+def _all_rows(settings: EvaluateSettings, given: str | Path | nn.Module) -> Iterator[Row]:
+    for rows in evaluate_each(settings, given):
+        yield from rows
+
+
+def evaluate_each(
+    settings: EvaluateSettings, given: str | Path | nn.Module | None = None
+) -> Iterator[list[Row]]:
+    """The rows of one protocol after another, written as they are found; see `evaluate`."""
+    names = settings.protocol_names()
+    device = choose_device(settings.accelerator)
+    subject = open_subject(
+        settings.checkpoint if given is None else given,
+        weights=settings.weights,
+        image_size=parse_image_size(settings.image_size),
+        channels=settings.channels,
+        seed=settings.seed,
+    )
+    evaluation = Evaluation(settings, subject, device)
+    _refuse(names, evaluation)
+    for name in _without_effect(settings, names):
+        LOGGER.warning(f"{name} has no effect on {', '.join(names)}")
+    folder = subject.folder if settings.out is None else Path(settings.out)
+    for name in names:
+        LOGGER.info("evaluating: %s", name)
+        rows = [_signed(row, evaluation) for row in PROTOCOLS[name].run(evaluation)]
+        if folder is not None:
+            _write(RunFolder(folder), rows, evaluation.pictures)
+        yield rows
+
+
+def _refuse(names: Sequence[str], evaluation: Evaluation) -> None:
+    """Say what is missing before anything is computed."""
+    needs = {PROTOCOLS[name].needs for name in names}
+    if evaluation.subject.run is None and needs & {"energy", "energy and labels"}:
+        asked = [name for name in names if "energy" in PROTOCOLS[name].needs]
+        raise UserError(
+            f"{', '.join(asked)} measures an energy, and {evaluation.subject.name} is a backbone "
+            "alone; give a run's folder"
+        )
+    if needs - {"masks"}:
+        parts = evaluation.parts
+        if needs & {"labels", "energy and labels"}:
+            parts.refuse_unlabelled()
+    settings, run = evaluation.settings, evaluation.subject.run
+    if "masks" in needs:
+        own = run.config.data if run is not None else None
+        open_masked(settings.segmentation.data or settings.data or own)
+    if "energy" in names:
+        for data in (settings.near, settings.far):
+            if data is None:
+                continue
+            open_source(data, "train", max_pixels=evaluation.subject.max_pixels)
+
+
+def _without_effect(settings: EvaluateSettings, names: Sequence[str]) -> list[str]:
+    """Names of settings that were changed, and that none of these protocols uses."""
+    of_some = {used for protocol in PROTOCOLS.values() for used in protocol.uses}
+    used = {used for name in names for used in PROTOCOLS[name].uses}
+    return [
+        item.name
+        for item in dataclasses.fields(settings)
+        if item.name in of_some - used and getattr(settings, item.name) != _default(item)
+    ]
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    if item.default_factory is dataclasses.MISSING:
+        return item.default
+    return item.default_factory()
+
+
+def _signed(row: Row, evaluation: Evaluation) -> Row:
+    """With the data's name, the run's step, and what can't be kept."""
+    settings, run = evaluation.settings, evaluation.subject.run
+    data = settings.data if settings.data is not None or run is None else run.config.data
+    caveat = "" if row.protocol == "segmentation" else evaluation.parts.caveat
+    if row.protocol == "segmentation":
+        data = settings.segmentation.data or data
+    notes = [note for note in (row.note, caveat) if note]
+    step = None if run is None else run.step
+    return replace(row, data=data_name(data), step=step, note="; ".join(notes))
+
+
+def _write(folder: RunFolder, rows: Sequence[Row], pictures: Mapping[str, bytes]) -> None:
+    before: list[Row] = []
+    if folder.evaluation.exists():
+        try:
+            before = read_rows(folder.evaluation)
+        except UserError as error:
+            LOGGER.warning(f"{error}: it is replaced")
+    write_rows(folder.evaluation, merge_rows(before, rows))
+    for name, content in pictures.items():
+        write_atomically(folder.pictures / name, content)

@@ -1,0 +1,230 @@
+"""What an evaluation found: rows, their file, and the tables that pivot them."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from backfold.data.source import HUB_NAME
+from backfold.errors import UserError
+from backfold.training.run_folder import write_json
+
+PRETRAINED, BEFORE, RANDOM = "pretrained", "before", "random"
+PIXELS, SCRATCH = "pixels", "from scratch"
+ACCURACY = "accuracy (%)"
+OVER = " over "
+EMBEDDED_NAME = "embedded sample"
+ABSENT = "-"
+SEVERITY = re.compile(r"(?P<name>.+), severity (?P<severity>\d)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of one contender in one case.
+
+    Args:
+        protocol: a name of `backfold.evaluation.protocols.PROTOCOLS`.
+        case: what was done to which images, such as "10 labels a class" or "denoising, severity 3".
+        contender: who did it: "pretrained", "before", "pixels", "energy, 1 step"; or a difference
+            of two on the same draws and images, "pretrained over before".
+        metric: name and unit, such as "accuracy (%)", "mIoU (%)", "AUROC" or "PSNR (dB)".
+        mean: over the repetitions.
+        std: deviation over the repetitions (draws of labels, seeds, images, bootstrap samples); of
+            a single accuracy, its standard error over the test images.
+        count: how many repetitions.
+        data: name of the images (see `data_name`); None where it was not recorded.
+        step: of the run's checkpoint; None where there is none.
+        note: what was chosen on the validation part, and what must be known to trust the number.
+    """
+
+    protocol: str
+    case: str
+    contender: str
+    metric: str
+    mean: float
+    std: float
+    count: int
+    data: str | None = None
+    step: int | None = None
+    note: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        protocol: str,
+        case: str,
+        contender: str,
+        metric: str,
+        values: Sequence[float],
+        note: str = "",
+    ) -> "Row":
+        """A row of repeated measurements, one or more."""
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        mean = float(np.mean(values))
+        return cls(protocol, case, contender, metric, mean, std, len(values), note=note)
+
+
+def accuracy_rows(
+    protocol: str,
+    case: str,
+    correct: Mapping[str, Sequence[Tensor]],
+    notes: Mapping[str, str] | None = None,
+) -> list[Row]:
+    """Each contender's accuracy in percent, and by how much the first is ahead of each other.
+
+    Differences are taken draw by draw, or image by image where there is one draw: what is common to
+    both contenders is no part of their spread.
+
+    Args:
+        protocol: goes into the rows.
+        case: likewise.
+        correct: by contender, for each draw bool (test images,): which images were right. Draws and
+            images are the same for all contenders.
+        notes: by contender.
+    """
+    shares = {name: [100 * draw.double() for draw in draws] for name, draws in correct.items()}
+    first, notes = next(iter(shares)), notes or {}
+    rows = [
+        _accuracy(protocol, case, name, draws, notes.get(name, ""))
+        for name, draws in shares.items()
+    ]
+    for name, draws in shares.items():
+        if name != first:
+            gaps = [ours - theirs for ours, theirs in zip(shares[first], draws, strict=True)]
+            rows.append(_accuracy(protocol, case, f"{first}{OVER}{name}", gaps, ""))
+    return rows
+
+
+def _accuracy(protocol: str, case: str, name: str, draws: Sequence[Tensor], note: str) -> Row:
+    means = [float(draw.mean()) for draw in draws]
+    row = Row.of(protocol, case, name, ACCURACY, means, note)
+    if len(draws) > 1 or len(draws[0]) < 2:
+        return row
+    error = float(draws[0].std()) / len(draws[0]) ** 0.5
+    return Row(protocol, case, name, ACCURACY, row.mean, error, 1, note=note)
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write the rows as a JSON list; a reader never sees half a file.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written.
+    """
+    write_json(path, [asdict(row) for row in rows])
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows that `write_rows` wrote.
+
+    Raises:
+        UserError: no such file, or one that is not a list of rows.
+    """
+    try:
+        return [_row(values) for values in json.loads(path.read_text())]
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}; evaluate the run first") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is no list of evaluation rows: {error}; evaluate again") from error
+
+
+def _row(values: Mapping[str, Any]) -> Row:
+    row = Row(**values)
+    texts = (row.protocol, row.case, row.contender, row.metric, row.note, row.data or "")
+    numbers = (row.mean, row.std, row.count, row.step or 0)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{texts} are not all texts")
+    if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+        raise TypeError(f"{numbers} are not all numbers")
+    return row
+
+
+def merge_rows(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """All new rows after the old ones whose protocol and case no new row has."""
+    replaced = {(row.protocol, row.case) for row in new}
+    return [row for row in old if (row.protocol, row.case) not in replaced] + list(new)
+
+
+def severity_case(name: str, severity: int) -> str:
+    """The case of a row: "denoising, severity 3"."""
+    return f"{name}, severity {severity}"
+
+
+def parse_case(case: str) -> tuple[str, int] | None:
+    """The inverse of `severity_case`; None for any other case."""
+    found = SEVERITY.fullmatch(case)
+    return (found["name"], int(found["severity"])) if found else None
+
+
+def data_name(data: object) -> str:
+    """What rows call these data: the folder's or file's own name, as rows may be shared.
+
+    Args:
+        data: as `open_source` takes it; None is the sample in this package. Of names on the Hugging
+            Face hub nothing is left out.
+    """
+    if data is None:
+        return EMBEDDED_NAME
+    text = str(data)
+    if HUB_NAME.fullmatch(text) and not Path(text).exists():
+        return text
+    path = Path(text)
+    return path.resolve().name if path.name in ("", "..") else path.name
+
+
+@dataclass(frozen=True)
+class Table:
+    """A caption, the columns' headings, and rows; the first cell of a row is its heading."""
+
+    caption: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def tables_of(rows: Sequence[Row], severity: int | None = None) -> list[Table]:
+    """The rows of one protocol as tables: one for each metric, cases by contenders.
+
+    Cases with severities have a table for each corruption and metric, contenders by severities.
+
+    Args:
+        rows: of one protocol.
+        severity: show these severities alone, as one more case by contenders.
+    """
+    parsed = [(row, parse_case(row.case)) for row in rows]
+    plain = [row for row, case in parsed if case is None or case[1] == severity]
+    tables = [
+        _pivot(metric, "case", {(r.case, r.contender): r for r in plain if r.metric == metric})
+        for metric in dict.fromkeys(row.metric for row in plain)
+    ]
+    if severity is not None:
+        return tables
+    groups: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
+    for row, case in parsed:
+        if case is not None:
+            cells = groups.setdefault((case[0], row.metric), {})
+            cells[row.contender, f"severity {case[1]}"] = row
+    return tables + [
+        _pivot(f"{name}: {metric}", "contender", cells) for (name, metric), cells in groups.items()
+    ]
+
+
+def _pivot(caption: str, corner: str, cells: Mapping[tuple[str, str], Row]) -> Table:
+    """A row for each first key, in their order, and a column for each second one."""
+    names, columns = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
+    body = ((name, *(_cell(cells.get((name, column))) for column in columns)) for name in names)
+    return Table(f"{caption}, mean ± spread", (corner, *columns), tuple(body))
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ABSENT
+    if not np.isfinite(row.mean):
+        return "not finite"
+    digits = 1 if "%" in row.metric else 2 if "dB" in row.metric else 3
+    sign = "+" if OVER in row.contender else ""
+    spread = f" ± {row.std:.{digits}f}" if row.std else ""
+    return f"{round(row.mean, digits) + 0.0:{sign}.{digits}f}{spread}"

@@ -1,0 +1,167 @@
+"""Frozen vectors: which candidate is chosen, on which images, and what stands beside it."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from torch import nn
+from torch.nn import functional as F
+
+from backfold.data.statistics import ChannelStatistics
+from backfold.evaluation import frozen
+from backfold.evaluation.frozen import FrozenVectors, PixelVectors, knn, layers, linear
+from backfold.evaluation.images import Images, Parts
+from backfold.evaluation.results import BEFORE, PRETRAINED
+from backfold.evaluation.subject import Subject
+
+CPU = torch.device("cpu")
+PLAIN = ChannelStatistics((0.5,), (0.25,))
+
+
+class Source:
+    """Random grey images of 8 x 8 pixels; the class is in one faint pixel."""
+
+    name, class_names = "faint", ("a", "b", "c", "d")
+
+    def __init__(self, count, seed):
+        random = np.random.default_rng(seed)
+        self.labels = np.arange(count) % 4
+        self.pixels = random.integers(100, 156, (count, 1, 8, 8)).astype(np.uint8)
+        self.pixels[:, 0, 4, 4] = 120 + 3 * self.labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, index, _=None):
+        return torch.from_numpy(self.pixels[index])
+
+    def describe(self, index):
+        return f"image {index}"
+
+
+class Seeing(nn.Module):
+    """Position 0 holds the class loudly; the others hold noise. Blind: all of it is noise."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(float(gain)))
+
+    def forward(self, images):
+        value = (images * 0.25 + 0.5) * 255
+        which = ((value[:, 0, 4, 4] - 120) / 3).round().long().clamp(0, 3)
+        loud = F.one_hot(which, 4).float() * self.gain
+        noise = images.flatten(1)[:, :12].unflatten(1, (3, 4))
+        return torch.cat([loud[:, None], noise], dim=1)
+
+
+def evaluation(weights, embedding="auto", labels=(None, 4), count=160):
+    states = {name: Seeing(gain).state_dict() for name, gain in weights.items()}
+    subject = Subject("toy", states, lambda _: Seeing(0.0), 1, (8, 8), PLAIN)
+    fit, validation = torch.arange(count).split([count * 4 // 5, count - count * 4 // 5])
+    parts = Parts(
+        Images(Source(count, 0), subject), Images(Source(80, 1), subject), fit, validation
+    )
+    settings = SimpleNamespace(
+        embedding=embedding, seed=0, draws=3, label_counts=lambda: list(labels)
+    )
+    given = SimpleNamespace(
+        settings=settings, subject=subject, parts=parts, statistics=PLAIN, device=CPU,
+        backbones={name: subject.backbone(name) for name in states},
+    )  # fmt: skip
+    given.frozen = FrozenVectors(given)
+    return given
+
+
+def cells(rows):
+    return {(row.case, row.contender): row for row in rows}
+
+
+@pytest.mark.parametrize("protocol", [knn, linear])
+def test_who_sees_the_class_wins_and_swapped_weights_are_noticed(protocol):
+    def check(weights):
+        found = cells(protocol(evaluation(weights)))
+        for case in ("all labels", "4 labels a class"):
+            assert found[case, PRETRAINED].mean > 95
+            assert found[case, BEFORE].mean < 60
+            assert found[case, "pixels"].mean < 95
+            gap = found[case, PRETRAINED].mean - found[case, BEFORE].mean
+            assert found[case, "pretrained over before"].mean == pytest.approx(gap)
+        assert found["4 labels a class", PRETRAINED].count == 3
+        assert found["all labels", PRETRAINED].count == 1
+
+    check({PRETRAINED: 100.0, BEFORE: 0.0})
+    with pytest.raises(AssertionError):
+        check({PRETRAINED: 0.0, BEFORE: 100.0})
+
+
+def test_the_candidate_is_chosen_on_validation_images_alone():
+    """Test labels that are turned round change the accuracy and no choice."""
+    given = evaluation({PRETRAINED: 100.0, BEFORE: 0.0})
+    straight = linear(given)
+    turned = evaluation({PRETRAINED: 100.0, BEFORE: 0.0})
+    turned.parts.test._labels = 3 - turned.parts.test._labels
+    assert [row.note for row in linear(turned)] == [row.note for row in straight]
+    assert cells(linear(turned))["all labels", PRETRAINED].mean < 5
+
+
+def test_test_images_in_training_are_noticed():
+    """Nearest neighbours of images that are in the bank are right, whoever is asked."""
+
+    def check(given):
+        assert cells(knn(given))["all labels", "pixels"].mean < 90
+
+    given = evaluation({PRETRAINED: 1.0})
+    check(given)
+    leaking = evaluation({PRETRAINED: 1.0})
+    test = leaking.parts.test
+    test.source.pixels[:] = leaking.parts.train.source.pixels[:80]
+    rows = cells(knn(leaking))
+    assert rows["all labels", "pixels"].mean > cells(knn(given))["all labels", "pixels"].mean + 10
+
+
+def test_one_embedding_can_be_asked_for():
+    given = evaluation({PRETRAINED: 100.0}, embedding=frozen.EmbeddingChoice(-1, "max"))
+    notes = {row.note.split(";")[0] for row in linear(given) if row.contender == PRETRAINED}
+    assert notes == {"layer -1, max"}
+
+
+def test_layers_are_judged_on_validation_images():
+    given = evaluation({PRETRAINED: 100.0, BEFORE: 0.0})
+    found = cells(layers(given))
+    assert found["linear, layer -1, max", PRETRAINED].mean > 95
+    assert found["linear, layer -1, max", BEFORE].mean < 60
+    assert {row.metric for row in found.values()} == {"validation accuracy (%)"}
+    assert sum(case.startswith("linear, layer") for case, _ in found) == 2 * len(
+        {case for case, _ in found if case.startswith("linear, layer")}
+    )
+
+
+def test_pixels_in_four_forms():
+    generator = torch.Generator().manual_seed(0)
+    loud = torch.randn(50, 6, generator=generator) @ torch.randn(6, 2400, generator=generator)
+    images = (loud + 0.01 * torch.randn(50, 2400, generator=generator)).view(50, 3, 40, 20)
+    found = PixelVectors([images[:25], images[25:]], 6, seed=0)(images)
+    small = F.interpolate(images, (32, 16), mode="bilinear", antialias=True)
+    torch.testing.assert_close(found["raw pixels"], small.flatten(1))
+    expected = torch.stack([image - image.mean(dim=(1, 2))[:, None, None] for image in small])
+    torch.testing.assert_close(found["centred pixels"], expected.flatten(1))
+    assert found["8 x 8 thumbnail"].shape == (50, 3 * 8 * 4)
+    components = PCA(6, svd_solver="full").fit_transform(small.flatten(1).numpy())
+    ours = found["6 principal components of the pixels"]
+    # Up to signs: distances between images agree.
+    torch.testing.assert_close(
+        torch.cdist(ours, ours), torch.cdist(*[torch.from_numpy(components).float()] * 2),
+        rtol=1e-2, atol=0.1,
+    )  # fmt: skip
+
+
+def test_large_stores_lie_on_disk_in_half_precision(monkeypatch):
+    given = evaluation({PRETRAINED: 100.0, BEFORE: 0.0})
+    expected = cells(knn(given))
+    monkeypatch.setattr(frozen, "IN_MEMORY_BYTES", 0)
+    again = evaluation({PRETRAINED: 100.0, BEFORE: 0.0})
+    assert cells(knn(again)).keys() == expected.keys()
+    assert again.frozen.test(PRETRAINED, "layer -1, max").dtype == torch.float16
+    assert cells(knn(again))["all labels", PRETRAINED].mean > 95

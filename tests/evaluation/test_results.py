@@ -1,0 +1,159 @@
+"""Rows, their file, and the tables that pivot them."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from backfold.errors import UserError
+from backfold.evaluation.results import (
+    ABSENT,
+    Row,
+    accuracy_rows,
+    data_name,
+    merge_rows,
+    parse_case,
+    read_rows,
+    severity_case,
+    tables_of,
+    write_rows,
+)  # fmt: skip
+
+ROWS = [
+    Row("knn", "all labels", "pretrained", "accuracy (%)", 71.25, 0.0, 1),
+    Row("energy", "a", "b", "AUROC", 0.5, 0.1, 3, "photos", 300, "chosen"),
+]
+
+
+def test_rows_are_mean_and_deviation():
+    values = [1.5, 2.25, 7.0]
+    row = Row.of("energy", "a", "b", "AUROC", values, "note")
+    assert (row.mean, row.std) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    assert (row.count, row.note, row.data, row.step) == (3, "note", None, None)
+    assert Row.of("a", "b", "c", "d", [4.0]) == Row("a", "b", "c", "d", 4.0, 0.0, 1)
+
+
+def test_differences_are_paired_draw_by_draw():
+    right = torch.rand(3, 5, 50, generator=torch.Generator().manual_seed(0)) < 0.6
+    names = ("pretrained", "before", "pixels")
+    correct = {name: list(draws) for name, draws in zip(names, right, strict=True)}
+    rows = {r.contender: r for r in accuracy_rows("knn", "case", correct, {"before": "a note"})}
+    assert list(rows) == [*names, "pretrained over before", "pretrained over pixels"]
+    accuracies = 100 * right.double().mean(dim=2).numpy()
+    gaps = {f"pretrained over {n}": accuracies[0] - accuracies[i] for i, n in enumerate(names) if i}
+    for name, values in {**dict(zip(names, accuracies, strict=True)), **gaps}.items():
+        row = rows[name]
+        assert (row.protocol, row.case, row.metric) == ("knn", "case", "accuracy (%)")
+        assert (row.mean, row.std) == pytest.approx((values.mean(), values.std(ddof=1)))
+        assert row.count == 5
+        assert row.note == ("a note" if name == "before" else "")
+
+
+def test_one_draws_spread_is_the_standard_error_over_the_images():
+    both, ours, theirs, neither = 30, 12, 5, 53
+    first = torch.tensor([1] * both + [1] * ours + [0] * theirs + [0] * neither).bool()
+    second = torch.tensor([1] * both + [0] * ours + [1] * theirs + [0] * neither).bool()
+    rows = accuracy_rows("knn", "case", {"a": [first], "b": [second]})
+    # Of n images, k right: the deviation of a Bernoulli variable over sqrt(n), unbiased.
+    binomial = [100 * (k / 100 * (1 - k / 100) / 99) ** 0.5 for k in (both + ours, both + theirs)]
+    # McNemar: only images that one of them has right tell them apart.
+    paired = 100 * ((ours + theirs - (ours - theirs) ** 2 / 100) / 99 / 100) ** 0.5
+    assert [row.mean for row in rows] == pytest.approx([42, 35, 7])
+    assert [row.std for row in rows] == pytest.approx([*binomial, paired])
+    assert {row.count for row in rows} == {1}
+    assert accuracy_rows("knn", "case", {"a": [first[:1]]})[0].std == 0
+
+
+GOOD = {"protocol": "p", "case": "a", "contender": "b", "metric": "c", "mean": 1, "std": 0}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "3", '["knn"]', "[null]", "\xff", json.dumps([GOOD])]
+    + [json.dumps([{**GOOD, "count": 1, **bad}]) for bad in (
+        {"mean": "1"}, {"count": True}, {"data": 3}, {"step": "1"}, {"accuracy": 3})],
+)  # fmt: skip
+def test_files_come_back_or_are_named(tmp_path, content):
+    path = tmp_path / "evaluation.json"
+    with pytest.raises(UserError, match=r"there is no .*evaluation\.json; evaluate"):
+        read_rows(path)
+    write_rows(path, ROWS)
+    assert read_rows(path) == ROWS
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"evaluation\.json is no list of evaluation rows"):
+        read_rows(path)
+
+
+def test_new_rows_replace_those_of_the_same_protocol_and_case():
+    grid = [Row(p, c, n, "m", 0.0, 0.0, 1) for p, c, n in itertools.product("pq", "cd", "xy")]
+    new = [replace(grid[0], mean=1.0)]
+    assert merge_rows(grid, new) == [*grid[2:], *new]
+    assert merge_rows(merge_rows(grid, new), new) == [*grid[2:], *new]
+
+
+def test_cases_with_severities_are_read_back():
+    for case in ("denoising", "a, severity b", "noise, blur"):
+        assert parse_case(severity_case(case, 3)) == (case, 3)
+        assert parse_case(case) is None
+
+
+def cells(table):
+    """By row and column heading, the text of a cell."""
+    return {(row[0], column): text for row in table.rows
+            for column, text in zip(table.headings[1:], row[1:], strict=True)}  # fmt: skip
+
+
+def test_each_number_stands_in_its_cell():
+    draw = iter(np.random.default_rng(0).permutation(1000) / 10)
+    rows = [
+        Row("p", case, name, metric, next(draw), 0.0, 1)
+        for metric in ("accuracy (%)", "PSNR (dB)")
+        for case in ("all labels", "blur, severity 1", "blur, severity 4", "noise, severity 4")
+        for name in ("pretrained", "before")
+        if (case, name) != ("noise, severity 4", "before")
+    ]
+    rest = {(row.metric, row.case, row.contender): row.mean for row in rows}
+    for metric, table in zip(("accuracy (%)", "PSNR (dB)"), tables_of(rows)[:2], strict=True):
+        assert table.caption.startswith(metric)
+        for (case, name), text in cells(table).items():
+            assert float(text) == rest.pop((metric, case, name))
+    known = set()
+    for table in tables_of(rows)[2:]:
+        corruption, metric = table.caption.split(",")[0].split(": ")
+        known.add(corruption)
+        for (name, column), text in cells(table).items():
+            assert float(text) == rest.pop((metric, f"{corruption}, {column}", name))
+    assert not rest
+    plain, _ = tables_of(rows, severity=4)
+    assert {row for row, _ in cells(plain)} == {"all labels", *(f"{c}, severity 4" for c in known)}
+    assert cells(plain)["noise, severity 4", "before"] == ABSENT
+
+
+def test_cells_round_and_sign():
+    rows = [
+        Row("p", "c", "a over b", "accuracy (%)", 1.26, 0.34, 5),
+        Row("p", "c", "b over a", "accuracy (%)", -0.04, 0.0, 5),
+        Row("p", "c", "a", "accuracy (%)", float("nan"), 0.0, 1),
+        Row("p", "c", "b", "AUROC", 0.98765, 0.0123, 5),
+    ]
+    percent, auroc = map(cells, tables_of(rows))
+    assert percent == {
+        ("c", "a over b"): "+1.3 ± 0.3", ("c", "b over a"): "+0.0", ("c", "a"): "not finite",
+    }  # fmt: skip
+    assert auroc == {("c", "b"): "0.988 ± 0.012"}
+
+
+def test_names_of_data_hold_no_path(tmp_path, monkeypatch):
+    assert data_name(None) == "embedded sample"
+    assert data_name("/home/somebody/photos") == data_name(Path("of/some/body/photos/")) == "photos"
+    assert data_name("/mnt/shards/{000..012}.tar") == "{000..012}.tar"
+    assert data_name("somebody/cats/small") == "somebody/cats/small"  # on the hub
+    (tmp_path / "somebody" / "cats").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert data_name("somebody/cats") == "cats"
+    monkeypatch.chdir("somebody/cats")
+    assert (data_name("."), data_name("..")) == ("cats", "somebody")

@@ -1,0 +1,71 @@
+"""Files that are restored look as they did to training."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from backfold.data.folder import FolderSource
+from backfold.data.loading import evaluation_loader
+from backfold.data.statistics import ChannelStatistics
+from backfold.errors import UserError
+from backfold.inference.restored import read_images
+from backfold.training.config import PretrainConfig
+from backfold.training.pretrained import Pretrained
+
+SIZE = (16, 24)
+
+
+def run_of(channels, **changes):
+    statistics = ChannelStatistics((0.4,) * channels, (0.3,) * channels)
+    # Reading asks for no energy.
+    return Pretrained(torch.nn.Identity(), PretrainConfig(**changes), statistics, channels, SIZE, 5)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Files whose order of steps shows: JPEGs far too large, deep and shallow ones, alpha."""
+    random = np.random.default_rng(0)
+    coarse = Image.fromarray(random.integers(0, 256, (9, 13, 3), dtype=np.uint8))
+    large = coarse.resize((230, 170), Image.Resampling.BICUBIC)
+    large.save(tmp_path / "a-large.jpg")
+    large.convert("CMYK").save(tmp_path / "b-cmyk.jpg")
+    large.resize((29, 41)).save(tmp_path / "c-upright.png")
+    large.convert("L").resize((31, 17)).save(tmp_path / "d-grey.png")
+    Image.fromarray(random.integers(0, 65536, (40, 50), dtype=np.uint16)).save(
+        tmp_path / "e-deep.png"
+    )
+    large.resize(SIZE[::-1]).convert("RGBA").save(tmp_path / "f-alpha.png")
+    np.save(tmp_path / "g-float.npy", random.normal(size=(20, 30, 1)).astype(np.float32))
+    return tmp_path
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_file_is_what_the_loader_makes_of_it(folder, channels):
+    run = run_of(channels)
+    paths = sorted(folder.iterdir())
+    for path in paths:
+        alone = folder / path.stem
+        alone.mkdir()
+        path.rename(alone / path.name)
+        (batch,) = evaluation_loader(FolderSource(alone), SIZE, channels, 1)
+        given = read_images([alone / path.name], run)
+        assert given.shape == (1, channels, *SIZE)
+        assert torch.equal(given, run.statistics.normalize(batch.images)), path.name
+    together = read_images([folder / path.stem / path.name for path in paths], run)
+    (batch,) = evaluation_loader(FolderSource(folder), SIZE, channels, len(paths))
+    assert torch.equal(together, run.statistics.normalize(batch.images))
+
+
+def test_what_is_no_image_of_the_run_is_refused_by_name(folder):
+    np.save(folder / "two.npy", np.zeros((20, 30, 2), dtype=np.float32))
+    (folder / "torn.png").write_bytes(b"torn")
+    for name, message in [
+        ("two.npy", r"two\.npy: an image of 2 channels can't be given 3; set --channels"),
+        ("torn.png", r"torn\.png is no image: "),
+        ("gone.png", r"can't read .*gone\.png: No such file"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read_images([folder / name], run_of(3))
+    with pytest.raises(UserError, match=r"e-deep\.png is no image: .*1000"):
+        read_images([folder / "e-deep.png"], run_of(3, max_pixels=1000))
