@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from backfold.backbone import create_backbone
-from backfold.embedding import EmbeddingChoice, embed, embed_batches
+from backfold.embedding import Embedder, EmbeddingChoice, embed, embed_batches
 from backfold.errors import UserError
 
 VIT_OPTIONS = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
@@ -150,3 +150,62 @@ def test_embeddings_can_be_trained_on():
 def test_no_batches():
     with pytest.raises(UserError, match="no images to embed"):
         embed_batches(nn.Conv2d(3, 2, 3), [])
+
+
+def slow_quarters(positions, rows, columns):
+    """(batch, features x 4): means over the image's quarters, each feature's four together."""
+    grid = positions.reshape(len(positions), rows, columns, -1)
+    halves = [(slice(0, -(-n // 2)), slice(n // 2, n)) for n in (rows, columns)]
+    means = [
+        grid[:, down, across].flatten(1, 2).mean(1) for down in halves[0] for across in halves[1]
+    ]
+    return torch.stack(means, dim=2).flatten(1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 40), (32, 16)])
+def test_grid_pooling_is_the_mean_over_each_quarter(height, width):
+    backbone, rows, columns = nn.Conv2d(3, 5, 8, 8), height // 8, width // 8
+    images = torch.randn(2, 3, height, width)
+    positions = backbone(images).flatten(2).transpose(1, 2)
+    found = embed(backbone, images, EmbeddingChoice(pooling="grid"))
+    torch.testing.assert_close(found, slow_quarters(positions, rows, columns))
+
+
+def test_positions_that_are_no_grid_have_no_quarters():
+    backbone = nn.Sequential(nn.Conv2d(3, 5, 8, 8), nn.Flatten(2), nn.ZeroPad1d((0, 1)))
+    images = torch.randn(2, 3, 16, 16)
+    with pytest.raises(UserError, match="5 positions are no grid over 16 x 16"):
+        embed(backbone, images, EmbeddingChoice(pooling="grid"))
+    assert not [c for c in Embedder(backbone, images).choices if c.pooling == "grid"]
+
+
+@pytest.mark.parametrize(("name", "layers", "tokens"), [
+    ("vit", 3, True), ("registers", 3, False), ("convnext", 4, False), ("swin", 2, False),
+    ("resnet", 4, False), ("plain", 1, False), ("cait", 2, False),
+])  # fmt: skip
+def test_embedder_gives_every_choice_as_embed_does(name, layers, tokens):
+    backbone = {
+        "vit": vit,
+        "registers": lambda: vit(class_token=False, reg_tokens=2, global_pool="avg"),
+        "convnext": lambda: create_backbone(
+            "convnext_atto", (64, 64), options={"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 24)}),
+        "swin": lambda: create_backbone(
+            "swin_tiny_patch4_window7_224", (32, 32),
+            options={"embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}),
+        "resnet": resnet,
+        "plain": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)),
+        "cait": lambda: create_backbone(
+            "cait_xxs24_224", (32, 32), options={"embed_dim": 24, "depth": 2, "num_heads": 2}),
+    }[name]().eval()  # fmt: skip
+    size = {"vit": 16, "registers": 16, "convnext": 64}.get(name, 32)
+    images = torch.randn(3, 3, size, size)
+    embedder = Embedder(backbone, images[:2])
+    found = embedder(images)
+    assert tuple(found) == embedder.choices
+    assert {choice.layer for choice in found} == set(range(-layers, 0))
+    assert any(choice.pooling == "class_token" for choice in found) == tokens
+    for pooling in ("average", "max"):
+        assert {c.layer for c in found if c.pooling == pooling} == set(range(-layers, 0))
+    for choice, vectors in found.items():
+        assert vectors.dtype == torch.float32
+        torch.testing.assert_close(vectors, embed(backbone, images, choice), rtol=1e-4, atol=1e-5)

@@ -145,7 +145,8 @@ def check_words(outputs):
     report = Path("runs/microscope/report.html").read_text()
     assert "Is the run healthy?" in report
     assert "Did pretraining pay?" in report
-    for word in ("Nearest", "Linear", "before", "pretrained", "pixels", "±", "Did pretraining pay?"):
+    words = ("Nearest", "Linear", "before", "pretrained", "pixels", "±", "Did pretraining pay?")
+    for word in words:
         assert word in outputs["evaluate"]
 
 

@@ -96,6 +96,18 @@ def test_the_function_is_the_command(run_folder, data, tmp_path):
     assert read_rows(tmp_path / "b" / "evaluation.json") == rows
 
 
+def test_a_run_that_learned_nothing_did_not_pay(tiny, run_folder, data, tmp_path, capsys):
+    """Started from a trained backbone and hardly moved: its start has the merit."""
+    still = tmp_path / "still"
+    arguments = [*tiny, f"--data={tmp_path / 'images.parquet'}", f"--out={still}", "--max-steps=3"]
+    start = [f"--init={run_folder / 'backbone.safetensors'}", "--optimizer.base-lr=1e-9"]
+    assert main(["pretrain", *arguments, *start]) == 0
+    assert evaluate(still, "knn,linear", f"--data={data}") == 0
+    rows = read_rows(RunFolder(still).evaluation)
+    assert {"pretrained", "before", "random", "pixels"} <= {row.contender for row in rows}
+    assert "Did pretraining pay? No" in capsys.readouterr().out
+
+
 def test_rows_of_other_protocols_and_labels_are_kept(run_folder, data):
     path = RunFolder(run_folder).evaluation
     assert evaluate(run_folder, "knn", f"--data={data}") == 0

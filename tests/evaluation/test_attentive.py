@@ -1,54 +1,59 @@
+"""The attentive probe: what it computes, what it can learn, and which of the grid it takes."""
+
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from toys import ArraySource
 
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
+from backfold.evaluation import attentive as module
 from backfold.evaluation.attentive import (
     AttentionPooling,
     AttentiveProbe,
-    attentive_probe_accuracy,
-    feature_maps,
-)
-from backfold.evaluation.probes import linear_probe_accuracy
+    FeatureMaps,
+    attentive,
+)  # fmt: skip
+from backfold.evaluation.images import Images, Parts
+from backfold.evaluation.subject import Subject
 
-QUICK = AttentiveProbe(num_heads=4, epochs=5, min_steps=150, learning_rates=(1e-2,))
 CPU = torch.device("cpu")
+PLAIN = ChannelStatistics((0.5,), (0.25,))
 
 
-def one_telling_position(num_images, seed, num_positions=25):
-    """The class is in one position, which a mark tells from the others; those are loud noise."""
-    rng = np.random.default_rng(seed)
-    labels = np.arange(num_images) % 3
-    features = 3 * rng.normal(size=(num_images, num_positions, 8))
-    features[:, :, 0] = 0.0
-    place = rng.integers(num_positions, size=num_images)
-    features[np.arange(num_images), place] = 0.3 * rng.normal(size=(num_images, 8))
-    features[np.arange(num_images), place, 0] = 4.0
-    features[np.arange(num_images), place, 1 + labels] += 3.0
-    return torch.from_numpy(features).float(), torch.from_numpy(labels)
+def marked(count, seed, label=None):
+    """5 x 5 positions of 4 grey values. One, which a mark tells from the others, has the class."""
+    random, every = np.random.default_rng(seed), np.arange(count)
+    cells, place = random.integers(0, 256, (count, 25, 4)), random.integers(25, size=count)
+    cells[:, :, 0] = 40
+    cells[every, place] = 100
+    cells[every, place, 0] = 250
+    cells[every, place, 1 + every % 3] = 200
+    squares = cells.reshape(count, 5, 5, 2, 2).transpose(0, 1, 3, 2, 4)
+    labels = every % 3 if label is None else np.full(count, label)
+    return ArraySource(squares.reshape(count, 1, 10, 10).astype(np.uint8), labels)
 
 
-def test_finds_the_position_that_tells_the_class_where_the_average_does_not():
-    train, test = one_telling_position(300, 1), one_telling_position(150, 2)
-    averaged = linear_probe_accuracy(train[0].mean(1), train[1], test[0].mean(1), test[1])
-    assert averaged < 0.65
-    assert attentive_probe_accuracy(*train, *test, probe=QUICK) > 0.95
+def evaluation(count=150, label=None, scale=1.0):
+    """A backbone whose features are the values of its 2 x 2 patches."""
+    backbone = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4, 4, 1, bias=False)).eval()
+    nn.init.eye_(backbone[1].weight.requires_grad_(False).flatten(1)).mul_(scale)
+    subject = Subject("toy", {}, lambda _: backbone, 1, (10, 10), PLAIN)
+    parts = Parts(
+        Images(marked(count, 1, label), subject), Images(marked(90, 2), subject),
+        torch.arange(count)[count // 5 :], torch.arange(count // 5),
+    )  # fmt: skip
+    settings = SimpleNamespace(seed=0, draws=2, label_counts=lambda: [None, 20])
+    return SimpleNamespace(settings=settings, parts=parts, subject=subject, statistics=PLAIN,
+                           device=CPU, backbones={"pretrained": backbone})  # fmt: skip
 
 
-def test_class_names_and_the_scale_of_the_features_do_not_count():
-    (train, labels), (test, test_labels) = one_telling_position(120, 1), one_telling_position(60, 2)
-    accuracy = attentive_probe_accuracy(train, labels, test, test_labels, probe=QUICK)
-    names = torch.tensor([40, 7, 19])
-    # Powers of two and a shift by nothing: standardised, the features are the same bits.
-    scale = 2.0 ** torch.arange(-4, 4)
-    again = attentive_probe_accuracy(
-        train * scale, names[labels], test * scale, names[test_labels], probe=QUICK
-    )
-    # Names are sorted, which permutes the classes: the head starts at zero, so nothing else does.
-    assert again == pytest.approx(accuracy, abs=0.02)
+def probe_of(given):
+    features = FeatureMaps(given, given.backbones["pretrained"])
+    return AttentiveProbe(features, given.parts.train, given.settings.seed, CPU)
 
 
 def test_is_multi_head_attention_with_a_learned_query_and_a_linear_classifier():
@@ -66,78 +71,64 @@ def test_is_multi_head_attention_with_a_learned_query_and_a_linear_classifier():
     with torch.no_grad():
         model.queries.copy_(torch.einsum("hd,hdf->hf", projected, key_weight.view(2, 4, 8)) / 2)
         output = (classify.weight @ attention.out_proj.weight).view(3, 2, 4)
-        model.head.weight.copy_(
-            torch.einsum("chd,hdf->chf", output, value_weight.view(2, 4, 8)).flatten(1)
-        )
+        values = torch.einsum("chd,hdf->chf", output, value_weight.view(2, 4, 8))
+        model.head.weight.copy_(values.flatten(1))
         constant = attention.out_proj.weight @ value_bias + attention.out_proj.bias
         model.head.bias.copy_(classify.weight @ constant + classify.bias)
     torch.testing.assert_close(model(features), expected)
 
 
-def test_held_out_images_choose_the_learning_rate():
-    train, test = one_telling_position(150, 1), one_telling_position(90, 2)
-    one = AttentiveProbe(4, 5, 150, 256, (1e-2,), (0.01,))
-    both = AttentiveProbe(4, 5, 150, 256, (1e-9, 1e-2), (0.01,))
-    hopeless = AttentiveProbe(4, 5, 150, 256, (1e-9,), (0.01,))
-    good = attentive_probe_accuracy(*train, *test, probe=one)
-    assert attentive_probe_accuracy(*train, *test, probe=both) == good
-    assert attentive_probe_accuracy(*train, *test, probe=hopeless) < good - 0.2
+def test_the_class_at_a_random_position_is_found(monkeypatch):
+    monkeypatch.setattr(module, "LEARNING_RATES", (1e-9, 1e-2))
+    rows = attentive(evaluation())
+    assert [row.case for row in rows] == ["all labels", "20 labels a class"]
+    for row in rows:
+        assert row.mean > 90
+        assert row.note.startswith("learning rate 0.01, ")
+    assert [row.count for row in rows] == [1, 2]
 
 
-def test_the_seed_decides_and_the_callers_generators_stay():
-    train, test = one_telling_position(60, 1), one_telling_position(300, 2)
-    probe = AttentiveProbe(2, 2, 20, 16, (1e-3,), (0.01,))
+def test_each_of_the_grid_is_what_it_is_alone_and_the_callers_generators_stay():
+    given, grid = evaluation(60), [(1e-2, 0.01), (1e9, 0.01), (1e-3, 10.0)]
+    places, validation = given.parts.fit, given.parts.validation
     torch.manual_seed(3)
-    first = attentive_probe_accuracy(*train, *test, seed=5, probe=probe)
+    losses = probe_of(given).train(places, grid).log_loss(given.parts.train, validation)
     after = torch.rand(3)
-    assert attentive_probe_accuracy(*train, *test, seed=5, probe=probe) == first
     torch.manual_seed(3)
     assert torch.equal(torch.rand(3), after)
-    others = {attentive_probe_accuracy(*train, *test, seed=s, probe=probe) for s in range(3)}
-    assert len(others) > 1
+    alone = [probe_of(given).train(places, [each]) for each in grid]
+    for loss, single in zip(losses, alone, strict=True):
+        torch.testing.assert_close(loss, single.log_loss(given.parts.train, validation)[0])
+    logits = alone[0]._logits(given.parts.train, validation)[0]
+    truth = given.parts.train.labels[validation]
+    torch.testing.assert_close(losses[0], nn.functional.cross_entropy(logits, truth))
+    assert not torch.allclose(losses[0], losses[2], rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([0, 0, 0, 0], "1 classes"),
-        ([0, 0, 0, 1], "the smallest with 1"),
-    ],
-)
-def test_too_few_labels_are_refused(labels, message):
-    features, labels = torch.randn(4, 3, 2), torch.tensor(labels)
-    with pytest.raises(UserError, match=message):
-        attentive_probe_accuracy(features, labels, features, labels)
+def test_maps_are_the_same_kept_or_made_anew_and_their_scale_does_not_count(monkeypatch):
+    given = evaluation(60)
+    parts = [torch.tensor([3, 1]), torch.tensor([50])]
+    features = FeatureMaps(given, given.backbones["pretrained"])
+    kept = list(features.batches(given.parts.train, parts))
+    monkeypatch.setattr(module, "KEPT_BYTES", 0)
+    anew = list(features.batches(given.parts.train, parts))
+    patches = marked(60, 1).pixels.reshape(60, 5, 2, 5, 2).transpose(0, 1, 3, 2, 4)
+    values = torch.from_numpy(patches.reshape(60, 25, 4) / 255)
+    std, mean = torch.std_mean(values, dim=(0, 1), correction=0)
+    for wanted, first, second in zip(parts, kept, anew, strict=True):
+        truth = ((values - mean) / std).float()[wanted]
+        torch.testing.assert_close(second, truth, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(first, truth, rtol=1e-3, atol=1e-3)
+    loud = evaluation(60, scale=1e6)
+    maps = FeatureMaps(loud, loud.backbones["pretrained"]).batches(loud.parts.train, parts)
+    torch.testing.assert_close(next(maps), anew[0])
+    probe_of(given).train(given.parts.fit, [(1e-3, 0.01)])  # trains on maps made anew
 
 
-def test_features_that_are_not_finite_are_refused():
-    features, labels = torch.randn(4, 3, 2), torch.tensor([0, 0, 1, 1])
-    broken = features.clone()
-    broken[1, 2, 0] = torch.nan
-    for pair in ((broken, features), (features, broken)):
-        with pytest.raises(UserError, match="1 of 4 feature maps are not finite"):
-            attentive_probe_accuracy(pair[0], labels, pair[1], labels, probe=QUICK)
-
-
-def test_feature_maps_are_the_frozen_backbones_in_batches():
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
-    images = torch.randint(0, 256, (5, 3, 6, 8), dtype=torch.uint8)
-    statistics = ChannelStatistics((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
-    maps = feature_maps(backbone, images, statistics, CPU, batch_size=2)
-    assert backbone.training
-    assert backbone[1].num_batches_tracked == 0
-    assert not maps.is_inference()
-    pixels = images.double() / 255
-    mean, std = (torch.tensor(v).double().view(3, 1, 1) for v in (statistics.mean, statistics.std))
-    convolved = F.conv2d(
-        (pixels - mean) / std, backbone[0].weight.double(), backbone[0].bias.double(), stride=2
-    )
-    expected = (convolved / (1 + 1e-5) ** 0.5).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(maps.double(), expected, rtol=1e-4, atol=1e-5)
-    whole = feature_maps(
-        backbone, images, statistics, CPU, extract=lambda module, x: module(x).flatten(2)
-    )
-    torch.testing.assert_close(whole, maps.transpose(1, 2))
-    with pytest.raises(UserError, match="no images"):
-        feature_maps(backbone, images[:0], statistics, CPU)
+def test_one_class_and_features_that_are_not_finite_are_refused():
+    given = evaluation(30, label=1)
+    with pytest.raises(UserError, match="needs two classes"):
+        probe_of(given).train(given.parts.fit, [(1e-3, 0.01)])
+    given = evaluation(30, scale=float("inf"))
+    with pytest.raises(UserError, match="feature maps are not finite"):
+        probe_of(given).train(given.parts.fit, [(1e-3, 0.01)])

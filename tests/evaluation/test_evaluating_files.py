@@ -1,4 +1,4 @@
-"""What evaluation does with files that can't be read, and with those that must not be."""
+"""What evaluation does with files that crash or hang a decoder, or can't be read."""
 
 import logging
 import os
@@ -7,25 +7,21 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from backfold.data import guarded_loading
 from backfold.data.arrays import BrokenImage
 from backfold.data.statistics import ChannelStatistics
-from backfold.embedding import EmbeddingChoice
-from backfold.energy import EnergyModel
 from backfold.errors import UserError
-from backfold.evaluation import run as evaluation
-from backfold.evaluation.run import LabelledImages, evaluate_run, open_labelled
-from backfold.training.config import PretrainConfig
-from backfold.training.pretrained import Pretrained
+from backfold.evaluation import images as module
+from backfold.evaluation.images import Images
+from backfold.evaluation.subject import Subject
 
-pytestmark = [
-    # From Python 3.12 on, forking a process with threads warns; torch has threads and forks.
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-]
-VIT = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
-CPU = torch.device("cpu")
+# From Python 3.12 on, forking a process with threads warns; torch has threads and forks.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
+)
+STATISTICS = ChannelStatistics((0,), (1,))
+SUBJECT = Subject("toy", {}, lambda _: torch.nn.Identity(), 1, (8, 8), STATISTICS)
 
 
 class Shades:
@@ -54,83 +50,35 @@ class Shades:
         return f"image {index}"
 
 
-@pytest.fixture
-def pretrained():
-    def make(**changes):
-        config = PretrainConfig(
-            backbone="vit_tiny_patch16_224", backbone_options=VIT, image_size=8, **changes
-        )
-        torch.manual_seed(0)
-        energy = EnergyModel(config.backbone, image_size=8, channels=1, backbone_options=VIT)
-        statistics = ChannelStatistics((0.5,), (0.4,))
-        return Pretrained(energy.eval(), config, statistics, 1, (8, 8), 5)
-
-    return make
+@pytest.fixture(params=["kept", "streamed"], autouse=True)
+def where(request, monkeypatch):
+    if request.param == "streamed":
+        monkeypatch.setattr(module, "KEPT_BYTES", 0)
 
 
-def accuracies(run, images, num_workers):
-    rows = evaluate_run(
-        run, images, ["knn"], EmbeddingChoice(), labels_per_class=(None,), batch_size=5,
-        num_workers=num_workers, device=CPU,
-    )  # fmt: skip
-    return [(row.backbone, row.accuracy_mean) for row in rows]
-
-
-@pytest.fixture
-def embedded(monkeypatch):
-    """(embeddings, labels) that were evaluated."""
-    seen = []
-    original = evaluation.evaluate_embeddings
-
-    def note(*arguments):
-        seen.append(arguments[:4])
-        return original(*arguments)
-
-    monkeypatch.setattr(evaluation, "evaluate_embeddings", note)
-    return seen
+def loaded(source, num_workers):
+    images = Images(source, SUBJECT, num_workers)
+    pixels = torch.cat([batch for batch, _ in images.batches()])
+    return pixels, images.labels
 
 
 @pytest.mark.parametrize("fate", ["crash", pytest.param("hang", marks=pytest.mark.slow)])
-def test_deadly_images_are_counted_and_skipped(pretrained, embedded, caplog, monkeypatch, fate):
+def test_deadly_images_are_counted_and_skipped(caplog, monkeypatch, fate):
     monkeypatch.setattr(guarded_loading, "BATCH_SECONDS", 2.0)
     monkeypatch.setattr(guarded_loading, "IMAGE_SECONDS", 0.5)
-    run = pretrained()
     with caplog.at_level(logging.WARNING, "backfold"):
-        found = accuracies(run, LabelledImages(Shades(**{fate: (7,)}), Shades(8)), 2)
+        found = loaded(Shades(**{fate: (7,)}), 2)
     assert any(line.startswith("skipped: image 7: ") for line in caplog.messages)
-    assert found == accuracies(run, LabelledImages(Shades(broken=(7,)), Shades(8)), 0)
-    deadly, broken = embedded[:2], embedded[2:]
-    for given, expected in zip(deadly, broken, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+    expected = loaded(Shades(broken=(7,)), 0)
+    assert all(torch.equal(given, wanted) for given, wanted in zip(found, expected, strict=True))
 
 
-def test_an_image_that_stands_in_keeps_its_own_label(pretrained, embedded):
-    accuracies(pretrained(), LabelledImages(Shades(broken=(7,)), Shades(8, broken=(0,))), 0)
-    for train, train_labels, test, test_labels in embedded:
-        assert torch.equal(train[7], train[8])
-        assert train_labels.tolist() == [0, 1, 0, 1, 0, 1, 0, 0, *[0, 1] * 8]
-        assert torch.equal(test[0], test[1])
-        assert test_labels.tolist() == [1, 1, 0, 1, 0, 1, 0, 1]
+def test_an_image_that_stands_in_keeps_its_own_label():
+    pixels, labels = loaded(Shades(broken=(7,)), 0)
+    assert torch.equal(pixels[7], pixels[8])
+    assert labels.tolist() == [0, 1, 0, 1, 0, 1, 0, 0, *[0, 1] * 8]
 
 
-def test_too_many_end_the_evaluation(pretrained):
-    images = LabelledImages(Shades(crash=(3, 7)), Shades(8))
+def test_too_many_end_the_evaluation():
     with pytest.raises(UserError, match="2 images can't be read, 1 are allowed: image 3: ends the"):
-        accuracies(pretrained(), images, 1)
-
-
-def test_too_large_images_are_broken_ones(tmp_path, pretrained):
-    for part in ("train", "val"):
-        for number in range(12):
-            path = tmp_path / part / "ab"[number % 2] / f"{number:02}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            side = 20 if number == 5 else 10
-            Image.new("L", (side, side), 20 * number).save(path)
-    small = open_labelled(tmp_path, max_pixels=100)
-    for source in (small.train, small.test):
-        position = next(n for n in range(12) if "05.png" in source.describe(n))
-        with pytest.raises(BrokenImage, match="100"):
-            source.read(position)
-    accuracies(pretrained(), small, 0)
-    with pytest.raises(UserError, match="12 images in a row can't be read"):
-        accuracies(pretrained(), open_labelled(tmp_path, max_pixels=99), 0)
+        loaded(Shades(crash=(3, 7)), 1)

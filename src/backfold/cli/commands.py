@@ -114,9 +114,10 @@ def run_demo(config: PretrainConfig, command: str) -> None:
     if not is_first_process():
         return
     with log_to(RunFolder(config.out).log, console):
-        found = list(evaluate_each(EvaluateSettings(checkpoint=config.out)))
+        settings = EvaluateSettings(checkpoint=config.out, protocols="knn,linear,layers")
+        found = list(evaluate_each(settings))
     report = write_report(config.out)
-    rows = [row for part in found for row in part]
+    rows = [row for part in found for row in part if row.protocol != "layers"]
     print_tables(Console(), rows)
     print_verdict(Console(), rows)
     print(f"report: {report}")

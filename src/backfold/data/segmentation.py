@@ -88,7 +88,7 @@ class MaskedRows(Dataset[tuple[Tensor, Tensor]]):
     def __init__(
         self, source: MaskedSource, image_size: ImageSize, channels: int, limit: int | None = None
     ) -> None:
-        self._source, self.image_size, self.channels = source, image_size, channels
+        self._source, self._image_size, self._channels = source, image_size, channels
         count = len(source) if limit is None else min(limit, len(source))
         self._rows = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
 
@@ -103,11 +103,11 @@ class MaskedRows(Dataset[tuple[Tensor, Tensor]]):
         """
         try:
             image, mask = self._source.read(self._rows[row])
-            image = to_channels(image, self.channels)
+            image = to_channels(image, self._channels)
         except UserError as error:
             raise LoadingError(str(error)) from None
-        ids = F.interpolate(mask[None, None].float(), self.image_size, mode="nearest-exact")[0, 0]
-        return TF.resize(image, list(self.image_size), antialias=True), ids.int()
+        ids = F.interpolate(mask[None, None].float(), self._image_size, mode="nearest-exact")[0, 0]
+        return TF.resize(image, list(self._image_size), antialias=True), ids.int()
 
 
 class MaskedImages:
@@ -140,11 +140,6 @@ class MaskedImages:
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    @property
-    def image_size(self) -> ImageSize:
-        """(height, width) in pixels."""
-        return self._rows.image_size
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and masks of each batch of places.

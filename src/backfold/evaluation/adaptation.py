@@ -7,7 +7,7 @@ known kinds of corruption in unknown images.
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
@@ -61,22 +61,25 @@ def adaptation(given: "Evaluation") -> list[Row]:
     restorer = Restorer(run.energy, classifier, given.device)
     limit, seed = settings.test_images, settings.seed
     order = np.random.default_rng(seed).permutation(len(parts.validation))[:limit]
-    chosen_on = parts.validation[torch.from_numpy(np.sort(order))]
-    loaded = list(parts.train.batches([part.tolist() for part in chosen_on.split(BATCH_SIZE)]))
-    images, places = (torch.cat(part) for part in zip(*loaded, strict=True))
-    validation = _classified(given, parts.train, images, places, classifier)
+    drawn = parts.validation[torch.from_numpy(np.sort(order))].split(BATCH_SIZE)
+    chosen_on = parts.train.batches([places.tolist() for places in drawn])
+    validation = _classified(given, parts.train, chosen_on, classifier)
     sizes = [share * run.config.step_size for share in STEP_SIZES]
     choice = choose_restoration(restorer, validation, step_sizes=sizes, seed=seed)
     LOGGER.info(f"adaptation: {choice}")
-    images, places = parts.test.load(limit, seed)
-    test = _classified(given, parts.test, images, places, classifier)
+    test = _classified(given, parts.test, [parts.test.load(limit, seed)], classifier)
     return adaptation_rows(restorer, choice, test, seed=seed)
 
 
 def _classified(
-    given: "Evaluation", part: Images, images: Tensor, places: Tensor, classifier: Classifier
+    given: "Evaluation",
+    part: Images,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    classifier: Classifier,
 ) -> "ClassifiedImages":
     """Normalised images, with their labels as the classifier counts them."""
+    loaded = [(given.statistics.normalize(images), places) for images, places in batches]
+    images, places = (torch.cat(each) for each in zip(*loaded, strict=True))
     classes, labels = classifier.classes.cpu(), part.labels[places]
     unknown = labels[~torch.isin(labels, classes)]
     if len(unknown):
@@ -84,8 +87,7 @@ def _classified(
             f"class {int(unknown[0])} has no training images for adaptation's classifier; give "
             "some of each class"
         )
-    normalised = given.statistics.normalize(images)
-    return ClassifiedImages(normalised, torch.searchsorted(classes, labels), given.statistics)
+    return ClassifiedImages(images, torch.searchsorted(classes, labels), given.statistics)
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,6 @@ class Restorer:
             ]
         return torch.cat(parts)
 
-    def energies(self, images: Tensor) -> Tensor:
-        """Energies, (images,), on the CPU."""
-        return self.descend(images, [0], 0.0)[0]
-
     def descend(
         self, images: Tensor, num_steps: Sequence[int], step_size: float
     ) -> tuple[Tensor, Tensor]:
@@ -156,7 +154,7 @@ class Restorer:
         """
         if choice.num_steps == 0:
             return images, torch.zeros(len(images), dtype=torch.bool)
-        chosen = self.energies(images) > choice.threshold
+        chosen = self.descend(images, [0], 0.0)[0] > choice.threshold
         result = images.clone()
         if chosen.any():
             _, points = self.descend(images[chosen], [choice.num_steps], choice.step_size)
@@ -181,15 +179,6 @@ class RestorationChoice:
     quantile: float = 1.0
     threshold: float = math.inf
 
-    def __str__(self) -> str:
-        if self.num_steps == 0:
-            return "no way to restore helped on validation images: all are left as they are"
-        which = f"images whose energy is above {self.threshold:.4g}"
-        return (
-            f"{self.num_steps} step(s) of size {self.step_size:g} for "
-            f"{which if self.quantile > 0 else 'all images'}"
-        )
-
 
 def choose_restoration(
     restorer: Restorer,
@@ -211,8 +200,7 @@ def choose_restoration(
         validation: not the test images.
         num_steps: Ks to try, 1 or more each.
         step_sizes: to try.
-        quantiles: of clean energies up to which images are left alone, to try; 0 to 1, 0 restores
-            all.
+        quantiles: to try, from 0 to 1; see `RestorationChoice`.
         seed: of the corruptions.
 
     Raises:
@@ -220,7 +208,13 @@ def choose_restoration(
     """
 
     def attempt(images: Tensor) -> _Attempts:
-        return _attempt(restorer, images, validation.labels, num_steps, step_sizes)
+        restored = {}
+        for size in step_sizes:
+            energies, points = restorer.descend(images, num_steps, size)
+            for steps, point in zip(num_steps, points, strict=True):
+                restored[steps, size] = (restorer.classes(point) == validation.labels).numpy()
+        unchanged = (restorer.classes(images) == validation.labels).numpy()
+        return _Attempts(energies.double().numpy(), unchanged, restored)
 
     clean = attempt(validation.images)
     if not np.isfinite(clean.energies).all():
@@ -251,22 +245,6 @@ class _Attempts:
     def accuracy(self, choice: RestorationChoice) -> float:
         restored = self.restored[choice.num_steps, choice.step_size]
         return float(np.where(self.energies > choice.threshold, restored, self.unchanged).mean())
-
-
-def _attempt(
-    restorer: Restorer,
-    images: Tensor,
-    labels: Tensor,
-    num_steps: Sequence[int],
-    step_sizes: Sequence[float],
-) -> _Attempts:
-    restored = {}
-    for size in step_sizes:
-        energies, points = restorer.descend(images, num_steps, size)
-        for steps, point in zip(num_steps, points, strict=True):
-            restored[steps, size] = (restorer.classes(point) == labels).numpy()
-    unchanged = (restorer.classes(images) == labels).numpy()
-    return _Attempts(energies.double().numpy(), unchanged, restored)
 
 
 def adaptation_rows(

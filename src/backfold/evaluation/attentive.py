@@ -4,6 +4,7 @@ All learning rates and weight decays are trained at once, on the same maps: the 
 for all of them, and where the maps are too large to be kept, it runs anew in every pass.
 """
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -167,8 +168,7 @@ class AttentiveProbe:
         Raises:
             UserError: a single class, or features that are not finite.
         """
-        labels = self._images.labels[places]
-        self._classes, targets = torch.unique(labels, return_inverse=True)
+        self._classes = torch.unique(self._images.labels[places])
         if len(self._classes) < 2:
             raise UserError("the attentive probe needs two classes and there is 1; label more")
         count, batch_size = len(places), min(BATCH_SIZE, len(places))
@@ -176,12 +176,7 @@ class AttentiveProbe:
         with seeded(self._seed, self._device):
             first = AttentionPooling(self._features.width, len(self._classes), NUM_HEADS)
             passes = [torch.randperm(count) for _ in range(math.ceil(steps * batch_size / count))]
-        self._models = [
-            AttentionPooling(self._features.width, len(self._classes), NUM_HEADS) for _ in grid
-        ]
-        for model in self._models:
-            model.load_state_dict(first.state_dict())
-            model.to(self._device)
+        self._models = [copy.deepcopy(first).to(self._device) for _ in grid]
         groups = [
             {"params": list(model.parameters()), "lr": rate, "weight_decay": decay}
             for model, (rate, decay) in zip(self._models, grid, strict=True)
@@ -191,7 +186,7 @@ class AttentiveProbe:
         order = torch.cat(passes)[: steps * batch_size].split(batch_size)
         loaded = self._features.batches(self._images, [places[part] for part in order])
         for part, maps in zip(order, loaded, strict=True):
-            truth = targets[part].to(self._device)
+            truth = self._targets(self._images, places[part])[0].to(self._device)
             # Each probe's gradient is its own: the sum of their losses trains all of them.
             loss = torch.stack([F.cross_entropy(model(maps), truth) for model in self._models])
             optimizer.zero_grad(set_to_none=True)
@@ -205,13 +200,9 @@ class AttentiveProbe:
 
         An image of a class that the probe has not seen counts as one of chance.
         """
-        labels = images.labels[places]
-        targets = torch.searchsorted(self._classes, labels).clamp(max=len(self._classes) - 1)
-        known = (self._classes[targets] == labels).to(self._device)
         logits = self._logits(images, places)
-        losses = torch.stack(
-            [F.cross_entropy(each, targets.to(self._device), reduction="none") for each in logits]
-        )
+        targets, known = (each.to(self._device) for each in self._targets(images, places))
+        losses = torch.stack([F.cross_entropy(each, targets, reduction="none") for each in logits])
         chance = torch.full_like(losses, math.log(len(self._classes)))
         found = torch.where(known, losses, chance).mean(dim=1).cpu()
         return torch.where(torch.isfinite(found), found, math.inf)
@@ -220,6 +211,12 @@ class AttentiveProbe:
         """Labels of all images by the first probe, int64 on the CPU."""
         logits = self._logits(images, torch.arange(len(images)))[0]
         return self._classes[logits.argmax(dim=1).cpu()]
+
+    def _targets(self, images: Images, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Which logit each image's is, and whether it is one; ask after the images were loaded."""
+        labels = images.labels[places]
+        targets = torch.searchsorted(self._classes, labels).clamp(max=len(self._classes) - 1)
+        return targets, self._classes[targets] == labels
 
     @torch.inference_mode()
     def _logits(self, images: Images, places: Tensor) -> list[Tensor]:

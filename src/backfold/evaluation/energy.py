@@ -67,8 +67,9 @@ def energy(given: "Evaluation") -> list[Row]:
         UserError: energies that are not finite, a class without training images, other data that
             can't be read, or an embedding that the backbone does not have.
     """
-    run, settings = _run_on_device(given), given.settings
-    parts = given.parts
+    run, settings, parts = given.subject.run, given.settings, given.parts
+    assert run is not None
+    run.energy.to(given.device).eval()
     most = MOST_NEIGHBOURS if settings.train_images is None else None
     train, train_places = parts.train.load(most, settings.seed)
     test, test_places = parts.test.load(settings.test_images, settings.seed)
@@ -85,22 +86,14 @@ def energy(given: "Evaluation") -> list[Row]:
             case = severity_case(name, severity)
             rows += _rows(case, usual, scorer(corrupted), settings.seed, paired=True)
     for name, source in _others(given):
-        images, _ = Images(source, given.subject, given.num_workers).load(
-            settings.test_images, settings.seed
-        )
+        other = Images(source, given.subject, given.num_workers)
+        images, _ = other.load(settings.test_images, settings.seed)
         strange = scorer(scorer.normalised(images))
         rows += _rows(f"{OTHER_DATA}{name}", usual, strange, settings.seed, paired=False)
     if parts.train.source.labels is not None and parts.test.source.labels is not None:
         labels = parts.test.labels[test_places], parts.train.labels[train_places]
         rows += _one_class_rows(*labels, usual, scorer)
     return rows
-
-
-def _run_on_device(given: "Evaluation") -> Pretrained:
-    run = given.subject.run
-    assert run is not None
-    run.energy.to(given.device).eval()
-    return run
 
 
 def _others(given: "Evaluation") -> Iterator[tuple[str, ImageSource]]:

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from backfold.data.loading import default_workers
-from backfold.data.segmentation import open_masked
 from backfold.data.source import open_source
 from backfold.data.statistics import ChannelStatistics, measure_statistics
 from backfold.embedding import EmbeddingChoice
@@ -29,7 +28,7 @@ from backfold.evaluation.frozen import FrozenVectors, knn, layers, linear
 from backfold.evaluation.images import Parts, open_parts
 from backfold.evaluation.restoration import restoration
 from backfold.evaluation.results import Row, data_name, merge_rows, read_rows, write_rows
-from backfold.evaluation.segmentation import SegmentationSettings, segmentation
+from backfold.evaluation.segmentation import SegmentationSettings, open_masks, segmentation
 from backfold.evaluation.subject import Subject, open_subject
 from backfold.training.config import parse_image_size
 from backfold.training.distribution import choose_device
@@ -378,15 +377,12 @@ def _refuse(names: Sequence[str], evaluation: Evaluation) -> None:
         parts = evaluation.parts
         if needs & {"labels", "energy and labels"}:
             parts.refuse_unlabelled()
-    settings, run = evaluation.settings, evaluation.subject.run
     if "masks" in needs:
-        own = run.config.data if run is not None else None
-        open_masked(settings.segmentation.data or settings.data or own)
+        open_masks(evaluation)
     if "energy" in names:
-        for data in (settings.near, settings.far):
-            if data is None:
-                continue
-            open_source(data, "train", max_pixels=evaluation.subject.max_pixels)
+        for data in (evaluation.settings.near, evaluation.settings.far):
+            if data is not None:
+                open_source(data, "train", max_pixels=evaluation.subject.max_pixels)
 
 
 def _without_effect(settings: EvaluateSettings, names: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ BANK_CHUNK = 2**14
 FULL_BATCH_ELEMENTS = 2**27
 # Of the weights' norm. The penalty is strongly convex: a fit ends this close to its optimum.
 RELATIVE_ERROR = 0.005
-MAX_ITERATIONS = 400
+MAX_ITERATIONS = 600
 MEMORY = 10
 BATCH_SIZE, MIN_EPOCHS, MIN_STEPS = 2048, 3, 1500
 LEARNING_RATE, MOMENTUM = 0.1, 0.9
@@ -161,9 +161,10 @@ def fit_linear_path(
 ) -> LinearPath:
     """Fit multinomial logistic regressions, all regularisations at once.
 
-    Features are standardised to these images. A fit minimises the mean cross-entropy + ||W||^2 / (2
-    C images); the bias is free. Small problems are solved by L-BFGS on all images, until the weights
-    are within 0.5% of the optimum; large ones by a few epochs of minibatches.
+    Features are standardised to these images. A fit minimises the mean cross-entropy + ||W||^2 /
+    (2 C images); the bias is free. Small problems are solved by L-BFGS on all images, until the
+    weights are within 0.5% of the optimum or after 600 steps; large ones by a few epochs of
+    minibatches, which leaves the weakest penalties short of their optimum.
 
     Args:
         embeddings: (images, features), of any floating type, on the CPU.
@@ -265,78 +266,66 @@ def _dot(first: Tensor, second: Tensor) -> Tensor:
     return (first * second).sum(dim=(1, 2))
 
 
-@dataclass(frozen=True)
-class _Curvature:
-    """Approximate Hessians: covariance of the features x each class's share + the penalty.
-
-    Attributes:
-        axes: (features + 1, features + 1), in columns the covariance's eigenvectors.
-        values: (paths, classes, features + 1), along them.
-    """
-
-    axes: Tensor
-    values: Tensor
-
-    def solve(self, gradient: Tensor) -> Tensor:
-        """Newton's step, (paths, classes, features + 1)."""
-        return (gradient @ self.axes / self.values) @ self.axes.T
-
-    def __getitem__(self, paths: Tensor) -> "_Curvature":
-        return _Curvature(self.axes, self.values[paths])
-
-
-def _curvature(covariance: Tensor, counts: Tensor, decay: Tensor) -> _Curvature:
-    """At weights of zero, where a class's probability is its share of the images.
-
-    Args:
-        covariance: (features, features), on the device.
-        counts: (classes,), images.
-        decay: (paths,), the penalty's factor.
-    """
+def _principal(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvectors, in columns, and eigenvalues of the features' covariance, on its device."""
     # On the CPU, in double precision: not every device has an eigensolver.
     spread, axes = torch.linalg.eigh(covariance.cpu().double())
-    spread = spread.clamp(min=1e-7 * float(spread[-1]) or 1.0)
-    spread = F.pad(spread, (0, 1), value=1.0).to(decay)  # the bias
-    share = (counts / counts.sum()).to(decay)
-    values = (share * (1 - share))[:, None] * spread + _penalty(decay, len(spread))
-    return _Curvature(torch.block_diag(axes, axes.new_ones(1, 1)).to(decay), values)
+    largest = float(spread[-1]) or 1.0
+    return axes.to(covariance), spread.clamp(min=1e-7 * largest).to(covariance)
+
+
+def _curvature(spread: Tensor, counts: Tensor, penalty: Tensor) -> Tensor:
+    """The Hessian's diagonal (paths, classes, features + 1) at weights of 0, along principal axes.
+
+    There a class's probability is taken for its share of the images.
+
+    Args:
+        spread: (features,), the covariance's eigenvalues.
+        counts: (classes,), images.
+        penalty: (paths, 1, features + 1).
+    """
+    share = (counts / counts.sum()).to(spread)
+    return (share * (1 - share))[:, None] * F.pad(spread, (0, 1), value=1.0) + penalty
 
 
 def _penalty(decay: Tensor, width: int) -> Tensor:
-    """(paths, 1, width): the penalty's factor, 0 for the last feature, the bias."""
-    return F.pad(decay[:, None, None].expand(-1, 1, width - 1), (0, 1))
+    """(paths, 1, width + 1): the penalty's factor, 0 for the bias, which comes last."""
+    return F.pad(decay[:, None, None].expand(-1, 1, width), (0, 1))
 
 
 def _fit_full_batch(data: _Standardised, counts: Tensor, decay: Tensor) -> Tensor:
-    """(paths, classes, features + 1)."""
+    """Weights, (paths, classes, features + 1)."""
     x, targets = data.rows(slice(None))
+    x, ones = x[:, :-1], x[:, -1:]
     basis = None
-    if len(x) < x.shape[1] - 1:
+    if len(x) < x.shape[1]:
         # The optimum lies in the span of the images, which is smaller than the features' space.
-        basis, coordinates = (part.to(x) for part in torch.linalg.qr(x[:, :-1].T.cpu()))
-        x = torch.cat([coordinates.T, x[:, -1:]], dim=1)
-    covariance = x[:, :-1].T @ x[:, :-1] / len(x)
-    weights = _minimise(
-        x, targets, _penalty(decay, x.shape[1]), _curvature(covariance, counts, decay)
-    )
-    if basis is None:
-        return weights
-    return torch.cat([weights[..., :-1] @ basis.T, weights[..., -1:]], dim=2)
+        basis, coordinates = (part.to(x) for part in torch.linalg.qr(x.T.cpu()))
+        x = coordinates.T
+    axes, spread = _principal(x.T @ x / len(x))
+    penalty = _penalty(decay, len(spread))
+    x = torch.cat([x @ axes, ones], dim=1)
+    weights = _minimise(x, targets, penalty, _curvature(spread, counts, penalty))
+    return _rotated_back(weights, axes if basis is None else basis @ axes)
 
 
-def _minimise(x: Tensor, targets: Tensor, penalty: Tensor, curvature: _Curvature) -> Tensor:
+def _rotated_back(weights: Tensor, axes: Tensor) -> Tensor:
+    return torch.cat([weights[..., :-1] @ axes.T, weights[..., -1:]], dim=2)
+
+
+def _minimise(x: Tensor, targets: Tensor, penalty: Tensor, curvature: Tensor) -> Tensor:
     """L-BFGS of all paths at once, each with its own step; those that end are left out.
 
     Args:
         x: (images, features + 1).
         targets: (images,).
         penalty: (paths, 1, features + 1).
-        curvature: what the first direction, and every other before its corrections, is taken from.
+        curvature: (paths, classes, features + 1), the Hessian's approximate diagonal.
 
     Returns:
         Weights (paths, classes, features + 1).
     """
-    found = torch.zeros_like(curvature.values)
+    found = torch.zeros_like(curvature)
     weights, active = found.clone(), torch.arange(len(found), device=x.device)
     loss, gradient = _objective(x, targets, penalty, weights)
     history = _History(curvature, [])
@@ -371,11 +360,11 @@ class _History:
     """The last steps, from which L-BFGS corrects the curvature.
 
     Attributes:
-        curvature: the first approximation.
+        curvature: (paths, classes, features + 1), the first approximation.
         steps: (step, change of the gradient, 1 / their product), the latest last.
     """
 
-    curvature: _Curvature
+    curvature: Tensor
     steps: list[tuple[Tensor, Tensor, Tensor]]
 
     def add(self, step: Tensor, change: Tensor) -> None:
@@ -389,10 +378,10 @@ class _History:
         for step, change, inverse in reversed(self.steps):
             factors.append((inverse * _dot(step, result))[:, None, None])
             result = result - factors[-1] * change
-        result = self.curvature.solve(result)
+        result = result / self.curvature
         if self.steps:
             _, change, inverse = self.steps[-1]
-            scale = inverse * _dot(change, self.curvature.solve(change))
+            scale = inverse * _dot(change, change / self.curvature)
             result = result / torch.where(scale > 0, scale, 1.0)[:, None, None]
         for step, change, inverse in self.steps:
             factor = factors.pop() - (inverse * _dot(change, result))[:, None, None]
@@ -407,29 +396,29 @@ class _History:
 
 
 def _fit_minibatches(data: _Standardised, counts: Tensor, decay: Tensor, seed: int) -> Tensor:
-    """Weights (paths, classes, features + 1), by Nesterov's method along Newton's directions."""
+    """Weights (paths, classes, features + 1), by Nesterov's method on Newton's scale."""
     count, width = data.embeddings.shape
     covariance = torch.zeros(width, width, device=decay.device)
     for rows in _chunks(count, width):
         x = data.rows(rows)[0][:, :-1]
         covariance += x.T @ x / count
-    curvature = _curvature(covariance, counts, decay)
-    penalty = _penalty(decay, width + 1)
-    weights = torch.zeros_like(curvature.values)
-    velocity = torch.zeros_like(weights)
+    axes, spread = _principal(covariance)
+    penalty = _penalty(decay, width)
+    curvature = _curvature(spread, counts, penalty)
+    turn = torch.block_diag(axes, axes.new_ones(1, 1))
+    weights, velocity = torch.zeros_like(curvature), torch.zeros_like(curvature)
     order = torch.Generator().manual_seed(seed)
     batches = math.ceil(count / BATCH_SIZE)
     epochs = max(MIN_EPOCHS, math.ceil(MIN_STEPS / batches))
-    total, done = epochs * batches, 0
-    for _ in range(epochs):
-        for places in torch.randperm(count, generator=order).tensor_split(batches):
-            rate = LEARNING_RATE * (1 + math.cos(math.pi * done / total)) / 2
-            x, targets = data.rows(places.sort().values)
-            _, gradient = _objective(x, targets, penalty, weights + MOMENTUM * velocity)
-            velocity = MOMENTUM * velocity - rate * curvature.solve(gradient)
-            weights = weights + velocity
-            done += 1
-    return weights
+    for step in range(epochs * batches):
+        if step % batches == 0:
+            parts = torch.randperm(count, generator=order).tensor_split(batches)
+        x, targets = data.rows(parts[step % batches].sort().values)
+        _, gradient = _objective(x @ turn, targets, penalty, weights + MOMENTUM * velocity)
+        rate = LEARNING_RATE * (1 + math.cos(math.pi * step / (epochs * batches))) / 2
+        velocity.mul_(MOMENTUM).sub_(gradient.div_(curvature), alpha=rate)
+        weights += velocity
+    return _rotated_back(weights, axes)
 
 
 def _chunks(count: int, width: int) -> Iterator[slice]:

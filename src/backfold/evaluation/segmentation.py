@@ -289,11 +289,10 @@ class _Maps:
     ) -> None:
         self._encoder, self._images, self._device = encoder.eval(), images, device
         self._kept: tuple[Tensor, Tensor] | None = None
-        self.image_size = images.image_size
         every = torch.arange(len(images)).split(batch_size)
-        ((first, _),) = self._encoded([every[0][:1]])
-        if len(images) * (first.nbytes + math.prod(self.image_size)) <= KEPT_BYTES:
-            maps, masks = zip(*((m.cpu(), mask) for m, mask in self._encoded(every)), strict=True)
+        ((first, mask),) = self._encoded([every[0][:1]])
+        if len(images) * (first.nbytes + mask.nbytes) <= KEPT_BYTES:
+            maps, masks = zip(*((each.cpu(), m) for each, m in self._encoded(every)), strict=True)
             self._kept = torch.cat(maps), torch.cat(masks)
 
     def __len__(self) -> int:
