@@ -28,8 +28,8 @@ class EmbeddingChoice:
         layer: -1 for the last features, after the last norm; -2 for the output of the block below
             it, -3 for the next. What counts as a block (a stage, in convolutional and hierarchical
             backbones) is what timm's ``forward_intermediates`` lists.
-        pooling: "average" or "max" over the positions, "grid" for the averages over the image's
-            four quarters, one after another, or "class_token" in backbones that have one.
+        pooling: "average" or "max" over the positions, "grid" for the averages over each of the
+            image's four quarters, or "class_token" in backbones that have one.
 
     Raises:
         UserError: a layer that is not negative, or an unknown pooling.

@@ -139,13 +139,11 @@ def test_evaluating_what_cannot_be(run_folder, refused, make_parquet, make_folde
     refused([*evaluate, f"--data={plain}"], "plain.parquet has no labels; give a folder with one")
     refused([*evaluate, f"--data={make_folder()}"], "images has no labels")
     refused([*evaluate, "--data=nowhere"], "nowhere does not exist")
-    refused([*evaluate, "--protocol=knn,linaer"], "unknown protocol 'linaer'; choose from knn")
-    refused([*evaluate, "--protocol="], "unknown protocol ''")
+    refused([*evaluate, "--protocols=knn,linaer"], "unknown protocol 'linaer'; choose from knn")
+    refused([*evaluate, "--protocols="], "unknown protocol ''")
     refused([*evaluate, "--draws=0"], "draws is 0; give 1 or more")
-    refused([*evaluate, "--labels-per-class=1000"], "fewer than the 1000 labels a class")
-    refused(
-        [*evaluate, "--embedding.layer=-9"], "can't give layer -9", "choose a layer nearer to -1"
-    )
+    refused([*evaluate, "--labels=1000"], "fewer than the 1000 labels a class")
+    refused([*evaluate, "--embedding.layer=-9"], "has no embedding layer -9", "choose from layer")
     refused([*evaluate, "--accelerator=abacus"], "can't use accelerator 'abacus'", "try auto")
     assert snapshot(run_folder) == before
 
@@ -154,7 +152,7 @@ def test_evaluating_what_cannot_be(run_folder, refused, make_parquet, make_folde
 def test_an_evaluation_that_cannot_be_written(place, run_folder, refused, tmp_path):
     (tmp_path / "file").write_text("precious")
     arguments = ["evaluate", f"--checkpoint={run_folder}", f"--out={tmp_path / place}"]
-    arguments += ["--accelerator=cpu", "--protocol=knn", "--labels-per-class=1", "--draws=1"]
+    arguments += ["--accelerator=cpu", "--protocols=knn", "--labels=1", "--draws=1"]
     refused(arguments, "choose another --out")
 
 
@@ -176,7 +174,7 @@ def test_restoring_what_cannot_be(run_folder, refused, make_folder, tmp_path):
 
 def test_without_the_demo_s_run_there_is_nothing_to_evaluate(refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(["evaluate"], "no checkpoint at runs/demo")
+    refused(["evaluate"], "runs/demo is no run")
     refused(["restore"], "no checkpoint at runs/demo")
     refused(["report"], "runs/demo")
 

@@ -31,9 +31,9 @@ ROWS = [
 
 def test_rows_are_mean_and_deviation():
     values = [1.5, 2.25, 7.0]
-    row = Row.of("energy", "a", "b", "AUROC", values, "note")
+    row = Row.of("a", "b", "c", "d", values, "note")
     assert (row.mean, row.std) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
-    assert (row.count, row.note, row.data, row.step) == (3, "note", None, None)
+    assert row == Row("a", "b", "c", "d", row.mean, row.std, 3, note="note")
     assert Row.of("a", "b", "c", "d", [4.0]) == Row("a", "b", "c", "d", 4.0, 0.0, 1)
 
 
@@ -134,17 +134,14 @@ def test_each_number_stands_in_its_cell():
 
 
 def test_cells_round_and_sign():
-    rows = [
-        Row("p", "c", "a over b", "accuracy (%)", 1.26, 0.34, 5),
-        Row("p", "c", "b over a", "accuracy (%)", -0.04, 0.0, 5),
-        Row("p", "c", "a", "accuracy (%)", float("nan"), 0.0, 1),
-        Row("p", "c", "b", "AUROC", 0.98765, 0.0123, 5),
-    ]
-    percent, auroc = map(cells, tables_of(rows))
-    assert percent == {
-        ("c", "a over b"): "+1.3 ± 0.3", ("c", "b over a"): "+0.0", ("c", "a"): "not finite",
-    }  # fmt: skip
-    assert auroc == {("c", "b"): "0.988 ± 0.012"}
+    for name, metric, mean, std, text in (
+        ("a over b", "accuracy (%)", 1.26, 0.34, "+1.3 ± 0.3"),
+        ("b over a", "accuracy (%)", -0.04, 0.0, "+0.0"),
+        ("a", "accuracy (%)", float("nan"), 0.0, "not finite"),
+        ("a", "AUROC", 0.98765, 0.0123, "0.988 ± 0.012"),
+    ):
+        (table,) = tables_of([Row("p", "c", name, metric, mean, std, 5)])
+        assert cells(table) == {("c", name): text}
 
 
 def test_names_of_data_hold_no_path(tmp_path, monkeypatch):

@@ -142,8 +142,8 @@ def test_older_runs_starts_are_made_anew(fresh, continued, init, tmp_path, caplo
     away = init.rename(init.with_suffix(".away"))
     subject = open_subject(older)  # what it was given is gone, too
     away.rename(init)
-    assert list(subject.weights) == [PRETRAINED, RANDOM]
-    assert subject.scratch == RANDOM
+    assert list(subject.weights) == [PRETRAINED]
+    assert subject.scratch is None
 
 
 def test_timm_names_take_weights_from_a_file(tmp_path):

@@ -143,7 +143,7 @@ def test_what_a_run_leaves(tiny, quiet, make_parquet):
     folder = pretrain(config, command="backfold pretrain of a test", console=quiet)
     assert {path.name for path in folder.root.iterdir()} == {
         ".lock", "backbone.safetensors", "checkpoints", "config.yaml", "health.json",
-        "metrics.csv", "previews", "run.json", "tensorboard", "train.log",
+        "initial.safetensors", "metrics.csv", "previews", "run.json", "tensorboard", "train.log",
     }  # fmt: skip
     per_epoch = 180 // 8  # 20 are held out
     watched = [0, 11, 22, 33, 44, 45]

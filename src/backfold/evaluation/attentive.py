@@ -121,8 +121,8 @@ def attentive(given: "Evaluation") -> list[Row]:
     """
     rows, parts = [], given.parts
     maps = {name: FeatureMaps(given, backbone) for name, backbone in given.backbones.items()}
-    for count in given.settings.label_counts():
-        draws = parts.draws(count, given.settings.draws, given.settings.seed)
+    counts, settings = given.settings.label_counts(), given.settings
+    for count, draws in parts.each(counts, settings.draws, settings.seed):
         learned = [torch.arange(len(parts.train))] if count is None else draws
         correct, notes = {}, {}
         for name, features in maps.items():

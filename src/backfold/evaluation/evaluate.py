@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from backfold.batch_norm import batch_norms, measure_batch_norm
 from backfold.data.loading import default_workers
 from backfold.data.source import open_source
 from backfold.data.statistics import ChannelStatistics, measure_statistics
@@ -27,7 +28,7 @@ from backfold.evaluation.finetune import LEARNING_RATE_FACTORS, FineTuning, fine
 from backfold.evaluation.frozen import FrozenVectors, knn, layers, linear
 from backfold.evaluation.images import Parts, open_parts
 from backfold.evaluation.restoration import restoration
-from backfold.evaluation.results import Row, data_name, merge_rows, read_rows, write_rows
+from backfold.evaluation.results import RANDOM, Row, data_name, merge_rows, read_rows, write_rows
 from backfold.evaluation.segmentation import SegmentationSettings, open_masks, segmentation
 from backfold.evaluation.subject import Subject, open_subject
 from backfold.training.config import parse_image_size
@@ -35,7 +36,7 @@ from backfold.training.distribution import choose_device
 from backfold.training.run_folder import DEMO_RUN, RunFolder, write_atomically
 
 LOGGER = logging.getLogger("backfold")
-FEW_LABELS: tuple[int | float, ...] = (1, 5, 10, 25, 0.01, 0.1)
+BATCH_NORM_IMAGES = 256
 
 
 @dataclass
@@ -199,10 +200,15 @@ class Evaluation:
     @cached_property
     def backbones(self) -> Mapping[str, nn.Module]:
         """By contender: frozen, in eval mode, on the device."""
-        return {
+        made = {
             name: self.subject.backbone(name).requires_grad_(False).to(self.device)
             for name in self.subject.weights
         }
+        if RANDOM in made and batch_norms(made[RANDOM]):  # as training does with its own start
+            images, _ = self.parts.train.load(BATCH_NORM_IMAGES, self.settings.seed)
+            normalised = self.statistics.normalize(images.to(self.device))
+            measure_batch_norm(made[RANDOM], normalised)
+        return made
 
 
 @dataclass(frozen=True)
@@ -226,11 +232,7 @@ class Protocol:
 
 def lowshot(given: Evaluation) -> list[Row]:
     """`linear` and `finetune` with very few labels; numbers that a class lacks are left out."""
-    labels = given.parts.train.labels[given.parts.fit]
-    smallest = int(labels.unique(return_counts=True)[1].min())
-    affordable = [n for n in FEW_LABELS if isinstance(n, float) or n <= smallest]
-    texts = [f"{100 * n:g}%" if isinstance(n, float) else str(n) for n in affordable]
-    few = given.with_labels(texts)
+    few = given.with_labels(["1", "5", "10", "25", "1%", "10%"])
     return [*linear(few), *finetune(few)]
 
 

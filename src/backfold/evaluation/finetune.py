@@ -385,8 +385,7 @@ def finetune(given: "Evaluation") -> list[Row]:
     """
     rows, parts, settings = [], given.parts, given.settings
     truth, tested = parts.test.labels, torch.arange(len(parts.test))
-    for count in settings.label_counts():
-        draws = parts.draws(count, settings.draws, settings.seed)
+    for count, draws in parts.each(settings.label_counts(), settings.draws, settings.seed):
         correct, notes = {}, {}
         for name, contender in _contenders(given).items():
             recipe = best_recipe(given, contender, draws[0])

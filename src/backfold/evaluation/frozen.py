@@ -261,8 +261,8 @@ _Predict = Callable[["Evaluation", str, _Choice, Tensor], Tensor]
 def _rows(given: "Evaluation", protocol: str, choose: _Choose, predict: _Predict) -> list[Row]:
     frozen, parts = given.frozen, given.parts
     cases = {}
-    for count in given.settings.label_counts():
-        draws = parts.draws(count, given.settings.draws, given.settings.seed)
+    counts, settings = given.settings.label_counts(), given.settings
+    for count, draws in parts.each(counts, settings.draws, settings.seed):
         chosen = {name: frozen.choice(choose, name, count, draws) for name in frozen.contenders}
         learned = [torch.arange(len(parts.train))] if count is None else draws
         cases[label_case(count)] = (chosen, learned)

@@ -171,7 +171,27 @@ class Parts:
 
     def refuse_unlabelled(self) -> None:
         """Raise `UserError` where a part has no labels."""
-        assert len(self.train.labels) + len(self.test.labels)
+        for part in (self.train, self.test):
+            _ = part.labels
+
+    def each(
+        self, counts: Sequence[int | float | None], draws: int, seed: int
+    ) -> list[tuple[int | float | None, list[Tensor]]]:
+        """Each number of labels with its `draws`; those that a class lacks are left out.
+
+        Raises:
+            UserError: none is left.
+        """
+        found, problem = [], None
+        for count in counts:
+            try:
+                found.append((count, self.draws(count, draws, seed)))
+            except UserError as error:
+                LOGGER.warning("%s are left out: %s", label_case(count), error)
+                problem = error
+        if not found and problem is not None:
+            raise problem
+        return found
 
     def draws(self, count: int | float | None, draws: int, seed: int) -> list[Tensor]:
         """Places in ``train`` of the labelled images of each draw, rising.
@@ -303,10 +323,10 @@ def _same(data: object, own: object) -> bool:
 
 
 def _overlap(data: object, own: object) -> bool:
-    """Whether one lies within the other."""
-    if _same(data, own):
-        return True
+    """Whether one lies within the other; the train part of data with parts has no test images."""
     if data is None or own is None:
+        return _same(data, own)
+    whole, pretrained = (Path(str(each)).resolve() for each in (data, own))
+    if pretrained.parent == whole and pretrained.name.lower() == "train":
         return False
-    paths = [Path(str(each)).resolve() for each in (data, own)]
-    return paths[0] in paths[1].parents or paths[1] in paths[0].parents
+    return _same(data, own) or whole in pretrained.parents or pretrained in whole.parents

@@ -18,15 +18,15 @@ from backfold.metrics import KNN_TEMPERATURE
 REGULARISATION_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 CHUNK_ELEMENTS = 2**24  # 64 MiB in float32: above what a product needs to be fast
 BANK_CHUNK = 2**14
-# Images x features x classes up to which all images at once take less time than minibatches do.
-FULL_BATCH_ELEMENTS = 2**27
+# Here some 200 passes over all images cost what 1500 minibatches do, whatever the other sizes.
+FULL_BATCH_IMAGES = 2**14
 # Of the weights' norm. The penalty is strongly convex: a fit ends this close to its optimum.
 RELATIVE_ERROR = 0.005
-MAX_ITERATIONS = 600
+MAX_ITERATIONS = 600  # only penalties far too weak take more, and their accuracy moves by 0.1%
 MEMORY = 10
-BATCH_SIZE, MIN_EPOCHS, MIN_STEPS = 2048, 3, 1500
-LEARNING_RATE, MOMENTUM = 0.1, 0.9
 SMALLEST_STEP = 1e-6
+BATCH_SIZE, MIN_EPOCHS, MIN_STEPS = 2048, 3, 1500
+LEARNING_RATE, MOMENTUM = 0.1, 0.9  # together one of Newton's steps: 0.1 / (1 - 0.9)
 
 Device = torch.device | str
 
@@ -78,7 +78,8 @@ def knn_predictions(
         votes = near.new_zeros(len(near), len(classes))
         votes.scatter_add_(1, votes_for[places], (near / KNN_TEMPERATURE).exp())
         predicted.append(votes.argmax(dim=1).cpu())
-    return classes[torch.cat(predicted)].long()
+    labels: Tensor = classes[torch.cat(predicted)].long()
+    return labels
 
 
 def _unit(embeddings: Tensor, device: Device) -> Tensor:
@@ -130,8 +131,9 @@ class LinearPath:
             embeddings: (images, features).
             labels: (images,), whole numbers.
         """
-        known = torch.isin(labels.cpu(), self.classes)
-        places = torch.searchsorted(self.classes, labels.cpu().long()) * known
+        asked = labels.cpu().long()
+        known = torch.isin(asked, self.classes)
+        places = torch.searchsorted(self.classes, asked) * known
         total = torch.zeros(len(self.regularisations), dtype=torch.float64)
         for rows, logits in self._logits(embeddings):
             of_label = logits.gather(1, _as_index(places[rows], logits))[:, 0]
@@ -157,7 +159,7 @@ def fit_linear_path(
     *,
     device: Device,
     seed: int = 0,
-    full_batch_elements: int = FULL_BATCH_ELEMENTS,
+    full_batch_images: int = FULL_BATCH_IMAGES,
 ) -> LinearPath:
     """Fit multinomial logistic regressions, all regularisations at once.
 
@@ -172,7 +174,7 @@ def fit_linear_path(
         regularisations: scikit-learn's ``C``; larger ones regularise less.
         device: where to compute.
         seed: of the minibatches' order.
-        full_batch_elements: images x features x classes above which minibatches are used.
+        full_batch_images: more images than these are taken in minibatches.
 
     Raises:
         UserError: embeddings that are not finite, or fewer than two classes.
@@ -185,10 +187,9 @@ def fit_linear_path(
         )
     mean, std = _moments(embeddings, device)
     data = _Standardised(embeddings, targets, mean, std)
-    small = embeddings.numel() * len(classes) <= full_batch_elements
     decay = torch.tensor([1 / (c * len(labels)) for c in regularisations], device=mean.device)
     counts = torch.bincount(targets)
-    if small:
+    if len(embeddings) <= full_batch_images:
         weights = _fit_full_batch(data, counts, decay)
     else:
         weights = _fit_minibatches(data, counts, decay, seed)
@@ -267,11 +268,12 @@ def _dot(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _principal(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """The eigenvectors, in columns, and eigenvalues of the features' covariance, on its device."""
+    """The eigenvectors, in columns, and eigenvalues of a covariance, on its device."""
     # On the CPU, in double precision: not every device has an eigensolver.
     spread, axes = torch.linalg.eigh(covariance.cpu().double())
     largest = float(spread[-1]) or 1.0
-    return axes.to(covariance), spread.clamp(min=1e-7 * largest).to(covariance)
+    spread = spread.clamp(min=1e-7 * largest)
+    return axes.float().to(covariance.device), spread.float().to(covariance.device)
 
 
 def _curvature(spread: Tensor, counts: Tensor, penalty: Tensor) -> Tensor:

@@ -122,16 +122,18 @@ def open_subject(
     name = str(given)
     if not _is_timm(name):
         raise UserError(
-            f"{name} is no run's folder, checkpoint, exported folder or timm model; check the path"
+            f"{name} is no run's folder, checkpoint, exported folder or timm model; check "
+            "the path, or pretrain a run first"
         )
     return _of_timm(name, weights, image_size, channels, seed)
 
 
 def _is_timm(name: str) -> bool:
     try:
-        return timm.is_model(name) and timm.get_pretrained_cfg(name) is not None
+        timm.get_pretrained_cfg(name)
     except RuntimeError:  # a model with such a name, but no weights with such a tag
         return False
+    return timm.is_model(name)
 
 
 def _of_run(path: Path) -> Subject:
