@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import (
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 Shape = Sequence[int]
 
@@ -88,11 +92,21 @@ def _convolution_backward(gradient: Shape, inputs: Shape, weight: Shape, *option
     return int(2 * inputs[0] * positions * prod(weight) * sum(output_mask[:2]))
 
 
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape, *_: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient, query, key, value))
+
+
 aten = torch.ops.aten
 _FORMULAS: dict[Any, Callable[..., int]] = {
     # torch's own formula counts the weight's gradient once too often for each group.
     aten.convolution_backward: _convolution_backward,
-    # Products that torch's registry lacks.
+    # Products that torch's registry lacks, the fused ones on the CPU before torch 2.15.
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     aten.mv: _matrix_product,
     aten.dot: _matrix_product,
     aten.vdot: _matrix_product,

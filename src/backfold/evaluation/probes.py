@@ -26,6 +26,7 @@ MAX_ITERATIONS = 600  # only penalties far too weak take more, and their accurac
 MEMORY = 10
 SMALLEST_STEP = 1e-6
 BATCH_SIZE, MIN_EPOCHS, MIN_STEPS = 2048, 3, 1500
+NOISE = 1.0
 LEARNING_RATE, MOMENTUM = 0.1, 0.9  # together one of Newton's steps: 0.1 / (1 - 0.9)
 
 Device = torch.device | str
@@ -408,6 +409,7 @@ def _fit_minibatches(data: _Standardised, counts: Tensor, decay: Tensor, seed: i
     penalty = _penalty(decay, width)
     curvature = _curvature(spread, counts, penalty)
     turn = torch.block_diag(axes, axes.new_ones(1, 1))
+    scale = _quiet(curvature, penalty) / curvature
     weights, velocity = torch.zeros_like(curvature), torch.zeros_like(curvature)
     order = torch.Generator().manual_seed(seed)
     batches = math.ceil(count / BATCH_SIZE)
@@ -418,9 +420,21 @@ def _fit_minibatches(data: _Standardised, counts: Tensor, decay: Tensor, seed: i
         x, targets = data.rows(parts[step % batches].sort().values)
         _, gradient = _objective(x @ turn, targets, penalty, weights + MOMENTUM * velocity)
         rate = LEARNING_RATE * (1 + math.cos(math.pi * step / (epochs * batches))) / 2
-        velocity.mul_(MOMENTUM).sub_(gradient.div_(curvature), alpha=rate)
+        velocity.mul_(MOMENTUM).sub_(gradient.mul_(scale), alpha=rate)
         weights += velocity
     return _rotated_back(weights, axes)
+
+
+def _quiet(curvature: Tensor, penalty: Tensor) -> Tensor:
+    """The share of Newton's step, (paths, classes, 1), that keeps a minibatch's noise small.
+
+    A full step's noise adds a variance to each logit: the sum of the features' own over those of
+    the few images that a batch holds of the class. It must not decide how an image is classified.
+    """
+    of_data = curvature - penalty
+    spread = of_data / of_data[..., -1:]  # the bias's is 1
+    variance = (of_data * spread / curvature**2).sum(dim=2, keepdim=True) / BATCH_SIZE
+    return (NOISE / variance).clamp(max=1.0)
 
 
 def _chunks(count: int, width: int) -> Iterator[slice]:
