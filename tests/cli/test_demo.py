@@ -1,5 +1,4 @@
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,7 @@ def test_the_demo_from_images_to_report(tiny, make_parquet, monkeypatch, tmp_pat
     data = make_parquet("data/train.parquet", count=240).parent
     make_parquet("data/test.parquet", count=60, first=300)
     small = [argument for argument in tiny if not argument.startswith("--max-steps")]
-    start = time.monotonic()
     assert main(["demo", "--data", str(data), "--max-steps", "20", *small]) == 0
-    assert time.monotonic() - start < 60
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     assert lines[-1] == "report: runs/demo/report.html"
