@@ -8,6 +8,8 @@ timm model whose forward passes are timed from outside. Writes results/evaluatio
 
 import argparse
 import json
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--backbone", default="vit_tiny_patch16_224")
     parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--embed-only", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     arguments = parser.parse_args()
     settings = EvaluateSettings(data=arguments.data)
@@ -72,20 +75,23 @@ def main() -> None:
     start, before = time.perf_counter(), Timed.seconds
     given.frozen.prepare([(PRETRAINED, "")], places)
     embedding = {"seconds": time.perf_counter() - start, "forward": Timed.seconds - before}
-    start, before = time.perf_counter(), Timed.seconds
-    rows = [*knn(given), *linear(given)]
-    whole = {"seconds": time.perf_counter() - start, "forward": Timed.seconds - before}
-    found = {
+    found: dict[str, Any] = {
         "backbone": arguments.backbone,
         "embedded images": len(places),
         "embedding": embedding,
         "own time beside the forward pass": embedding["seconds"] / embedding["forward"] - 1,
-        "images": len(given.parts.train) + len(given.parts.test),
-        "evaluation": whole,
-        "forward pass's share": whole["forward"] / whole["seconds"],
-        "rows": len(rows),
-        "machine": facts(given.device),
+        "machine": {**facts(given.device), "command": shlex.join(["python", *sys.argv])},
     }
+    if not arguments.embed_only:
+        start, before = time.perf_counter(), Timed.seconds
+        rows = [*knn(given), *linear(given)]
+        whole = {"seconds": time.perf_counter() - start, "forward": Timed.seconds - before}
+        found |= {
+            "images": len(given.parts.train) + len(given.parts.test),
+            "evaluation": whole,
+            "forward pass's share": whole["forward"] / whole["seconds"],
+            "rows": len(rows),
+        }
     text = json.dumps(found, indent=1)
     (arguments.out / "evaluation.json").write_text(text + "\n")
     print(text)
