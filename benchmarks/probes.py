@@ -14,7 +14,7 @@ import platform
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,9 +35,10 @@ ROWS = 50_000
 SEED = 0
 
 Timed = TypeVar("Timed")
+Embedded = tuple[Tensor, Tensor]
 
 
-def write_embeddings(path: Path, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def write_embeddings(path: Path, count: int, seed: int) -> Embedded:
     """float16 (count, features), memory-mapped, and labels (count,); all seeds share the classes.
 
     Args:
@@ -75,23 +76,13 @@ def measure(work: Callable[[], Timed]) -> tuple[Timed, dict[str, float]]:
     }
 
 
-def run(folder: Path, scale: float, console: Console) -> dict[str, Any]:
-    """Both probes of synthetic embeddings; ``scale`` is of the numbers of images."""
-    counts = [max(2 * CLASSES, round(scale * count)) for count in (TRAIN, TEST, VALIDATION)]
-    data, written = measure(
-        lambda: [
-            write_embeddings(folder / str(seed), count, seed) for seed, count in enumerate(counts)
-        ]
-    )
+def linear(data: Sequence[Embedded]) -> dict[str, Any]:
     (x, y), (test_x, test_y), (held_x, held_y) = data
-    found: dict[str, Any] = {"images": counts, "writing": written}
-    console.print(f"{counts} embeddings: {written}")
-
     path, cost = measure(lambda: fit_linear_path(x, y, REGULARISATIONS, device="cpu", seed=SEED))
     losses = path.log_loss(held_x, held_y)
     best = int(losses.argmin())
     right = (path.predict(test_x) == test_y).double().mean(dim=1)
-    found["linear"] = {
+    return {
         **cost,
         "regularisations": REGULARISATIONS,
         "validation_log_loss": losses.tolist(),
@@ -99,12 +90,15 @@ def run(folder: Path, scale: float, console: Console) -> dict[str, Any]:
         "accuracy": float(right[best]),
         "accuracies": right.tolist(),
     }
-    console.print(f"linear: {found['linear']}")
 
+
+def knn(data: Sequence[Embedded]) -> dict[str, Any]:
+    (x, y), (test_x, test_y), _ = data
     predicted, cost = measure(lambda: knn_predictions(x, y, test_x, device="cpu"))
-    found["knn"] = {**cost, "accuracy": float((predicted == test_y).double().mean())}
-    console.print(f"kNN: {found['knn']}")
-    return found
+    return {**cost, "accuracy": float((predicted == test_y).double().mean())}
+
+
+PROBES = {"linear": linear, "knn": knn}
 
 
 def machine() -> dict[str, Any]:
@@ -123,12 +117,20 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of images")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--temporary", type=Path, help="folder with 1.1 GB of room")
+    parser.add_argument("--only", choices=PROBES, help="keep the other's result in the file")
     arguments = parser.parse_args()
+    file = arguments.out / "probes.json"
+    facts = json.loads(file.read_text()) if arguments.only else {}
+    counts = [max(2 * CLASSES, round(arguments.scale * each)) for each in (TRAIN, TEST, VALIDATION)]
+    facts |= {"machine": machine(), "images": counts, "features": FEATURES, "classes": CLASSES}
     with tempfile.TemporaryDirectory(dir=arguments.temporary) as folder:
-        found = run(Path(folder), arguments.scale, Console())
+        paths = [Path(folder) / str(seed) for seed in range(len(counts))]
+        data = [write_embeddings(path, counts[seed], seed) for seed, path in enumerate(paths)]
+        for name in [arguments.only] if arguments.only else PROBES:
+            facts[name] = PROBES[name](data)
+            Console().print(name, facts[name])
     arguments.out.mkdir(parents=True, exist_ok=True)
-    facts = {"machine": machine(), "features": FEATURES, "classes": CLASSES, **found}
-    (arguments.out / "probes.json").write_text(json.dumps(facts, indent=1) + "\n")
+    file.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,12 +31,12 @@ def fashion():
     return *pixels("train", 1_000), *pixels("test", 2_000)
 
 
-def overlapping(count):
-    """Three classes in 12 features of unequal scale, of which one does not vary."""
+def overlapping(count, classes=3, features=12):
+    """Classes that overlap; the sixth feature does not vary."""
     random = torch.Generator().manual_seed(0)
-    labels = torch.arange(count) % 3
-    embeddings = 0.7 * torch.randn(3, 12, generator=random)[labels]
-    embeddings += torch.randn(count, 12, generator=random)
+    labels = torch.arange(count) % classes
+    embeddings = 0.7 * torch.randn(classes, features, generator=random)[labels]
+    embeddings += torch.randn(count, features, generator=random)
     embeddings[:, 5] = 0.1
     return embeddings, labels
 
@@ -98,6 +98,16 @@ def test_minibatches_reach_what_all_images_at_once_do():
     torch.testing.assert_close(parts.weights, whole.weights, atol=0.01, rtol=0)
     torch.testing.assert_close(parts.log_loss(x, y), whole.log_loss(x, y), atol=1e-3, rtol=0)
     assert (parts.predict(x) == whole.predict(x)).double().mean() > 0.99
+
+
+def test_minibatches_of_fewer_images_of_a_class_than_features():
+    x, y = overlapping(3_600, classes=120, features=40)
+    grid = (1e-3, 1e-1, 10.0)
+    whole = fit_linear_path(x[:2_600], y[:2_600], grid, device="cpu")
+    parts = fit_linear_path(x[:2_600], y[:2_600], grid, device="cpu", full_batch_images=0)
+    losses = [path.log_loss(x[2_600:], y[2_600:]) for path in (parts, whole)]
+    torch.testing.assert_close(losses[0][:2], losses[1][:2], atol=0.01, rtol=0)
+    assert losses[0][2] < losses[1][2] + 0.01  # the weakest penalty's optimum overfits
 
 
 def test_names_of_classes_and_scales_of_features_do_not_matter():

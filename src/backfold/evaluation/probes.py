@@ -26,7 +26,7 @@ MAX_ITERATIONS = 600  # only penalties far too weak take more, and their accurac
 MEMORY = 10
 SMALLEST_STEP = 1e-6
 BATCH_SIZE, MIN_EPOCHS, MIN_STEPS = 2048, 3, 1500
-NOISE = 1.0
+LEAST_PROGRESS = 10  # Newton's steps, of which the falling learning rate leaves a half
 LEARNING_RATE, MOMENTUM = 0.1, 0.9  # together one of Newton's steps: 0.1 / (1 - 0.9)
 
 Device = torch.device | str
@@ -409,11 +409,12 @@ def _fit_minibatches(data: _Standardised, counts: Tensor, decay: Tensor, seed: i
     penalty = _penalty(decay, width)
     curvature = _curvature(spread, counts, penalty)
     turn = torch.block_diag(axes, axes.new_ones(1, 1))
-    scale = _quiet(curvature, penalty) / curvature
     weights, velocity = torch.zeros_like(curvature), torch.zeros_like(curvature)
+    weights[..., -1] = (counts / counts.sum()).log().to(weights)
     order = torch.Generator().manual_seed(seed)
     batches = math.ceil(count / BATCH_SIZE)
     epochs = max(MIN_EPOCHS, math.ceil(MIN_STEPS / batches))
+    scale = _step_share(counts, width, epochs * batches).to(curvature) / curvature
     for step in range(epochs * batches):
         if step % batches == 0:
             parts = torch.randperm(count, generator=order).tensor_split(batches)
@@ -425,16 +426,14 @@ def _fit_minibatches(data: _Standardised, counts: Tensor, decay: Tensor, seed: i
     return _rotated_back(weights, axes)
 
 
-def _quiet(curvature: Tensor, penalty: Tensor) -> Tensor:
-    """The share of Newton's step, (paths, classes, 1), that keeps a minibatch's noise small.
+def _step_share(counts: Tensor, width: int, steps: int) -> Tensor:
+    """Of Newton's step, (classes, 1): what the images that a batch holds of a class can bear.
 
-    A full step's noise adds a variance to each logit: the sum of the features' own over those of
-    the few images that a batch holds of the class. It must not decide how an image is classified.
+    Where they are fewer than the features, a full step is mostly noise, and weights that it has
+    driven far from the optimum find no way back. Rare classes still go as far as all steps need.
     """
-    of_data = curvature - penalty
-    spread = of_data / of_data[..., -1:]  # the bias's is 1
-    variance = (of_data * spread / curvature**2).sum(dim=2, keepdim=True) / BATCH_SIZE
-    return (NOISE / variance).clamp(max=1.0)
+    of_class = BATCH_SIZE * counts / counts.sum()
+    return (of_class / width).clamp(min=min(1.0, LEAST_PROGRESS / steps), max=1.0)[:, None]
 
 
 def _chunks(count: int, width: int) -> Iterator[slice]:
