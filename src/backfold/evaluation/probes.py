@@ -22,7 +22,7 @@ BANK_CHUNK = 2**14
 FULL_BATCH_IMAGES = 2**14
 # Of the weights' norm. The penalty is strongly convex: a fit ends this close to its optimum.
 RELATIVE_ERROR = 0.005
-MAX_ITERATIONS = 600  # only penalties far too weak take more, and their accuracy moves by 0.1%
+MAX_ITERATIONS = 600  # only penalties far too weak take more; their accuracy is then off by 0.2%
 MEMORY = 10
 SMALLEST_STEP = 1e-6
 BATCH_SIZE, MIN_EPOCHS, MIN_STEPS = 2048, 3, 1500
@@ -161,6 +161,7 @@ def fit_linear_path(
     device: Device,
     seed: int = 0,
     full_batch_images: int = FULL_BATCH_IMAGES,
+    batch_size: int = BATCH_SIZE,
 ) -> LinearPath:
     """Fit multinomial logistic regressions, all regularisations at once.
 
@@ -176,6 +177,7 @@ def fit_linear_path(
         device: where to compute.
         seed: of the minibatches' order.
         full_batch_images: more images than these are taken in minibatches.
+        batch_size: of the minibatches.
 
     Raises:
         UserError: embeddings that are not finite, or fewer than two classes.
@@ -193,7 +195,7 @@ def fit_linear_path(
     if len(embeddings) <= full_batch_images:
         weights = _fit_full_batch(data, counts, decay)
     else:
-        weights = _fit_minibatches(data, counts, decay, seed)
+        weights = _fit_minibatches(data, counts, decay, batch_size, seed)
     return LinearPath(
         weights[..., :-1], weights[..., -1], mean, std, classes.long(), tuple(regularisations)
     )
@@ -398,7 +400,9 @@ class _History:
         return _History(self.curvature[paths], kept)
 
 
-def _fit_minibatches(data: _Standardised, counts: Tensor, decay: Tensor, seed: int) -> Tensor:
+def _fit_minibatches(
+    data: _Standardised, counts: Tensor, decay: Tensor, batch_size: int, seed: int
+) -> Tensor:
     """Weights (paths, classes, features + 1), by Nesterov's method on Newton's scale."""
     count, width = data.embeddings.shape
     covariance = torch.zeros(width, width, device=decay.device)
@@ -410,11 +414,12 @@ def _fit_minibatches(data: _Standardised, counts: Tensor, decay: Tensor, seed: i
     curvature = _curvature(spread, counts, penalty)
     turn = torch.block_diag(axes, axes.new_ones(1, 1))
     weights, velocity = torch.zeros_like(curvature), torch.zeros_like(curvature)
-    weights[..., -1] = (counts / counts.sum()).log().to(weights)
+    weights[..., -1] = (counts / count).log().to(weights)
     order = torch.Generator().manual_seed(seed)
-    batches = math.ceil(count / BATCH_SIZE)
+    batches = math.ceil(count / batch_size)
     epochs = max(MIN_EPOCHS, math.ceil(MIN_STEPS / batches))
-    scale = _step_share(counts, width, epochs * batches).to(curvature) / curvature
+    share = _step_share(counts / batches, width, epochs * batches)
+    scale = share.to(curvature) / curvature
     for step in range(epochs * batches):
         if step % batches == 0:
             parts = torch.randperm(count, generator=order).tensor_split(batches)
@@ -426,13 +431,17 @@ def _fit_minibatches(data: _Standardised, counts: Tensor, decay: Tensor, seed: i
     return _rotated_back(weights, axes)
 
 
-def _step_share(counts: Tensor, width: int, steps: int) -> Tensor:
+def _step_share(of_class: Tensor, width: int, steps: int) -> Tensor:
     """Of Newton's step, (classes, 1): what the images that a batch holds of a class can bear.
 
     Where they are fewer than the features, a full step is mostly noise, and weights that it has
     driven far from the optimum find no way back. Rare classes still go as far as all steps need.
+
+    Args:
+        of_class: (classes,), images in a batch.
+        width: features.
+        steps: in all.
     """
-    of_class = BATCH_SIZE * counts / counts.sum()
     return (of_class / width).clamp(min=min(1.0, LEAST_PROGRESS / steps), max=1.0)[:, None]
 
 
