@@ -128,7 +128,7 @@ class EvaluateSettings:
         Raises:
             UserError: none of these.
         """
-        return [_count(text) for text in _listed(self.labels)] or [_count("")]
+        return [_count(text) for text in _listed(self.labels) or [""]]
 
 
 def _listed(given: str | Sequence[object]) -> list[str]:
@@ -258,7 +258,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
         "By layer",
         "What linear probes read from each layer and pooling, on validation images.",
         "labels",
-        ("train_images",),
+        ("embedding", "train_images"),
     ),
     "attentive": Protocol(
         attentive,
@@ -298,7 +298,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
         "How often a strange image's score is above a clean test image's: 1 is always, 0.5 is "
         "chance.",
         "energy",
-        ("near", "far", "test_images", "train_images"),
+        ("embedding", "near", "far", "test_images", "train_images"),
     ),
     "restoration": Protocol(
         restoration,
@@ -329,15 +329,9 @@ def evaluate(subject: str | Path | nn.Module, **settings: Any) -> list[Row]:
     Raises:
         UserError: an unknown protocol, data that one of them can't use, or what it raises.
     """
-    if isinstance(subject, nn.Module):
-        return list(_all_rows(EvaluateSettings(**settings), subject))
-    given = EvaluateSettings(checkpoint=subject, **settings)
-    return list(_all_rows(given, given.checkpoint))
-
-
-def _all_rows(settings: EvaluateSettings, given: str | Path | nn.Module) -> Iterator[Row]:
-    for rows in evaluate_each(settings, given):
-        yield from rows
+    given: dict[str, Any] = {} if isinstance(subject, nn.Module) else {"checkpoint": subject}
+    found = evaluate_each(EvaluateSettings(**given, **settings), subject)
+    return [row for rows in found for row in rows]
 
 
 def evaluate_each(
@@ -358,6 +352,10 @@ def evaluate_each(
     for name in _without_effect(settings, names):
         LOGGER.warning(f"{name} has no effect on {', '.join(names)}")
     folder = subject.folder if settings.out is None else Path(settings.out)
+    if folder is None:
+        LOGGER.info(
+            "no rows are written: %s lies in no run's folder, and no out is given", subject.name
+        )
     for name in names:
         LOGGER.info("evaluating: %s", name)
         rows = [_signed(row, evaluation) for row in PROTOCOLS[name].run(evaluation)]

@@ -44,7 +44,7 @@ class FrozenVectors:
 
     def __init__(self, given: "Evaluation") -> None:
         self._given = given
-        self._known: dict[tuple[str, str], tuple[Tensor, Vectors]] = {}
+        self._known: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self._test: dict[str, Vectors] | None = None
         self._choices: dict[tuple[str, str, str], _Choice] = {}
         self.contenders = self._contenders()
@@ -52,7 +52,9 @@ class FrozenVectors:
     def train(self, contender: str, candidate: str, places: Tensor) -> Tensor:
         """(places, features): the training images' vectors; see `prepare`."""
         known, vectors = self._known[contender, candidate]
-        return vectors[candidate][torch.searchsorted(known, places)]
+        if torch.equal(places, known):  # no copy: they may lie on disk
+            return vectors
+        return vectors[torch.searchsorted(known, places)]
 
     def prepare(self, wanted: Iterable[tuple[str, str]], places: Tensor) -> None:
         """Embed these training images for (contender, candidate) pairs, as far as it is not done.
@@ -73,7 +75,7 @@ class FrozenVectors:
             missing = {(name, each) for name, _ in missing for each in self.candidates(name)}
         found = self._embed(self._given.parts.train, missing, places)
         for name, candidate in missing:
-            self._known[name, candidate] = (places, found[name])
+            self._known[name, candidate] = (places, found[name][candidate])
 
     def test(self, contender: str, candidate: str) -> Tensor:
         """(test images, features)."""
@@ -89,10 +91,7 @@ class FrozenVectors:
         """What ``choose`` finds best for a contender with so many labels; it is found once."""
         key = (choose.__name__, contender, label_case(count))
         if key not in self._choices:
-            sets, validation = _for_choice(self._given, draws)
-            everything = [(name, "") for name in self.contenders]
-            self.prepare(everything, _union([*sets, validation]))
-            self._choices[key] = choose(self._given, contender, sets, validation)
+            self._choices[key] = choose(self._given, contender, draws)
         return self._choices[key]
 
     def candidates(self, contender: str) -> list[str]:
@@ -230,9 +229,7 @@ class _Choice:
 class _Choose(Protocol):
     __name__: str
 
-    def __call__(
-        self, given: "Evaluation", name: str, sets: Sequence[Tensor], validation: Tensor
-    ) -> _Choice: ...
+    def __call__(self, given: "Evaluation", name: str, draws: Sequence[Tensor]) -> _Choice: ...
 
 
 def knn(given: "Evaluation") -> list[Row]:
@@ -283,11 +280,17 @@ def _rows(given: "Evaluation", protocol: str, choose: _Choose, predict: _Predict
 
 
 def _for_choice(given: "Evaluation", draws: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """What candidates learn from and are compared on: the draws, or a part of all images."""
-    validation = _some(given.parts.validation, MOST_VALIDATION, given.settings.seed)
+    """What candidates learn from and are compared on: the draws, or a part of the first.
+
+    Never more labels than the probe itself will have.
+    """
+    seed, sets = given.settings.seed, list(draws)
+    validation = _some(given.parts.validation, MOST_VALIDATION, seed)
     if len(draws) == 1 or sum(map(len, draws)) > MOST_CHOSEN_ON:
-        return [_some(given.parts.fit, CHOSEN_ON, given.settings.seed)], validation
-    return list(draws), validation
+        sets = [_some(draws[0], CHOSEN_ON, seed)]
+    everything = [(name, "") for name in given.frozen.contenders]
+    given.frozen.prepare(everything, _union([*sets, validation]))
+    return sets, validation
 
 
 def _some(places: Tensor, most: int, seed: int) -> Tensor:
@@ -302,9 +305,8 @@ def _union(parts: Sequence[Tensor]) -> Tensor:
     return together
 
 
-def _choose_knn(
-    given: "Evaluation", name: str, sets: Sequence[Tensor], validation: Tensor
-) -> _Choice:
+def _choose_knn(given: "Evaluation", name: str, draws: Sequence[Tensor]) -> _Choice:
+    sets, validation = _for_choice(given, draws)
     labels, scores = given.parts.train.labels, {}
     for candidate in given.frozen.candidates(name):
         queries = given.frozen.train(name, candidate, validation)
@@ -329,9 +331,8 @@ def _knn(given: "Evaluation", name: str, choice: _Choice, places: Tensor) -> Ten
     return knn_predictions(vectors, labels, queries, device=given.device)
 
 
-def _choose_linear(
-    given: "Evaluation", name: str, sets: Sequence[Tensor], validation: Tensor
-) -> _Choice:
+def _choose_linear(given: "Evaluation", name: str, draws: Sequence[Tensor]) -> _Choice:
+    sets, validation = _for_choice(given, draws)
     labels = given.parts.train.labels
     scores: dict[str, float] = {}
     best: dict[str, float] = {}
@@ -349,17 +350,19 @@ def _choose_linear(
         best[candidate] = REGULARISATION_GRID[index]
         scores[candidate] = float(torch.stack(right).mean(dim=0)[index])
     candidate = max(scores, key=scores.__getitem__)
-    if len(sets) == 1 and len(sets[0]) < len(given.parts.fit):
-        best[candidate] = _regularisation(given, name, candidate, validation)
+    if len(sets[0]) < len(draws[0]):
+        best[candidate] = _regularisation(given, name, candidate, draws[0], validation)
     return _Choice(candidate, best[candidate], scores)
 
 
-def _regularisation(given: "Evaluation", name: str, candidate: str, validation: Tensor) -> float:
-    """The best for all images that may be learned from; the candidate was chosen on fewer."""
-    labels, fit = given.parts.train.labels, given.parts.fit
-    given.frozen.prepare([(name, candidate)], _union([fit, validation]))
-    vectors = given.frozen.train(name, candidate, fit)
-    path = fit_linear_path(vectors, labels[fit], REGULARISATION_GRID, device=given.device)
+def _regularisation(
+    given: "Evaluation", name: str, candidate: str, places: Tensor, validation: Tensor
+) -> float:
+    """The best for all of these images; the candidate was chosen on fewer."""
+    labels = given.parts.train.labels
+    given.frozen.prepare([(name, candidate)], _union([places, validation]))
+    vectors = given.frozen.train(name, candidate, places)
+    path = fit_linear_path(vectors, labels[places], REGULARISATION_GRID, device=given.device)
     held = given.frozen.train(name, candidate, validation)
     return REGULARISATION_GRID[int(path.log_loss(held, labels[validation]).argmin())]
 

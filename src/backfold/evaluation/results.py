@@ -28,7 +28,7 @@ class Row:
     """One number of one contender in one case.
 
     Args:
-        protocol: a name of `backfold.evaluation.protocols.PROTOCOLS`.
+        protocol: a name of `backfold.evaluation.evaluate.PROTOCOLS`.
         case: what was done to which images, such as "10 labels a class" or "denoising, severity 3".
         contender: who did it: "pretrained", "before", "pixels", "energy, 1 step"; or a difference
             of two on the same draws and images, "pretrained over before".

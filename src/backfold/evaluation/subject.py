@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,9 @@ class Subject:
         statistics: normalise the images; None measures them on the labelled images.
         started_random: whether "before" is random.
         run: with its energy; None where the backbone is not ours.
-        folder: the run's.
+        folder: the run's; None where there is none.
+        max_pixels: larger images are counted as broken.
+        max_broken_share: share of unreadable images at which an evaluation stops.
     """
 
     name: str
@@ -64,7 +66,7 @@ class Subject:
     run: Pretrained | None = None
     folder: Path | None = None
     max_pixels: int = MAX_PIXELS
-    max_broken_share: float = field(default=0.01)
+    max_broken_share: float = 0.01
 
     def backbone(self, contender: str, drop_path: float = 0.0) -> nn.Module:
         """A fresh copy of a contender's backbone in eval mode, on the CPU.
@@ -115,9 +117,13 @@ def open_subject(
     if isinstance(given, nn.Module):
         return _of_module(given, image_size, channels)
     path = Path(given)
+    if path.exists() and weights is not None:
+        LOGGER.warning("weights has no effect on %s, which has its own", path)
     if path.is_dir() and (path / CONFIG).is_file() and not RunFolder(path).config.exists():
         return _of_export(path, image_size, seed)
     if path.exists():
+        if image_size is not None:
+            LOGGER.warning("image_size has no effect on a run, which has its own")
         return _of_run(path)
     name = str(given)
     if not _is_timm(name):
@@ -138,7 +144,7 @@ def _is_timm(name: str) -> bool:
 
 def _of_run(path: Path) -> Subject:
     run = load_pretrained(path)
-    folder = RunFolder.of(path) or path.parent
+    folder = RunFolder.of(path)
     config = run.config
     options = {"in_chans": run.channels, "img_size": run.image_size, **config.backbone_options}
     found: dict[str, Weights] = {PRETRAINED: exported_backbone(run, folder).state_dict()}
@@ -162,10 +168,10 @@ def _of_run(path: Path) -> Subject:
     )
 
 
-def _before(run: Pretrained, folder: Path) -> Weights | None:
+def _before(run: Pretrained, folder: Path | None) -> Weights | None:
     """What training wrote before its first step; of older runs, the same made anew."""
-    path = RunFolder(folder).initial
-    if path.is_file():
+    path = RunFolder(folder or Path()).initial
+    if folder is not None and path.is_file():
         try:
             found: Weights = load_file(path)
         except (OSError, SafetensorError) as error:
