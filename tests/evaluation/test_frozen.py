@@ -15,30 +15,18 @@ from backfold.evaluation.frozen import FrozenVectors, PixelVectors, knn, layers,
 from backfold.evaluation.images import Images, Parts
 from backfold.evaluation.results import BEFORE, PRETRAINED
 from backfold.evaluation.subject import Subject
+from toys import ArraySource
 
 CPU = torch.device("cpu")
 PLAIN = ChannelStatistics((0.5,), (0.25,))
 
 
-class Source:
+def faint(count, seed):
     """Random grey images of 8 x 8 pixels; the class is in one faint pixel."""
-
-    name, class_names = "faint", ("a", "b", "c", "d")
-
-    def __init__(self, count, seed):
-        random = np.random.default_rng(seed)
-        self.labels = np.arange(count) % 4
-        self.pixels = random.integers(100, 156, (count, 1, 8, 8)).astype(np.uint8)
-        self.pixels[:, 0, 4, 4] = 120 + 3 * self.labels
-
-    def __len__(self):
-        return len(self.labels)
-
-    def read(self, index, _=None):
-        return torch.from_numpy(self.pixels[index])
-
-    def describe(self, index):
-        return f"image {index}"
+    labels = np.arange(count) % 4
+    pixels = np.random.default_rng(seed).integers(100, 156, (count, 1, 8, 8)).astype(np.uint8)
+    pixels[:, 0, 4, 4] = 120 + 3 * labels
+    return ArraySource(pixels, labels)
 
 
 class Seeing(nn.Module):
@@ -56,15 +44,15 @@ class Seeing(nn.Module):
         return torch.cat([loud[:, None], noise], dim=1)
 
 
-def evaluation(weights, embedding="auto", labels=(None, 4), count=160):
+def evaluation(weights, embedding="auto", labels=(None, 4), count=160, draws=3):
     states = {name: Seeing(gain).state_dict() for name, gain in weights.items()}
     subject = Subject("toy", states, lambda _: Seeing(0.0), 1, (8, 8), PLAIN)
     fit, validation = torch.arange(count).split([count * 4 // 5, count - count * 4 // 5])
     parts = Parts(
-        Images(Source(count, 0), subject), Images(Source(80, 1), subject), fit, validation
+        Images(faint(count, 0), subject), Images(faint(80, 1), subject), fit, validation
     )
     settings = SimpleNamespace(
-        embedding=embedding, seed=0, draws=3, label_counts=lambda: list(labels)
+        embedding=embedding, seed=0, draws=draws, label_counts=lambda: list(labels)
     )
     given = SimpleNamespace(
         settings=settings, subject=subject, parts=parts, statistics=PLAIN, device=CPU,
@@ -104,6 +92,20 @@ def test_the_candidate_is_chosen_on_validation_images_alone():
     turned.parts.test._labels = 3 - turned.parts.test._labels
     assert [row.note for row in linear(turned)] == [row.note for row in straight]
     assert cells(linear(turned))["all labels", PRETRAINED].mean < 5
+
+
+@pytest.mark.parametrize("protocol", [knn, linear])
+def test_few_labels_are_all_that_a_choice_sees(protocol):
+    """With one draw, other training labels change nothing."""
+    given = evaluation({PRETRAINED: 100.0, BEFORE: 0.0}, labels=(4,), draws=1)
+    straight = protocol(given)
+    (drawn,) = given.parts.draws(4, 1, 0)
+    turned = evaluation({PRETRAINED: 100.0, BEFORE: 0.0}, labels=(4,), draws=1)
+    unseen = np.setdiff1d(given.parts.fit.numpy(), drawn.numpy())
+    object.__setattr__(turned.parts, "draws", lambda *_: [drawn])
+    labels = turned.parts.train.labels
+    labels[unseen] = labels[unseen].flip(0)
+    assert protocol(turned) == straight
 
 
 def test_test_images_in_training_are_noticed():
