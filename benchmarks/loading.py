@@ -6,7 +6,7 @@ Folders of JPEG files are made in a temporary place: the images as they are stor
 scaled up, with noise for the detail that scaling can't give. Images are brought to 224 pixels by
 the random crops that are the default. The consumer is the training step itself: a ViT-Ti/16, and a
 one-block ViT with 32 pixel patches for the speed that an accelerator gives larger ones. Each is run
-once with images loaded in its own process, which tells its speed, then as planned from that.
+once with images loaded in its own process, then with as many workers as a run has by default.
 
 Writes loading.json and loading.md. Runs on the CPU, which workers and training share.
 """
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import PIL
 import pyarrow.parquet as pq
@@ -36,14 +37,11 @@ from torch import Tensor
 from backfold.data.augmentation import Augmentation
 from backfold.data.decode import as_float
 from backfold.data.folder import FolderSource
-from backfold.data.loading import BatchDataset, training_loader
-from backfold.training import loading_plan
+from backfold.data.loading import BatchDataset, default_workers, training_loader
 from backfold.training.config import PretrainConfig
-from backfold.training.loading_plan import measure_loading, plan_workers
 from backfold.training.trainer import pretrain
 
 SIZE = (224, 224)
-IMAGE_BYTES = 3 * SIZE[0] * SIZE[1]
 STORED, MEDIUM, LARGE = "160 x 160, as stored", "640 x 480", "2000 x 1500"
 BACKBONES: dict[str, tuple[dict[str, Any], int, int]] = {  # options, batch size, steps
     "ViT-Ti/16": ({}, 8, 10),
@@ -131,33 +129,21 @@ def train(
 
 def time_training(folders: dict[str, Path], place: Path) -> list[dict[str, Any]]:
     rows = []
-    cores = loading_plan.usable_cores()
     for (backbone, (options, batch, steps)), name in itertools.product(
         BACKBONES.items(), (STORED, LARGE)
     ):
-        load = measure_loading(FolderSource(folders[name]), SIZE, 3, Augmentation())
-        out = place / f"{len(rows)}"
+        out, workers = place / f"{len(rows)}", default_workers()
         alone = train(folders[name], out / "alone", options, batch, steps, 0)
-        seconds = (1.0 - alone["data_wait"]) / alone["images_per_second"]
-        plan = plan_workers(
-            load, seconds, cores, on_cpu=True, batch_size=batch, batch_bytes=batch * IMAGE_BYTES
-        )
-        planned = train(folders[name], out / "planned", options, batch, steps, plan.workers)
+        beside = train(folders[name], out / "beside", options, batch, steps, workers)
         rows.append(
             {
                 "backbone": backbone,
                 "images": name,
-                "load_ms": 1e3 * load.mean,
-                "train_ms": 1e3 * seconds,
-                "workers": plan.workers,
-                "prefetch": plan.prefetch,
-                "expected_wait": plan.wait_share,
-                "wait": planned["data_wait"],
+                "workers": workers,
+                "wait": beside["data_wait"],
                 "wait_without_workers": alone["data_wait"],
-                "images_per_second": planned["images_per_second"],
+                "images_per_second": beside["images_per_second"],
                 "images_per_second_without_workers": alone["images_per_second"],
-                "log": loading_plan.describe_plan(plan, load, seconds),
-                "warning": loading_plan.loading_warning(plan, load, seconds, cores, on_cpu=True),
             }
         )
     return rows
@@ -196,7 +182,7 @@ def main() -> None:
         "command": f"python benchmarks/loading.py --data {options.data}",
         "data": "Imagenette (160 px, squashed), and 32 of its images scaled up with noise",
         "hardware": f"{torch.cpu.get_capabilities().get('cpu_name') or platform.machine()}, "
-        f"{loading_plan.usable_cores()} cores",
+        f"{joblib.cpu_count()} cores",
         "seed": 0,
         "versions": versions,
     }
@@ -226,15 +212,14 @@ def table(
             for name, row in loading.items()
         ),
         "",
-        "Share of the time that training waits for images, with the planned workers.",
+        "Share of the time that training waits for images, with the default workers.",
         "",
-        "| backbone | JPEG images | load ms | train ms | workers | expected wait | wait "
-        "| wait without workers | images a second | without workers |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| backbone | JPEG images | workers | wait | wait without workers | images a second "
+        "| without workers |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['backbone']} | {row['images']} | {row['load_ms']:.2g} | {row['train_ms']:.3g} "
-        f"| {row['workers']} | {row['expected_wait']:.1%} | {row['wait']:.1%} "
+        f"| {row['backbone']} | {row['images']} | {row['workers']} | {row['wait']:.1%} "
         f"| {row['wait_without_workers']:.1%} | {row['images_per_second']:.3g} "
         f"| {row['images_per_second_without_workers']:.3g} |"
         for row in training

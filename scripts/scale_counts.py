@@ -1,9 +1,11 @@
 """Operations and bytes of a ViT-B/16's steps, counted on the meta device; see `scale.py`."""
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from backfold.backbone import feature_map, use_plain_attention
 from backfold.energy import LinearHead
-from backfold.operations import count_operations
 from backfold.restoration import training_step
 from backfold.sparse import sparse_feature_map
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from step_cost.operations import count_operations
 
 BACKBONE = "vit_base_patch16_224"
 SIDE, TOKENS = 224, 196

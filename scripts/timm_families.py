@@ -27,10 +27,10 @@ import timm
 import torch
 
 from backfold.backbone import create_backbone, default_image_size, feature_map
-from backfold.compatibility import check_compatibility
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.restoration import energy_gradient
+from compatibility import check_compatibility
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 SIZES = (28, 32, 48, 56, 64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
@@ -56,7 +56,7 @@ A *family* is a timm module, split by the class its models are built from where 
 weights. *Pixels* is the smallest of a list of sizes at which the model runs and its last feature
 map has at least four positions; for models that always give fewer, the smallest at which they run.
 
-The checks are those of `backfold.compatibility`, in float64 (also where a model would cast to
+The checks are those of `scripts/compatibility.py`, in float64 (also where a model would cast to
 float32), on random images, after all parameters have been perturbed by a tenth of their size, so
 that no residual branch is switched off by a zero:
 

@@ -11,6 +11,7 @@ from backfold.backbone import (
     as_positions,
     balance_positions,
     check_image_size,
+    check_options,
     create_backbone,
     default_image_size,
     feature_map,
@@ -238,3 +239,34 @@ def test_hard_sigmoids_become_twice_differentiable_and_keep_their_values():
     inside = torch.tensor([-1.3, 0.4, 2.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: layers(x * x), inside)
     assert torch.equal(as_positions(layers, values[:, None]), values[:, None, None])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pretrained": True},
+        {"pretrained_cfg": {"url": "http://127.0.0.1:9/weights.pth"}},
+        {"pretrained_cfg_overlay": {"file": "weights.pth"}},
+        {"checkpoint_path": "weights.pth"},
+        {"cache_dir": "elsewhere"},
+        {"scriptable": True},
+        {"features_only": True},
+        {"depth": "http://127.0.0.1:9/"},
+        {"mlp_ratio": {"a": ["/etc/passwd"]}},
+        {"norm_layer": print},
+    ],
+)
+def test_options_that_are_no_architecture_are_refused(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        create_backbone("vit_tiny_patch16_224", options=options)
+
+
+def test_architectures_of_every_family_have_their_options():
+    """What timm's own entry points set by name passes, as far as its values are plain."""
+    check_options("vit_tiny_patch16_224", {"patch_size": 7, "reg_tokens": 4, "weight_init": "jax"})
+    check_options("eva02_tiny_patch14_224", {"use_rot_pos_emb": True, "swiglu_mlp": False})
+    check_options("convnext_atto", {"dims": (8, 16), "depths": [1, 1], "ls_init_value": None})
+    check_options("swin_tiny_patch4_window7_224", {"window_size": 4, "embed_dim": 12})
+    check_options("resnet18", {"stem_width": 32, "stem_type": "deep", "layers": [1, 1, 1, 1]})
+    check_options("regnetx_002", {"output_stride": 16})
+    check_options("mobilenetv3_small_100", {"drop_rate": 0.1})

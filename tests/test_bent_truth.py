@@ -76,7 +76,7 @@ def test_the_logged_energy_gap_is_corrupted_minus_clean(energy, pictures, monkey
         clean, corrupted = energy(pictures), energy(corruption.corrupted)
 
     def check():
-        part = Restored(pictures, corruption, pictures, corrupted)
+        part = Restored(pictures, corruption, pictures)
         assert part.energy_gap(energy) == pytest.approx(float((corrupted - clean).mean()), rel=1e-4)
 
     half = lambda clean, corrupted: float((corrupted - clean).mean()) / 2  # noqa: E731

@@ -5,12 +5,12 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
-from backfold.operations import count_operations
 from cost import PAGE, parse, variants_of
 from step_cost.bars import BARS, bars_table, judge
 from step_cost.comparing import Case, measure
 from step_cost.measuring import peak_memory, spread, time_interleaved
 from step_cost.models import MODELS, Model, find
+from step_cost.operations import count_operations
 from step_cost.page import fill, write_page
 from step_cost.plots import cost_plot, growth_plot
 from step_cost.profiling import NORMS, PRODUCTS, REST, kind_of, time_by_kind

@@ -91,7 +91,7 @@ def test_the_compiled_step_has_the_same_gradients():
         images, clean = half_clean()
         inputs = images, clean, EVERYWHERE.expand(4, 1, 8, 8), None
         losses = [lambda i=inputs: step(*i)[0], lambda i=inputs: training.restore(*i)[0]]
-        assert gradient_distance(list(energy.parameters()), *losses) < 1e-5
+        assert gradient_distance(dict(energy.named_parameters()), *losses)[0] < 1e-4
     assert step.is_compiled
     assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()

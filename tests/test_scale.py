@@ -1,24 +1,15 @@
 """The calculation in docs/scale.md, by hand, and the page as the script writes it."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+import scale
+
 DENSE = 215.0e9
 PARAMETERS = 85_799_424  # 85,798,656 of ViT-B/16 without classifier, 768 of the head
 
 
 @pytest.fixture(scope="module")
-def scale():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        yield importlib.import_module("scale")
-
-
-@pytest.fixture(scope="module")
-def counted(scale):
+def counted():
     return {"dense": scale.count(sparse=False), "sparse": scale.count(sparse=True)}
 
 
@@ -33,7 +24,7 @@ def forward_operations(tokens, patches):
     return 12 * layer + 2 * patches * (3 * 16 * 16) * 768
 
 
-def test_counted_operations_are_those_of_a_vit_b(scale, counted):
+def test_counted_operations_are_those_of_a_vit_b(counted):
     embedding = 2 * 196 * 768 * 768
     # The images of an ordinary step need no gradient.
     ordinary = 3 * forward_operations(197, 196) - embedding
@@ -57,7 +48,7 @@ def test_an_image_s_memory_holds_at_least_what_the_backward_pass_must_keep(count
     assert scores + activations < peak < 6 * (scores + activations)
 
 
-def test_time_of_one_gpu(scale):
+def test_time_of_one_gpu():
     one = scale.Estimate(1, DENSE, PARAMETERS, 0.2)
     # 4096 x 215 GFLOP = 880.6 TFLOP, at 197.88 TFLOP/s
     assert one.compute_seconds == pytest.approx(4.4504, rel=1e-4)
@@ -68,7 +59,7 @@ def test_time_of_one_gpu(scale):
     assert one.hours(100_000_000, 1) == pytest.approx(24_414 * 4.4504 / 3600, rel=1e-4)
 
 
-def test_time_of_eight_machines(scale):
+def test_time_of_eight_machines():
     many = scale.Estimate(64, DENSE, PARAMETERS, 0.1)
     # 2 x 63 / 64 x 343.2 MB
     assert many.network_bytes == pytest.approx(675.67e6, rel=1e-4)
@@ -80,7 +71,7 @@ def test_time_of_eight_machines(scale):
     assert eight.network_seconds == pytest.approx(600.6e6 / 450e9, rel=1e-4)
 
 
-def test_memory_of_weights_and_optimizer(scale):
+def test_memory_of_weights_and_optimizer():
     assert scale.fixed_bytes(8, 1_000_000_000) == (16e9, 9e9)
     assert scale.fixed_bytes(1, 1_000_000_000) == (16e9, 16e9)
     # (0.9 x 80 - 16 x 0.25) / 0.5 = 136
@@ -88,7 +79,7 @@ def test_memory_of_weights_and_optimizer(scale):
     assert scale.images_at_once(counted) == 136
 
 
-def test_the_page_is_as_the_script_writes_it(scale):
+def test_the_page_is_as_the_script_writes_it():
     text = scale.PAGE.read_text()
     emptied = text.replace("| 1 H100, dense |", "| none |")
     assert emptied != text

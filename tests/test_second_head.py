@@ -28,14 +28,13 @@ OPTIONS = {"patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 2}
 HALF = Masking(mask_patch_size=4, normalised_share=0.5)
 
 
-def vit(second_head=True, **changes):
+def vit(second_head=True):
     torch.manual_seed(0)
     return EnergyModel(
         "vit_tiny_patch16_224",
         image_size=8,
         backbone_options=OPTIONS,
         second_head=second_head,
-        **changes,
     )
 
 
@@ -95,16 +94,15 @@ def test_each_image_has_its_head_s_energy():
     assert not torch.allclose(given, energy(images, second=second))
 
 
-@pytest.mark.parametrize("head", ["linear", "quadratic", "pooled"])
-def test_both_heads_are_calibrated_and_the_first_is_as_without(head):
-    energy, images = vit(head=head), torch.randn(16, 3, 8, 8)
+def test_both_heads_are_calibrated_and_the_first_is_as_without():
+    energy, images = vit(), torch.randn(16, 3, 8, 8)
     energy.calibrate(images)
     for second in (None, torch.ones(16, dtype=torch.bool)):
         with eval_mode(energy):
             _, gradient = energy_gradient(partial(energy, second=second), images)
         assert gradient.square().mean().sqrt().item() == pytest.approx(1.0, rel=1e-4)
     assert not torch.equal(energy.head.weight, energy.second_head.weight)
-    plain, both = vit(second_head=False, head=head), vit(head=head)
+    plain, both = vit(second_head=False), vit()
     assert plain.second_head is None
     for name, value in plain.state_dict().items():
         assert torch.equal(value, both.state_dict()[name]), name
@@ -179,7 +177,7 @@ def test_the_compiled_step_has_the_same_gradients():
         made = HALF(clean, generator(seed))
         inputs = made.corrupted, made.second.target, made.loss_mask, None, made.second.chosen
         losses = [lambda i=inputs: step(*i)[0], lambda i=inputs: training.restore(*i)[0]]
-        assert gradient_distance(list(energy.parameters()), *losses) < 1e-5
+        assert gradient_distance(dict(energy.named_parameters()), *losses)[0] < 1e-4
     assert step.is_compiled
     assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()

@@ -81,11 +81,10 @@ def test_parameter_gradients_equal_central_differences(family):
         assert abs(change) > 1e-8
 
 
-@pytest.mark.parametrize("head", ["linear", "quadratic", "pooled"])
-def test_first_and_second_derivatives_in_the_images_pass_gradcheck(head):
+def test_first_and_second_derivatives_in_the_images_pass_gradcheck():
     options = {"patch_size": 4, "embed_dim": 4, "depth": 1, "num_heads": 1}
     model = EnergyModel(
-        "vit_tiny_patch16_224", image_size=8, channels=1, head=head, backbone_options=options
+        "vit_tiny_patch16_224", image_size=8, channels=1, backbone_options=options
     ).double()
     images = torch.randn(1, 1, 8, 8, dtype=torch.float64, requires_grad=True)
     with sdpa_kernel(SDPBackend.MATH):

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from backfold.operations import count_operations
 from step_cost.measuring import Clock, Step, peak_memory, spread, synchronize, time_interleaved
 from step_cost.models import Model
+from step_cost.operations import count_operations
 from step_cost.profiling import time_by_kind
 from step_cost.variants import Variant
 from step_cost.workload import Workload

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from backfold.backbone import feature_map, use_plain_attention
 from backfold.energy import EnergyModel
-from backfold.first_order import finite_difference_losses
+from backfold.finite_difference import finite_difference_losses
 from backfold.pretext.masking import Masking
 from backfold.restoration import restoration_losses
 from backfold.sparse import running_tokens, token_size

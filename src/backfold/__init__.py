@@ -1,15 +1,16 @@
 """Backfold: pretrain any vision backbone as an energy function on unlabelled images."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from backfold.energy import EnergyModel
 from backfold.errors import UserError
-from backfold.restoration import RestorationResult, restore
 from backfold.version import __version__
 
 if TYPE_CHECKING:
     from backfold.api import Backfold
+    from backfold.energy import EnergyModel
     from backfold.evaluation.evaluate import evaluate
+    from backfold.restoration import RestorationResult, restore
 
 __all__ = [
     "Backfold",
@@ -20,16 +21,17 @@ __all__ = [
     "evaluate",
     "restore",
 ]
+# Imported when they are used: the command line answers before torch is loaded.
+HOMES = {
+    "Backfold": "backfold.api",
+    "EnergyModel": "backfold.energy",
+    "RestorationResult": "backfold.restoration",
+    "evaluate": "backfold.evaluation.evaluate",
+    "restore": "backfold.restoration",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Reading and judging runs needs far more modules than restoring with an energy does.
-    if name == "Backfold":
-        from backfold.api import Backfold
-
-        return Backfold
-    if name == "evaluate":
-        from backfold.evaluation.evaluate import evaluate
-
-        return evaluate
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(HOMES[name]), name)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from backfold.backbone import check_image_size
 from backfold.data.augmentation import cover
-from backfold.data.decode import BrokenImage, as_float, decode, decode_pillow, to_channels
+from backfold.data.decode import as_float, decode, decode_pillow, to_channels
 from backfold.embedding import EmbeddingChoice, embed
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 from backfold.restoration import RestorationResult, eval_mode, restore
 from backfold.training.pretrained import Pretrained, load_pretrained
 

@@ -1,6 +1,9 @@
 """Backbones: making them by their timm name, and reading their feature maps in one layout."""
 
 import difflib
+import inspect
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +43,7 @@ def create_backbone(
         nearest = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
         raise UserError(f"unknown backbone {name!r}{hint}; `timm.list_models()` lists all")
+    check_options(name, options or {})
     arguments = {"num_classes": 0, "in_chans": channels, **(options or {})}
     size = image_size or default_image_size(timm.get_pretrained_cfg(name))
     try:
@@ -52,6 +56,51 @@ def create_backbone(
     make_twice_differentiable(backbone)
     check_image_size(backbone, size, channels, name)
     return backbone
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Let plain values for parameters of the architecture pass, and nothing else.
+
+    Options come from settings, checkpoints and exported folders of anybody, and
+    `timm.create_model` also takes addresses to download from and files to unpickle.
+
+    Args:
+        name: of a timm model.
+        options: see `create_backbone`.
+
+    Raises:
+        UserError: the first option that is none of these.
+    """
+    module = sys.modules[timm.models.model_entrypoint(name).__module__]
+    known = {
+        parameter
+        for _, member in inspect.getmembers(module, inspect.isclass)
+        if member.__module__.startswith("timm.")
+        for parameter in inspect.signature(member.__init__).parameters
+    } - {"self", "args", "kwargs", "device", "dtype"}
+    for option, value in options.items():
+        if option not in known:
+            nearest = difflib.get_close_matches(option, known, n=3)
+            hint = f"nearest: {', '.join(nearest)}; " if nearest else ""
+            raise UserError(
+                f"{option!r} is no part of the architecture of {name!r}; "
+                f"{hint}change the backbone options"
+            )
+        if not _is_plain(value):
+            raise UserError(
+                f"backbone option {option} is {value!r}; give numbers, booleans, names, or lists "
+                "of them"
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, (*value, *value.values())))
+    if isinstance(value, str):
+        return re.fullmatch(r"[\w.+-]*", value) is not None
+    return value is None or isinstance(value, (bool, int, float))
 
 
 def make_twice_differentiable(backbone: nn.Module) -> None:

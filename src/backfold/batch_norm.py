@@ -69,39 +69,44 @@ def refresh_batch_norm(backbone: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 class _Moments:
-    """Running sums of a batch norm's inputs, by channel, in float64."""
+    """Mean and variance of a batch norm's inputs, by channel, over all batches.
+
+    Each batch's are float32 on the device, which may have no doubles; they are joined in float64 on
+    the CPU (Chan et al., 1979).
+    """
 
     def __init__(self) -> None:
         self.count = 0
-        self.sum: Tensor | None = None
-        self.sum_of_squares: Tensor | None = None
+        self._mean, self._squares = torch.zeros((), dtype=torch.float64), torch.zeros(())
 
     def add(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values = inputs[0].detach().double().transpose(0, 1).flatten(1)
-        totals, squares = values.sum(dim=1), values.square().sum(dim=1)
-        self.count += values.shape[1]
-        self.sum = totals if self.sum is None else self.sum + totals
-        self.sum_of_squares = (
-            squares if self.sum_of_squares is None else self.sum_of_squares + squares
+        values = inputs[0].detach().transpose(0, 1).flatten(1)
+        values = values if values.dtype == torch.float64 else values.float()
+        count = values.shape[1]
+        variance, mean = (part.cpu().double() for part in torch.var_mean(values, 1, correction=0))
+        total, ahead = self.count + count, mean - self._mean
+        self._squares = (
+            self._squares + variance * count + ahead.square() * (self.count * count / total)
         )
+        self._mean = self._mean + ahead * (count / total)
+        self.count = total
 
     def mean_and_variance(self) -> tuple[Tensor, Tensor]:
-        assert self.sum is not None
-        assert self.sum_of_squares is not None
-        mean = self.sum / self.count
-        return mean, (self.sum_of_squares / self.count - mean.square()).clamp(min=0.0)
+        return self._mean, self._squares / self.count
 
 
 def _reparametrise(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    old_mean, old_variance = norm.running_mean.double(), norm.running_var.double()
+    old_mean, old_variance, weight, bias = (
+        part.detach().cpu().double()
+        for part in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
     varies = variance > norm.eps
     mean = torch.where(varies, mean, old_mean)
     variance = torch.where(varies, variance, old_variance)
     old_deviation = (old_variance + norm.eps).sqrt()
-    weight = norm.weight.double()
-    norm.bias.copy_(norm.bias.double() + weight * (mean - old_mean) / old_deviation)
+    norm.bias.copy_(bias + weight * (mean - old_mean) / old_deviation)
     norm.weight.copy_(weight * (variance + norm.eps).sqrt() / old_deviation)
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(variance)

@@ -8,12 +8,11 @@ size of 1 then fits every backbone and resolution.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from backfold.activation import TwiceDifferentiableGELU
 from backfold.backbone import (
     ImageSize,
     balance_positions,
@@ -24,11 +23,9 @@ from backfold.backbone import (
     make_twice_differentiable,
 )
 from backfold.batch_norm import batch_norms, measure_batch_norm
-from backfold.errors import UserError
 from backfold.restoration import EnergyFn, at_least_float32, energy_gradient, eval_mode
 from backfold.sparse import sparse_feature_map
 
-HeadName = Literal["linear", "quadratic", "pooled"]
 CALIBRATION_BATCH = 8
 
 
@@ -45,49 +42,6 @@ class LinearHead(nn.Module):
         return (at_least_float32(features) * self.weight).sum(dim=(1, 2))
 
 
-class QuadraticHead(nn.Module):
-    """E = sum over positions of w . f + v . f^2 / 2."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(2, num_features) / num_features**0.5)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(batch, positions, features) -> (batch,), in float32 or better."""
-        features = at_least_float32(features)
-        terms = features * self.weight[0] + features.square() * self.weight[1] / 2
-        return terms.sum(dim=(1, 2))
-
-
-class PooledHead(nn.Module):
-    """E = positions * (w . gelu(V mean f + b)), of the features' mean over the positions.
-
-    What it sends back to a position depends on the whole image, not on that position.
-    """
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(num_features, num_features)
-        self.activation = TwiceDifferentiableGELU()
-        self.weight = nn.Parameter(torch.randn(num_features) / num_features**0.5)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(batch, positions, features) -> (batch,), in float32 or better."""
-        features = at_least_float32(features)
-        with torch.autocast(features.device.type, enabled=False):
-            hidden = self.activation(self.hidden(features.mean(dim=1)))
-        energies: Tensor = features.shape[1] * (hidden * self.weight).sum(dim=1)
-        return energies
-
-
-Head = LinearHead | QuadraticHead | PooledHead
-HEADS: Mapping[str, type[Head]] = {
-    "linear": LinearHead,
-    "quadratic": QuadraticHead,
-    "pooled": PooledHead,
-}
-
-
 class EnergyModel(nn.Module):
     """Backbone and head: ``(batch, channels, height, width) -> (batch,)``.
 
@@ -99,15 +53,13 @@ class EnergyModel(nn.Module):
             module keeps its weights: only the head is scaled.
         image_size: (height, width) or one number, in pixels; None takes the backbone's own.
         channels: channels of the images.
-        head: "linear" (the paper's), "quadratic" in the features, or "pooled", two layers on their
-            mean over the positions.
         second_head: have another such head, ``second_head``, for what the backbone shall learn
             beside restoring; it is None otherwise.
         backbone_options: further keyword arguments for timm.
         seed: of the head's weights and of the images for the first calibration.
 
     Raises:
-        UserError: an unknown backbone or head, or an image size that the backbone can't take.
+        UserError: an unknown backbone, or an image size that the backbone can't take.
     """
 
     def __init__(
@@ -116,7 +68,6 @@ class EnergyModel(nn.Module):
         *,
         image_size: int | ImageSize | None = None,
         channels: int = 3,
-        head: HeadName = "linear",
         second_head: bool = False,
         backbone_options: Mapping[str, Any] | None = None,
         seed: int = 0,
@@ -131,8 +82,6 @@ class EnergyModel(nn.Module):
             make_twice_differentiable(backbone)
             size = size or default_image_size(getattr(backbone, "pretrained_cfg", None))
             check_image_size(backbone, size, channels, type(backbone).__name__)
-        if head not in HEADS:
-            raise UserError(f"unknown head {head!r}; choose from {', '.join(HEADS)}")
         parameter = next(self.backbone.parameters(), torch.zeros(()))
         with eval_mode(self.backbone), torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed CUDA too, which fork_rng does not put back here.
@@ -142,8 +91,8 @@ class EnergyModel(nn.Module):
                 balance_positions(self.backbone, images)
             with torch.no_grad():
                 num_features = feature_map(self.backbone, images[:2]).shape[-1]
-            self.head = HEADS[head](num_features).to(parameter)
-            self.second_head = HEADS[head](num_features).to(parameter) if second_head else None
+            self.head = LinearHead(num_features).to(parameter)
+            self.second_head = LinearHead(num_features).to(parameter) if second_head else None
             self.calibrate(images, batch_norm=isinstance(backbone, str))
         self.train()
 
@@ -191,7 +140,7 @@ class EnergyModel(nn.Module):
                 _scale_head(self.second_head, partial(self, second=second), images)
 
 
-def _scale_head(head: Head, energy_fn: EnergyFn, images: Tensor) -> None:
+def _scale_head(head: LinearHead, energy_fn: EnergyFn, images: Tensor) -> None:
     _, gradient = energy_gradient(energy_fn, images)
     scale = gradient.float().square().mean().sqrt()
     if torch.isfinite(scale) and scale > 0:

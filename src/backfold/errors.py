@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""What a user's mistake, an unreadable image, and a request to stop raise."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,20 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class BrokenImage(Exception):  # noqa: N818 - it is an event to count, not yet an error
+    """Bytes that hold no readable image; the message is the reason, in one line."""
+
+
+class RunStopped(Exception):  # noqa: N818 - nothing went wrong
+    """The run was asked to stop, and did so behind a checkpoint.
+
+    Args:
+        number: the signal's.
+        message: one line for the user.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number

@@ -1,84 +1,214 @@
-"""Derivatives held against finite differences, in any direction of a space of parameters."""
+"""Training without a second derivative: its gradient as a central difference.
 
+With restored images r = x - s g(x), where g = dE/dx, and v = dL/dr, the gradient of the training
+loss is the change of the energy's own, first-order gradient in one direction of the images:
+
+    dL/dtheta = -s d/dtheta (v . g(x)) = -s d/deps [dE/dtheta (x + eps v)] at eps = 0
+              ~ -s sum_i [dE/dtheta (x_i + h_i v_i) - dE/dtheta (x_i - h_i v_i)] / (2 h_i).
+
+Three ordinary passes replace one forward pass, its gradient and the gradient of both. Fused
+attention, checkpointing and sharding work, in the memory of one ordinary pass.
+
+Each h_i displaces the pixels where the loss counts by `DISPLACEMENT` in root mean square. Measured
+in float32 (torch 2.15, CPU): a small ViT at 32 pixels, Swin and ConvNeXt with drop path at 64,
+untrained and after 150 steps, on images with 10 % or 60 % of the patches hidden or noise on every
+pixel. Relative distance from the exact gradient over all parameters, the worst of these images:
+
+    displacement               1e-4     3e-4     1e-3     3e-3     1e-2
+    ViT, untrained             2.3e-3   7.9e-4   2.6e-4   1.0e-4   1.4e-4
+    ViT, trained               2.9e-2   1.1e-2   3.5e-3   1.2e-3   3.5e-4
+    Swin, untrained            3.7e-4   1.3e-4   2.7e-4   2.5e-3   2.7e-2
+    Swin, trained              4.4e-3   1.6e-3   4.9e-4   2.9e-4   3.0e-3
+    ConvNeXt, noise            9.6e-3   3.4e-3   1.0e-3   3.3e-4   1.1e-4
+    ConvNeXt, hidden, trained  3.1e-4   2.6e-3   2.9e-2   2.4e-1   9.4e-1
+
+Rounding falls with the displacement, curvature grows with its square; `best_displacement` measures
+where they meet. Taken over the pixels where the loss counts, the best value depends less on the
+share of hidden pixels than over the whole image. Two cases are beyond any displacement. At kinks a
+difference is no derivative (ResNet-18: distances of 2 to 50), so they are refused by name. Layer
+norms over constant patches are too sharp (untrained ConvNeXt, masking with fill "zero": 0.9 and
+more), and refused by measurement.
+"""
+
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import get_device_states, set_device_states
 
-DERIVATIVE_TOLERANCE = 2e-3
-# A kink (ReLU) within the step spoils a finite difference, and deep networks have one within tiny
-# steps; rounding spoils the tiniest. The best of these steps counts; they are relative.
-STEPS = (1e-8, 1e-10, 1e-12, 1e-6, 1e-5, 1e-4, 1e-3)
+from backfold.errors import UserError
+from backfold.full_precision import check_first_order, check_precision
+from backfold.restoration import EnergyFn, energy_gradient, restoration_loss, training_step
 
-
-class Float64Throughout(TorchFunctionMode):
-    """Within, what asks for float32 gets float64: a model that casts keeps its digits too."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        """Call the function with float64 for float32 among its arguments."""
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        named = {name: _widened(value) for name, value in (kwargs or {}).items()}
-        return func(*map(_widened, args), **named)
+DISPLACEMENT = 1e-3
+DISPLACEMENTS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+TOLERANCE = 0.01
 
 
-def _widened(value: object) -> object:
-    return torch.float64 if value is torch.float32 else value
+@dataclass(frozen=True)
+class RestorationDirection:
+    """A restoration step, and in which direction the images matter to its loss.
 
-
-class Direction:
-    """A random direction in the space of parameters, drawn anew at each use to save its memory.
-
-    Each tensor's part is as large as the tensor (root mean square); 0.2 for one that is all but
-    zero.
+    Attributes:
+        loss: the training loss, a scalar without graph.
+        restored: (batch, channels, height, width).
+        energies: (batch,), of the images given.
+        displacement: h v, shaped as the images; zero where an image's loss is.
+        weights: step_size / (2 h), (batch,); zero where an image's loss is.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], seed: int) -> None:
-        self.parameters = parameters
-        self.seed = seed
-        sizes = [float(p.detach().square().mean().sqrt()) for p in parameters]
-        self.scales = [size if size > 1e-3 else 0.2 for size in sizes]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        for parameter, scale in zip(self.parameters, self.scales, strict=True):
-            noise = torch.randn(parameter.shape, generator=generator)
-            yield noise.mul_(scale).to(parameter)
-
-    @torch.no_grad()
-    def move(self, step: float) -> None:
-        """Add ``step`` times the direction to the parameters, in place."""
-        for parameter, noise in zip(self.parameters, self, strict=True):
-            parameter.add_(noise, alpha=step)
-
-    def times_gradient(self) -> float:
-        """The derivative along the direction, by the parameters' ``grad``; a missing one is 0."""
-        pairs = zip(self.parameters, self, strict=True)
-        return sum(float((p.grad * noise).sum()) for p, noise in pairs if p.grad is not None)
+    loss: Tensor
+    restored: Tensor
+    energies: Tensor
+    displacement: Tensor
+    weights: Tensor
 
 
-def perturb(parameters: Sequence[Tensor], step: float, seed: int) -> None:
-    """Add noise of ``step`` times each tensor's root mean square, in place; see `Direction`."""
-    Direction(parameters, seed).move(step)
+def restoration_direction(
+    energy_fn: EnergyFn,
+    images: Tensor,
+    clean: Tensor,
+    loss_mask: Tensor,
+    step_size: float = 1.0,
+    displacement: float = DISPLACEMENT,
+) -> RestorationDirection:
+    """The first pass: restore, without touching the parameters' gradients or keeping a graph.
 
+    Args:
+        energy_fn: images -> energies; under DistributedDataParallel the module inside the wrapper.
+        images: float32 or float64, (batch, channels, height, width), of unit variance.
+        clean: as ``images``.
+        loss_mask: bool, broadcastable to the images; the loss counts where it is true.
+        step_size: of the restoration step.
+        displacement: root mean square of h v over the pixels where the loss has a slope.
 
-def distance_from_difference(derivative: float, function: Callable[[float], float]) -> float:
-    """Relative distance of a derivative from a central difference, the first within tolerance.
-
-    From the nearest, if none is.
+    Raises:
+        UserError: as `backfold.full_precision.check_first_order`.
     """
-    best = float("inf")
-    for step in STEPS:
-        difference = (function(step) - function(-step)) / (2 * step)
-        scale = max(abs(derivative), abs(difference))
-        best = min(best, abs(derivative - difference) / scale if scale > 0 else 1.0)
-        if best < DERIVATIVE_TOLERANCE:
-            break
-    return best
+    check_first_order(energy_fn, images)
+    energies, gradient = energy_gradient(energy_fn, images)
+    restored = (images.detach() - step_size * gradient).requires_grad_()
+    with torch.enable_grad():
+        loss = restoration_loss(restored, clean, loss_mask)
+        (slope,) = torch.autograd.grad(loss, restored)
+    moves, weights = _scale(slope, step_size, displacement)
+    return RestorationDirection(loss.detach(), restored.detach(), energies, moves, weights)
+
+
+def _scale(slope: Tensor, step_size: float, displacement: float) -> tuple[Tensor, Tensor]:
+    """The displacement h v, shaped as the slope v, and step_size / (2 h), (batch,)."""
+    # In units of the largest value, since a loss's slope can be too small to be squared.
+    largest = slope.abs().amax(dim=(1, 2, 3), keepdim=True)
+    unit = slope / torch.where(largest > 0, largest, 1.0)
+    count = unit.count_nonzero(dim=(1, 2, 3))[:, None, None, None]
+    size = (unit.square().sum(dim=(1, 2, 3), keepdim=True) / count.clamp(min=1)).sqrt()
+    moves = unit * (displacement / torch.where(largest > 0, size, 1.0))
+    return moves, (step_size * largest * size / (2 * displacement)).flatten()
+
+
+def displaced_energy(energy_fn: EnergyFn, displaced: Tensor, weights: Tensor) -> Tensor:
+    """The second or third pass: a scalar whose gradient is one half of the central difference.
+
+    Args:
+        energy_fn: images -> energies.
+        displaced: the images plus or minus the displacement.
+        weights: (batch,); minus the direction's weights for plus, the weights for minus.
+
+    Raises:
+        UserError: under autocast, which a wrapper of the module may turn on.
+    """
+    check_precision(displaced)
+    return (weights * energy_fn(displaced.detach())).sum()
+
+
+def finite_difference_losses(
+    energy_fn: EnergyFn,
+    images: Tensor,
+    clean: Tensor,
+    loss_mask: Tensor,
+    step_size: float = 1.0,
+    displacement: float = DISPLACEMENT,
+    displaced: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """One restoration step's training loss in two parts; (part, restored, energies) twice.
+
+    Call backward on each part before asking for the next: then the parameters hold the gradient of
+    the training loss, and the memory is that of one ordinary step. The parts' values add up to the
+    loss. All passes draw the same dropout masks, and the random state is then as after one pass.
+
+    Arguments are those of `restoration_direction`, and ``displaced``: it calls `displaced_energy`
+    with (displaced images, weights), in the forward of a module that DistributedDataParallel wraps;
+    only the second needs to reduce gradients. None calls the energy itself.
+
+    Raises:
+        UserError: as `backfold.full_precision.check_first_order`.
+    """
+    part_of = displaced or functools.partial(displaced_energy, energy_fn)
+    go_back = random_state(images)
+    direction = restoration_direction(energy_fn, images, clean, loss_mask, step_size, displacement)
+    for sign in (1, -1):
+        go_back()
+        part = part_of(images + sign * direction.displacement, -sign * direction.weights)
+        loss = part - part.detach() + direction.loss / 2
+        yield loss, direction.restored, direction.energies
+        del part, loss
+
+
+def best_displacement(
+    energy_fn: EnergyFn,
+    parameters: Sequence[Tensor],
+    images: Tensor,
+    clean: Tensor,
+    loss_mask: Tensor,
+    step_size: float = 1.0,
+) -> tuple[float, float]:
+    """The displacement whose gradient is nearest to the exact one, and its relative distance.
+
+    One exact step and two passes for each of `DISPLACEMENTS`: a few images are enough. Gradients
+    and the random state are left as they were. Arguments are those of `restoration_direction`, and
+    the parameters that train.
+
+    Raises:
+        UserError: none comes within `TOLERANCE`, or as `backfold.full_precision.check_first_order`.
+    """
+    go_back = random_state(images)
+    loss, _, _ = training_step(energy_fn, images, clean, loss_mask, step_size)
+    exact = _flat_gradient(loss, parameters)
+    distances = []
+    for displacement in DISPLACEMENTS:
+        go_back()
+        parts = finite_difference_losses(
+            energy_fn, images, clean, loss_mask, step_size, displacement
+        )
+        found = sum((_flat_gradient(part, parameters) for part, _, _ in parts), 0 * exact)
+        length = exact.norm().clamp(min=torch.finfo(exact.dtype).tiny)
+        distances.append(float(((found - exact).norm() / length).nan_to_num(math.inf)))
+    go_back()
+    distance, displacement = min(zip(distances, DISPLACEMENTS, strict=True))
+    if distance > TOLERANCE:
+        raise UserError(
+            f"the first-order step's gradient is {distance:.2g} times the exact one's length away "
+            f"from it on the first images (at most {TOLERANCE} would do): the energy has kinks "
+            'such as ReLU, or norms over constant patches (try masking with fill "noise"); use '
+            "the exact step"
+        )
+    return displacement, distance
+
+
+def _flat_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def random_state(images: Tensor) -> Callable[[], None]:
+    """Goes back, when called, to the present random state of the CPU and of the images' device."""
+    cpu, (ids, states) = torch.get_rng_state(), get_device_states(images)
+
+    def go_back() -> None:
+        torch.set_rng_state(cpu)
+        set_device_states(ids, states, device_type=images.device.type)
+
+    return go_back

@@ -1,4 +1,7 @@
-"""Measures of restored images, of energies and of embeddings, all of them pure functions."""
+"""Measures of restored images, of energies and of embeddings, all of them pure functions.
+
+Doubles are used on the CPU alone: not every device has them.
+"""
 
 import torch
 from sklearn.metrics import roc_auc_score
@@ -82,7 +85,7 @@ def rank_me(embeddings: Tensor) -> float:
     The exponential of the entropy of the normalised singular values (RankMe, Garrido et al., ICML
     2023), without centring; 0 where all embeddings are zero.
     """
-    singular_values = torch.linalg.svdvals(embeddings.double())
+    singular_values = torch.linalg.svdvals(embeddings.cpu().double())
     total = singular_values.sum()
     if total == 0:
         return 0.0
@@ -106,7 +109,8 @@ def energy_auroc(clean_energies: Tensor, corrupted_energies: Tensor) -> float:
 
 def energy_gap(clean_energies: Tensor, corrupted_energies: Tensor) -> float:
     """Mean energy of the corrupted images minus that of the clean ones."""
-    return float(corrupted_energies.double().mean() - clean_energies.double().mean())
+    corrupted, clean = corrupted_energies.cpu().double(), clean_energies.cpu().double()
+    return float(corrupted.mean() - clean.mean())
 
 
 def knn_accuracy(
@@ -135,7 +139,7 @@ def knn_accuracy(
     predicted = torch.cat(
         [_vote(part @ bank.T, votes_for, len(classes), k) for part in torch.split(queries, chunk)]
     )
-    return float((classes[predicted] == test_labels.to(bank.device)).double().mean())
+    return float((classes[predicted] == test_labels.to(bank.device)).float().mean())
 
 
 def _vote(similarities: Tensor, votes_for: Tensor, num_classes: int, k: int) -> Tensor:

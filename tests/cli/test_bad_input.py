@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from backfold.cli.main import main, recipe_names
-from backfold.data.source import WAYS
+from backfold.data.files import WAYS
 
 # From Python 3.12 on, forking a process with threads warns; the evaluation's loaders fork workers.
 pytestmark = pytest.mark.filterwarnings(
@@ -70,7 +70,7 @@ def test_nothing_but_broken_files(make_folder, pretrain_refused):
         ("--image-size=30", ("30x30 is no multiple of the 7x7 patches", "give a multiple")),
         ("--image-size=28x", ("'28x' is neither N nor HxW; give",)),
         ("--image-size=0", ("neither N nor HxW",)),
-        ("--backbone-options.depht=1", ("depht", "change the image size or the backbone options")),
+        ("--backbone-options.depht=1", ("'depht' is no part", "nearest: depth")),
         ("--tasks.masking.mask-patch-size=29", ("29, larger than the 28x28", "give 28 or less")),
         ("--tasks.masking.mask-ratio=1.5", ("mask_ratio is 1.5; give a share",)),
         ("--tasks.sorting.sorting-patch-size=20", ("1 whole patches",)),
@@ -91,7 +91,6 @@ def test_nothing_but_broken_files(make_folder, pretrain_refused):
         ("--accelerator=abacus", ("can't use accelerator 'abacus'", "--accelerator auto")),
         ("--max-steps=0", ("max_steps is 0; give 1 or more",)),
         ("--epochs=-3", ("epochs is -3; give a positive number",)),
-        ("--head=cubic", ("--head", "linear", "quadratic", "pooled")),
         ("--precision=64", ("--precision", "32-true")),
         ("--batch-size=many", ("--batch-size", "many")),
         ("--batch-sise=8", ("batch", "sise")),

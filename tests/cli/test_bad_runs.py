@@ -38,6 +38,10 @@ def damage(run, kind):
     if kind == "version":
         torch.save(content | {"format_version": 99, "backfold": "9.9"}, path)
         return "has format version 99, this backfold reads 1; use backfold 9.9"
+    if kind == "head":
+        content["config"]["head"] = "quadratic"
+        torch.save(content, path)
+        return "the run has a quadratic head, and this backfold knows the linear one alone"
     content["model"].pop("backbone.patch_embed.proj.weight")
     torch.save(content, path)
     return "does not fit this version of backfold or timm"
@@ -52,7 +56,7 @@ class Malice:
 
 
 @pytest.mark.parametrize(
-    "kind", ["truncated", "missing", "foreign", "code", "version", "incomplete"]
+    "kind", ["truncated", "missing", "foreign", "code", "version", "head", "incomplete"]
 )
 def test_bad_checkpoints(kind, run_folder, refused, tmp_path, snapshot):
     message = damage(run_folder, kind)
@@ -62,9 +66,18 @@ def test_bad_checkpoints(kind, run_folder, refused, tmp_path, snapshot):
     refused(["evaluate", f"--checkpoint={run_folder}"], message)
     out = tmp_path / "restored"
     refused(["restore", f"--checkpoint={run_folder}", f"--out={out}", picture], message)
-    if kind not in ("missing", "incomplete"):
+    if kind not in ("missing", "head", "incomplete"):
         refused(["pretrain", "--resume", f"--out={run_folder}"], message)
     assert snapshot(tmp_path) == before
+
+
+def test_an_older_run_s_linear_head_and_unused_task_are_no_obstacle(run_folder):
+    path, before = RunFolder(run_folder).last_checkpoint, load_pretrained(run_folder)
+    content = torch.load(path, weights_only=True)
+    content["config"]["head"] = "linear"
+    content["config"]["tasks"]["exchange"] = {"exchange_ratio": 0.4, "exchange_patch_size": 16}
+    torch.save(content, path)
+    assert load_pretrained(run_folder).config == before.config
 
 
 def test_an_existing_run_stays(run_folder, refused, tiny, snapshot, make_parquet):

@@ -14,12 +14,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from backfold.cli.commands import EvaluateSettings, RestoreSettings
-from backfold.cli.main import main, recipe_names
+from backfold.cli.commands import EvaluateSettings
+from backfold.cli.inference import ScoreSettings
+from backfold.cli.main import COMMANDS, main, recipe_names
 from backfold.evaluation.results import read_rows
 from backfold.training.config import PretrainConfig
 from backfold.training.pretrained import load_pretrained
 from backfold.training.run_folder import RunFolder
+from backfold.version import __version__
 
 EVALUATE = ["--labels=all,2", "--draws=2", "--accelerator=cpu"]
 
@@ -100,9 +102,7 @@ def test_without_data_and_backbone_the_demo_s_settings_are_used(monkeypatch, tmp
 
 
 def help_text(capsys, *command):
-    with pytest.raises(SystemExit) as stopped:
-        main([*command, "--help"])
-    assert stopped.value.code == 0
+    assert main([*command]) == 0
     return capsys.readouterr().out
 
 
@@ -122,11 +122,11 @@ def option_names(settings, prefix=""):
         ("pretrain", PretrainConfig()),
         ("demo", PretrainConfig()),
         ("evaluate", EvaluateSettings(None)),
-        ("restore", RestoreSettings(None)),
+        ("score", ScoreSettings()),
     ],
 )
 def test_help_has_every_option_with_dashes_and_its_default(command, settings, capsys):
-    text = help_text(capsys, command)
+    text = help_text(capsys, command, "--help", "all")
     assert not re.search(r"--[a-z.-]+_(?!config)", text.replace("--print_config", ""))
     for name, default in option_names(settings):
         option = "--" + name.replace("_", "-")
@@ -140,13 +140,51 @@ def test_help_has_every_option_with_dashes_and_its_default(command, settings, ca
 
 
 def test_help_of_the_whole_names_every_command(capsys):
-    text = help_text(capsys)
-    for command in ("pretrain", "evaluate", "restore", "report", "demo"):
+    text = help_text(capsys, "--help")
+    for command in COMMANDS:
         assert re.search(rf"^\s+{command}\s+\w+", text, re.M), command
-    assert all(name in help_text(capsys, "pretrain") for name in recipe_names())
-    with pytest.raises(SystemExit) as stopped:
-        main(["--version"])
-    assert stopped.value.code == 0
+    assert help_text(capsys, "--version") == f"{__version__}\n"
+
+
+def test_pretraining_s_help_shows_what_is_usually_set(capsys):
+    text = help_text(capsys, "pretrain", "--help")
+    assert all(name in text for name in recipe_names())
+    shown = set(re.findall(r"^  (--[\w-]+)", text, re.M))
+    assert {"--data", "--image-size", "--mixture", "--seed"} <= shown
+    assert len(shown) <= 18
+    assert "--optimizer" not in text
+    assert "Masking" not in text
+
+
+def test_a_mixture_in_short(tiny, make_parquet, tmp_path):
+    data, out = make_parquet(), tmp_path / "run"
+    given = ["--mixture", "masking=3,sorting=1", f"--data={data}", f"--out={out}", *tiny]
+    assert main(["pretrain", *given]) == 0
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["pretext"] == "mixture"
+    assert config["tasks"]["mixture"] == {"masking": 3, "sorting": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--help"], "pretrain"),
+        (["pretrain", "--data=nowhere"], "nowhere does not exist"),
+        (["pretrain", "--mixture=masking"], "give for instance masking=1"),
+        (["evaluate", "--data", "no/where/at/all"], "does not exist"),
+        (["score", "--batch-sise=3"], "no option --batch-sise; nearest: --batch-size"),
+        (["pretrian"], "there is no command 'pretrian'"),
+    ],
+)
+def test_torch_is_not_loaded_to_say_so(arguments, said, tmp_path):
+    code = f"import sys; from backfold.cli.main import main; main({arguments}); "
+    loaded = "print(sorted({'torch', 'timm', 'numpy', 'torchvision'} & set(sys.modules)))"
+    finished = subprocess.run(
+        [sys.executable, "-c", code + loaded],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert said in finished.stdout + finished.stderr
+    assert finished.stdout.splitlines()[-1] == "[]"
 
 
 def test_printed_settings_can_be_fed_back(tiny, make_parquet, tmp_path, capsys):

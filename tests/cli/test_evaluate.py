@@ -217,7 +217,7 @@ def test_what_a_protocol_cannot_use_is_refused_before_anything_is_written(
     refuse("restoration,adaptation", "has no labels; give a folder", more=[f"--data={plain}"])
     refuse("knn,energy", "nowhere does not exist", more=[f"--data={data}", "--near=nowhere"])
     refuse("knn,segmentaton", "unknown protocol 'segmentaton'; choose from knn, linear")
-    refuse("finetune", "batch_size is 7", more=["--finetuning.batch-size=7"])
+    refuse("finetune", "batch_size is 1", more=["--finetuning.batch-size=1"])
     refuse("segmentation", "seeds is 0", more=["--segmentation.seeds=0"])
     refuse("segmentation", "multiples of it",
            more=[f"--data={masked}", "--segmentation.image-size=29"])  # fmt: skip

@@ -47,15 +47,15 @@ def test_an_export_is_replaced_on_request(run_folder, tmp_path, refused):
     command = ["export", f"--checkpoint={run_folder}", f"--out={tmp_path / 'out'}"]
     assert main(command) == 0
     refused(command, "out exists; give --overwrite")
-    assert main([*command, "--format=torchscript", "--overwrite"]) == 0
-    assert (tmp_path / "out" / "model.pt").is_file()
+    assert main([*command, "--format=pt2", "--overwrite"]) == 0
+    assert (tmp_path / "out" / "model.pt2").is_file()
     assert not (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--format=keras"], ["--format", "keras"]),
+        (["--format=torchscript"], ["--format", "torchscript", "pt2"]),
         (["--checkpoint=nowhere"], ["there is no checkpoint at nowhere"]),
     ],
 )

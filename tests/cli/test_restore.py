@@ -106,20 +106,3 @@ def test_restore_with_other_tasks_names_and_steps(run_folder, tmp_path, capsys):
         assert getattr(picture, "n_frames", 1) == 1
     assert main([*arguments, "--step-size=1e6"]) == 0
     assert "diverged: lower --step-size" in capsys.readouterr().out
-
-
-def test_exchange_needs_a_second_image(run_folder, tmp_path, refused):
-    paths = [tmp_path / "black.png", tmp_path / "white.png"]
-    for shade, path in zip((0, 255), paths, strict=True):
-        Image.new("L", (28, 28), shade).save(path)
-    out = tmp_path / "restored"
-    command = ["restore", f"--checkpoint={run_folder}", f"--out={out}", "--pretext=exchange"]
-    refused([*command, str(paths[0])], "there is 1 image; give 2 or more")
-    assert not out.exists()
-    assert main([*command, "--num-steps=0", *map(str, paths)]) == 0
-    for path, shades in zip(paths, [(0, 255), (255, 0)], strict=True):
-        with Image.open(out / path.name) as picture:
-            pixels = np.asarray(picture.convert("L"))[4:-4, 4:116]
-        shown = {shade: (pixels == shade).mean() for shade in shades}
-        assert shown[shades[0]] + shown[shades[1]] == 1
-        assert shown[shades[1]] > 0  # squares of the other image

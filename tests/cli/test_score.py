@@ -66,24 +66,6 @@ def test_a_mixture_has_a_column_for_each_task(score):
     ]  # fmt: skip
 
 
-def test_exchange_in_a_mixture_is_left_out_with_a_warning(make_folder, tmp_path, tiny, capsys):
-    folder, run, out = make_folder(count=10), tmp_path / "mixed", tmp_path / "scores.parquet"
-    mixture = ["--pretext=mixture", "--tasks.mixture={'masking': 1, 'exchange': 1}"]
-    trained = ["pretrain", f"--data={folder}", f"--out={run}", *tiny, "--held-out=2"]
-    assert main([*trained, *mixture, "--batch-size=4"]) == 0
-    capsys.readouterr()
-    assert main(["score", f"--checkpoint={run}", f"--out={out}", *HERE]) == 0
-    assert pq.read_table(out).column_names == ["path", "energy", "error_masking"]
-    assert "exchange has no score: images are scored one by one" in capsys.readouterr().err
-
-
-def test_exchange_alone_is_refused(run_folder, refused, tmp_path):
-    out = tmp_path / "scores.parquet"
-    command = ["score", f"--checkpoint={run_folder}", f"--out={out}", *HERE]
-    refused([*command, "--pretext=exchange"], "exchange shows squares of other images")
-    assert not out.exists()
-
-
 def test_a_contact_sheet_of_somebody_else_is_not_replaced(run_folder, tmp_path, refused):
     (tmp_path / "scores.html").write_text("mine")
     command = ["score", f"--checkpoint={run_folder}", f"--out={tmp_path / 'scores.csv'}", *HERE]

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from backfold.data.arrays import BrokenImage, channels_last, check_size, decode_npy, in_range
+from backfold.data.arrays import channels_last, check_size, decode_npy, in_range
 from backfold.data.decode import decode, examine
+from backfold.errors import BrokenImage
 
 
 def npy(array, version=None):

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from backfold.data.arrays import MAX_PIXELS
-from backfold.data.decode import BrokenImage, as_float, decode, examine, to_channels
-from backfold.errors import UserError
+from backfold.data.decode import as_float, decode, examine, to_channels
+from backfold.errors import BrokenImage, UserError
 
 RANDOM = np.random.default_rng(0)
 RGB = RANDOM.integers(0, 256, (9, 11, 3), dtype=np.uint8)

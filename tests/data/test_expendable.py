@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from backfold.data.arrays import BrokenImage
 from backfold.data.expendable import Expendable, FatalImage
 from backfold.data.loading import LoadingError
+from backfold.errors import BrokenImage
 
 pytestmark = [
     # From Python 3.12 on, forking a process with threads warns; torch has threads.

@@ -2,10 +2,9 @@ import os
 
 import pytest
 
-from backfold.data.arrays import BrokenImage
 from backfold.data.files import expand_pattern, find_files, read_file
 from backfold.data.source import open_source
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 
 def test_links_back_are_not_followed_for_ever(tmp_path, make_folder):

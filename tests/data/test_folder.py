@@ -5,9 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from backfold.data.decode import BrokenImage
 from backfold.data.folder import FolderSource
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 
 def test_images_at_any_depth_in_path_order(tmp_path, make_folder):

@@ -14,12 +14,11 @@ import tifffile
 import torch
 from PIL import Image
 
-from backfold.data.arrays import BrokenImage
 from backfold.data.decode import decode
 from backfold.data.parquet import ParquetSource
 from backfold.data.stream import TarStream
 from backfold.data.tar import TarSource
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 LIMIT = 10**6
 # What decoders warn of is of no interest here, and raising it would hide what comes after it.

@@ -9,11 +9,11 @@ import torch
 from torch.utils.data._utils import MP_STATUS_CHECK_INTERVAL
 
 from backfold.data import guarded
-from backfold.data.arrays import BrokenImage
 from backfold.data.augmentation import Augmentation
 from backfold.data.guarded import GuardedSource, find_fatal, survive
 from backfold.data.loading import training_loader
 from backfold.data.sampling import StepSampler
+from backfold.errors import BrokenImage
 
 pytestmark = [
     # From Python 3.12 on, forking a process with threads warns; torch has threads and forks.

@@ -9,12 +9,11 @@ import torch
 from PIL import Image
 
 from backfold.data import source as source_module
-from backfold.data.arrays import BrokenImage
 from backfold.data.decode import decode
 from backfold.data.hugging_face import HuggingFaceSource, image_bytes
 from backfold.data.hugging_face_stream import HuggingFaceStream
 from backfold.data.source import NoTestSplit, open_source, open_stream
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 
 @pytest.fixture(autouse=True)

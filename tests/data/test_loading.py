@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 import torch
 
+from backfold.data import loading
 from backfold.data.augmentation import Augmentation, cover
 from backfold.data.decode import to_channels
 from backfold.data.folder import FolderSource
-from backfold.data.loading import BatchDataset, LoadingError, evaluation_loader, training_loader
+from backfold.data.loading import (
+    BatchDataset,
+    LoadingError,
+    default_workers,
+    evaluation_loader,
+    training_loader,
+)
 from backfold.data.source import open_source
 from backfold.errors import UserError
 
@@ -216,3 +223,9 @@ def test_pin_memory_keeps_the_contents(source, monkeypatch):
     assert torch.equal(pinned.images, batch.images + 1)
     assert torch.equal(pinned.indices, batch.indices + 1)
     assert pinned.broken == batch.broken
+
+
+def test_all_cores_but_one_load_up_to_eight_at_least_one(monkeypatch):
+    for cores, processes, workers in ((1, 1, 1), (4, 1, 3), (64, 1, 8), (8, 2, 3), (8, 8, 1)):
+        monkeypatch.setattr(loading.joblib, "cpu_count", lambda cores=cores: cores)
+        assert default_workers(processes) == workers

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from backfold.data.decode import BrokenImage, decode
+from backfold.data.decode import decode
 from backfold.data.parquet import ParquetSource
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 
 def write(path, columns, metadata=None):

@@ -5,11 +5,10 @@ from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.datasets import FakeData
 
-from backfold.data.arrays import BrokenImage
 from backfold.data.augmentation import Augmentation
 from backfold.data.loading import training_loader
 from backfold.data.python_dataset import DatasetSource
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded:DeprecationWarning"

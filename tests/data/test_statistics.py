@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from backfold.data.decode import BrokenImage
 from backfold.data.source import open_source
 from backfold.data.statistics import (
     STD_FLOOR,
@@ -12,7 +11,7 @@ from backfold.data.statistics import (
     count_channels,
     measure_statistics,
 )
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 
 class ListSource:

@@ -1,16 +1,15 @@
 import json
 import os
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from backfold.data.python_dataset import DatasetSource
 from backfold.data.source import open_source
 from backfold.data.statistics import measure_statistics
 from backfold.data.survey import Survey, survey
-from backfold.data.survey_file import default_path, find_survey, to_record
 from backfold.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -115,48 +114,6 @@ def test_nothing_to_use_is_the_users_error(tmp_path, encode):
         survey(open_source(tmp_path, "train"), channels=5)
 
 
-def write(path, record):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record))
-
-
-def test_a_written_survey_is_found_while_the_data_stay(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    source = open_source(folder, "train")
-    found = survey(source)
-    assert find_survey(folder, source, 3) is None
-    write(default_path(folder), to_record(found, folder))
-    assert find_survey(folder, source, 3) == found
-    assert find_survey(str(folder), source, 3) == found
-    assert find_survey("data", source, 3) == found  # the same place from here
-    assert find_survey(folder, source, 1) is None  # statistics of other channels
-    Image.new("RGB", (4, 4)).save(folder / "new.png")
-    assert find_survey(folder, open_source(folder, "train"), 3) is None
-    (folder / "new.png").unlink()
-    assert find_survey(folder, source, 3) is None  # the folder was changed
-
-
-@pytest.mark.parametrize(
-    "content", ["", "nonsense", "[]", "{}", '{"format": "backfold-survey", "format_version": 9}']
-)
-def test_damaged_surveys_are_made_again(folder, tmp_path, content):
-    path = tmp_path / "x.json"
-    path.write_text(content)
-    assert find_survey(folder, open_source(folder, "train"), 3, path) is None
-
-
-def test_two_folders_of_one_name_have_two_surveys(tmp_path):
-    for name in ("a/images", "b/images"):
-        (tmp_path / name).mkdir(parents=True)
-    paths = {default_path(tmp_path / name) for name in ("a/images", "b/images")}
-    assert len(paths) == 2
-    assert all(path.name.startswith("images-") for path in paths)
-    assert default_path(None).name.startswith("embedded-")
-    assert default_path("owner/name").name.startswith("name-")
-
-
 def test_a_survey_is_plain_data(folder):
     found = survey(open_source(folder, "train"))
-    record = json.loads(json.dumps(to_record(found, folder)))
-    fields = {key: record[key] for key in found.__dataclass_fields__}
-    assert Survey(**fields) == found
+    assert Survey(**json.loads(json.dumps(asdict(found)))) == found

@@ -9,13 +9,12 @@ import torch
 import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from backfold.data.arrays import BrokenImage
 from backfold.data.augmentation import Augmentation
 from backfold.data.decode import decode
 from backfold.data.loading import training_loader
 from backfold.data.source import NoTestSplit, open_source
 from backfold.data.tar import TarSource
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded:DeprecationWarning"

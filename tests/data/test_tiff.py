@@ -7,8 +7,8 @@ import tifffile
 import torch
 from PIL import Image
 
-from backfold.data.arrays import BrokenImage
 from backfold.data.decode import decode, examine
+from backfold.errors import BrokenImage
 
 RANDOM = np.random.default_rng(0)
 

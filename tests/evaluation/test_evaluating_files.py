@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from backfold.data import guarded_loading
-from backfold.data.arrays import BrokenImage
 from backfold.data.statistics import ChannelStatistics
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 from backfold.evaluation import images as module
 from backfold.evaluation.images import Images
 from backfold.evaluation.subject import Subject
@@ -58,7 +57,7 @@ def where(request, monkeypatch):
 
 def loaded(source, num_workers):
     images = Images(source, SUBJECT, num_workers)
-    pixels = torch.cat([batch for batch, _ in images.batches()])
+    pixels = images.load()[0]
     return pixels, images.labels
 
 

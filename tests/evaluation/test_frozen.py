@@ -8,6 +8,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch import nn
 from torch.nn import functional as F
+from toys import ArraySource
 
 from backfold.data.statistics import ChannelStatistics
 from backfold.evaluation import frozen
@@ -15,7 +16,6 @@ from backfold.evaluation.frozen import FrozenVectors, PixelVectors, knn, layers,
 from backfold.evaluation.images import Images, Parts
 from backfold.evaluation.results import BEFORE, PRETRAINED
 from backfold.evaluation.subject import Subject
-from toys import ArraySource
 
 CPU = torch.device("cpu")
 PLAIN = ChannelStatistics((0.5,), (0.25,))
@@ -48,9 +48,7 @@ def evaluation(weights, embedding="auto", labels=(None, 4), count=160, draws=3):
     states = {name: Seeing(gain).state_dict() for name, gain in weights.items()}
     subject = Subject("toy", states, lambda _: Seeing(0.0), 1, (8, 8), PLAIN)
     fit, validation = torch.arange(count).split([count * 4 // 5, count - count * 4 // 5])
-    parts = Parts(
-        Images(faint(count, 0), subject), Images(faint(80, 1), subject), fit, validation
-    )
+    parts = Parts(Images(faint(count, 0), subject), Images(faint(80, 1), subject), fit, validation)
     settings = SimpleNamespace(
         embedding=embedding, seed=0, draws=draws, label_counts=lambda: list(labels)
     )

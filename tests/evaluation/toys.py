@@ -4,7 +4,7 @@ import torch
 
 
 class ArraySource:
-    """Bytes, (images, channels, height, width), and their labels."""
+    """Bytes, (images, channels, height, width), and their labels or None."""
 
     name, class_names = "toys", ()
 
@@ -12,7 +12,7 @@ class ArraySource:
         self.pixels, self.labels = pixels, labels
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.pixels)
 
     def read(self, index, _=None):
         return torch.from_numpy(self.pixels[index])

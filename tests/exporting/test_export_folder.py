@@ -3,6 +3,9 @@
 import logging
 import stat
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,13 +40,13 @@ def test_a_checkpoint_file_may_be_given(make_run, tmp_path):
 
 def test_an_existing_export_is_replaced_only_on_request(make_run, tmp_path):
     run, out = make_run(), tmp_path / "out"
-    export_run(run, "torchscript", out)
-    before = (out / "model.pt").read_bytes()
+    export_run(run, "pt2", out)
+    before = (out / "model.pt2").read_bytes()
     with pytest.raises(UserError, match=r"out exists; give --overwrite"):
         export_run(run, "timm", out)
-    assert (out / "model.pt").read_bytes() == before
+    assert (out / "model.pt2").read_bytes() == before
     export_run(run, "timm", out, overwrite=True)
-    assert not (out / "model.pt").exists()
+    assert not (out / "model.pt2").exists()
 
 
 def test_files_of_others_are_never_replaced(make_run, tmp_path):
@@ -65,9 +68,9 @@ def test_an_export_that_fails_leaves_the_old_one(make_run, tmp_path, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting, "write_torchscript", full)
+    monkeypatch.setattr(exporting, "write_pt2", full)
     with pytest.raises(UserError, match=r"can't write .*out: No space left on device; free space"):
-        export_run(run, "torchscript", out, overwrite=True)
+        export_run(run, "pt2", out, overwrite=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert not list(tmp_path.glob(".out*"))
 
@@ -158,26 +161,28 @@ def test_batch_norms_of_another_checkpoint_are_not(make_run, tmp_path, caplog, s
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_backbone_that_can_t_be_traced_is_refused(make_run, tmp_path, monkeypatch):
+def test_a_backbone_that_can_t_be_exported_is_refused(make_run, tmp_path, monkeypatch):
     def fails(*_, **__):
-        raise RuntimeError("Tracer cannot\n\ninfer type")
+        raise RuntimeError("Exporter cannot\n\ninfer type")
 
-    monkeypatch.setattr(torch.jit, "trace", fails)
-    with pytest.raises(UserError, match="can't be exported to TorchScript: infer type; export to"):
-        export_run(make_run(), "torchscript", tmp_path / "out")
+    monkeypatch.setattr(torch.export, "export", fails)
+    with pytest.raises(UserError, match="can't be exported to pt2: infer type; export to timm"):
+        export_run(make_run(), "pt2", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_graph_with_other_outputs_is_refused(make_run, tmp_path, monkeypatch):
-    load = torch.jit.load
+    load = torch.export.load
 
     def wrong(path):
-        graph = load(path)
-        return lambda images: (graph(images)[0] * 1.001, graph(images)[1])
+        graph = load(path).module()
+        return SimpleNamespace(
+            module=lambda: lambda images: (graph(images)[0] * 1.001, graph(images)[1])
+        )
 
-    monkeypatch.setattr(torch.jit, "load", wrong)
+    monkeypatch.setattr(torch.export, "load", wrong)
     with pytest.raises(UserError, match="gives another embedding than the model"):
-        export_run(make_run(), "torchscript", tmp_path / "out")
+        export_run(make_run(), "pt2", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -185,3 +190,40 @@ def test_onnx_without_its_packages_says_what_to_install(make_run, tmp_path, monk
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r'pip install "backfold\[export\]"'):
         export_run(make_run(), "onnx", tmp_path / "out")
+
+
+def test_names_of_anybody_are_text_on_the_card(make_run, tmp_path):
+    run = make_run()
+    row = Row("knn", "a", "pretrained", "accuracy (%)", 1.0, 0.0, 1, "x|y", 7, "<b>[a](b)\n# c")
+    write_rows(RunFolder(run).evaluation, [row])
+    out = tmp_path / "out <script>"
+    export_run(run, "timm", out)
+    card = (out / "README.md").read_text()
+    assert "# out &lt;script&gt;" in card
+    assert r"| 1.00 | 0.00 | x\|y | &lt;b&gt;\[a\](b) # c |" in card
+    assert "<" not in card.split("## Recipe")[0].replace("&lt;", "")
+
+
+def test_a_stranger_s_checkpoint_asks_for_nothing(make_run):
+    """It names an address that timm would load a pickle from."""
+    asked = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET  # noqa: N815 - the server's name
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        path = RunFolder(make_run()).last_checkpoint
+        content = torch.load(path, weights_only=True)
+        url = f"http://127.0.0.1:{server.server_port}/weights.pth"
+        content["config"]["backbone_options"] |= {"pretrained_cfg": {"url": url}}
+        content["config"]["backbone_options"]["pretrained"] = True
+        torch.save(content, path)
+        with pytest.raises(UserError, match=r"'pretrained(_cfg)?' is no part of the architecture"):
+            load_pretrained(path)
+        server.shutdown()
+    assert not asked

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from backfold.data.decode import BrokenImage
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
+from backfold.errors import BrokenImage
 from backfold.inference.run import make_plan
 from backfold.pretext import Denoising, Masking
 from backfold.training.config import PretrainConfig, TaskSettings

@@ -1,7 +1,6 @@
 """What embedding and scoring give for each image."""
 
 import json
-import logging
 from dataclasses import replace
 
 import pytest
@@ -9,15 +8,13 @@ import torch
 from torch.nn import functional as F
 
 from backfold.embedding import EmbeddingChoice, embed
-from backfold.errors import UserError
 from backfold.inference.jobs import (
     EmbeddingJob,
     ScoringJob,
     image_seed,
-    scorable_tasks,
     weights_digest,
 )
-from backfold.pretext import Corruption, Exchange, Identity, Masking, Sorting
+from backfold.pretext import Corruption, Masking, Sorting
 
 CPU = torch.device("cpu")
 
@@ -112,19 +109,3 @@ def test_weights_and_settings_tell_jobs_apart(run):
         EmbeddingJob(run, EmbeddingChoice(layer=-2), CPU).facts(),
     ]
     assert len({json.dumps(each) for each in facts}) == len(facts)
-
-
-def test_tasks_that_need_other_images_are_left_out_with_a_warning(caplog):
-    tasks = {"exchange": Exchange(), "masking": Masking(), "sorting": Sorting()}
-    with caplog.at_level(logging.WARNING, "backfold"):
-        assert scorable_tasks(tasks) == {"masking": Masking(), "sorting": Sorting()}
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert "exchange has no score" in record.getMessage()
-    caplog.clear()
-    assert scorable_tasks({"masking": Masking()}) == {"masking": Masking()}
-    assert scorable_tasks({"masking": Masking(), "identity": Identity()}) == {"masking": Masking()}
-    assert scorable_tasks({}) == {}
-    assert not caplog.records
-    with pytest.raises(UserError, match=r"one by one, and exchange shows .*--pretext masking"):
-        scorable_tasks({"exchange": Exchange()})

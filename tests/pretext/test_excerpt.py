@@ -6,13 +6,11 @@ import torch
 
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
-from backfold.operations import count_operations
 from backfold.pretext import (
     Colorization,
     Denoising,
     Excerpt,
     ExcerptSettings,
-    Exchange,
     Identity,
     Masking,
     Mixture,
@@ -21,6 +19,7 @@ from backfold.pretext import (
 )
 from backfold.restoration import restoration_step, training_step
 from backfold.sparse import running_tokens, token_size
+from step_cost.operations import count_operations
 
 HALF = ExcerptSettings(0.5, 8)
 TASKS = {
@@ -29,7 +28,6 @@ TASKS = {
     "sorting": Sorting(8, 1.0),
     "denoising": Denoising(octaves=3),
     "colorization": Colorization(),
-    "exchange": Exchange(0.4, 8),
     "second head": Masking(0.6, 8, normalised_share=0.5),
     "mixture": Mixture((Masking(0.6, 8), Sorting(8), Identity()), (1, 1, 1)),
 }
@@ -167,7 +165,6 @@ def test_refuses_bad_settings(settings, shown):
         (Masking(0.6, 8, blocks=True), "blocks false"),
         (Masking(0.6, 16), "excerpt_patch_size is 8 and tasks.masking.mask_patch_size is 16"),
         (Sorting(3), "excerpt_patch_size is 8 and tasks.sorting.sorting_patch_size is 3"),
-        (Exchange(0.4, 16), "tasks.exchange.exchange_patch_size is 16"),
         (Denoising(octaves=5), "tasks.denoising.octaves, as pixels, is 16"),
     ],
 )

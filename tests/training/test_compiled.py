@@ -54,11 +54,11 @@ def fresh_compiler():
 def test_compiled_gradients_equal_eager_ones(case):
     energy, size = make(case)
     training = RestorationTraining(energy, 1.0, compiled=True)
-    parameters = list(energy.parameters())
+    parameters = dict(energy.named_parameters())
     for seed in (0, 1, 2):
         inputs = draw(4, size, seed)
         losses = [lambda i=inputs: training(*i)[0], lambda i=inputs: training.restore(*i)[0]]
-        assert gradient_distance(parameters, *losses) < 1e-5
+        assert gradient_distance(parameters, *losses)[0] < 1e-4
         compiled, eager = (step(*inputs) for step in (training, training.restore))
         for ours, expected in zip(compiled, eager, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
@@ -88,7 +88,7 @@ def test_sparse_steps_compile_once():
         tokens = torch.rand(4, 16, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
         inputs = (*draw(4, size, seed), tokens[:, :8].sort(dim=1).values)
         losses = [lambda i=inputs: step(*i)[0], lambda i=inputs: training.restore(*i)[0]]
-        assert gradient_distance(list(energy.parameters()), *losses) < 1e-5
+        assert gradient_distance(dict(energy.named_parameters()), *losses)[0] < 1e-4
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -128,10 +128,24 @@ def test_running_out_of_memory_is_no_failure_of_the_compiler():
     assert compiled.is_compiled
 
 
-def test_gradient_distance_is_relative_and_leaves_no_gradients():
-    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    distance = gradient_distance([weight], lambda: 1.1 * weight.sum(), weight.sum)
-    assert distance == pytest.approx(0.1, rel=1e-5)
-    assert weight.grad is None
-    missing = gradient_distance([weight], lambda: torch.ones((), requires_grad=True), weight.sum)
-    assert missing == float("inf")
+def test_gradient_distance_is_the_worst_parameter_s_and_leaves_no_gradients():
+    loud, quiet = (torch.nn.Parameter(torch.tensor(values)) for values in ([3.0, 4.0], [1.0]))
+    parameters = {"loud": loud, "quiet": quiet}
+
+    def bent(loud_share, quiet_share):
+        return lambda: loud_share * loud.sum() + 0.1 * quiet_share * quiet.sum()
+
+    exact = bent(1.0, 1.0)
+    assert gradient_distance(parameters, bent(1.1, 1.0), exact) == (
+        pytest.approx(0.1, rel=1e-4), "loud")  # fmt: skip
+    assert gradient_distance(parameters, bent(1.0, 1.5), exact) == (
+        pytest.approx(0.5, rel=1e-4), "quiet")  # fmt: skip
+    assert loud.grad is None
+    tiny = {"loud": loud, "quiet": quiet}
+    quiet.data.fill_(1.0)
+    distance, _ = gradient_distance(
+        tiny, lambda: loud.sum() + 2e-6 * quiet.sum(), lambda: loud.sum() + 1e-6 * quiet.sum()
+    )
+    assert distance < 1e-4  # bf16 would know it no better
+    missing = loud.sum
+    assert gradient_distance(parameters, missing, exact) == (float("inf"), "quiet")

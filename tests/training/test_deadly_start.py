@@ -6,7 +6,6 @@ import pytest
 
 from backfold.data.source import open_source
 from backfold.training import setup
-from backfold.training.loading_plan import measure_loading_elsewhere
 from backfold.training.run_folder import RunFolder
 from backfold.training.trainer import pretrain
 
@@ -44,10 +43,3 @@ def test_a_run_starts_and_ends_beside_an_image_that_crashes(tiny, quiet, monkeyp
     folder = RunFolder(config.out)
     assert folder.backbone.exists()
     assert f"skipped: {whole.describe(crash)}" in folder.log.read_text()
-
-
-def test_measuring_elsewhere_tells_a_crash_from_a_time(tiny):
-    whole = open_source(tiny().data, "train")
-    load = measure_loading_elsewhere(whole, (28, 28), 1, None)
-    assert load.mean > 0
-    assert measure_loading_elsewhere(Deadly(whole, range(80)), (28, 28), 1, None) is None

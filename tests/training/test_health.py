@@ -9,7 +9,13 @@ from backfold.embedding import EmbeddingChoice
 from backfold.energy import EnergyModel
 from backfold.metrics import knn_accuracy
 from backfold.pretext import Colorization, Denoising, Masking, Sorting
-from backfold.training.health import HeldOut, describe_health, watch, watch_task
+from backfold.training.health import (
+    SORTING_IMAGES,
+    HeldOut,
+    describe_health,
+    watch,
+    watch_task,
+)
 
 OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
 STATISTICS = ChannelStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -100,6 +106,14 @@ def test_tasks_have_measures_in_their_own_terms(images):
     statistics = ChannelStatistics((0.4,), (0.2,))
     found = watch_task(grey, Denoising(), images[:, :1], statistics, **HOW).measures
     assert not any(name.startswith("chroma") for name in found)
+
+
+def test_so_many_images_are_sorted_and_no_more(images):
+    """Beyond the limit all patches are equal, so all would be placed right."""
+    distinct = images.repeat(13, 1, 1, 1)[:SORTING_IMAGES]
+    look = torch.cat([distinct, torch.zeros(40, 3, 14, 14)])
+    found = watch_task(make_energy(), Sorting(sorting_patch_size=7), look, STATISTICS, **HOW)
+    assert found.measures["patches_placed_right_corrupted"] == pytest.approx(0.5)
 
 
 def test_energies_that_are_not_finite_give_nan_and_no_crash(images):

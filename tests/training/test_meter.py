@@ -59,6 +59,21 @@ def test_a_resumed_run_goes_on_counting(clock):
     assert meter.seconds() == pytest.approx(52.0)
 
 
+def test_waiting_is_long_above_a_fifth_of_twenty_steps_behind_the_first_reading(clock):
+    def waits_long(meter, waiting, steps):
+        for _ in range(steps):
+            take_step(meter, clock, waiting, working=1.0)
+        meter.read()
+        return meter.long_wait()
+
+    meter = Meter(0.0)
+    assert waits_long(meter, 9.0, 100) is None  # workers start
+    assert waits_long(meter, 1.0, 19) is None
+    assert waits_long(meter, 1.0, 1) == pytest.approx(0.5)
+    assert waits_long(meter, 0.24, 20) is None
+    assert waits_long(meter, 0.26, 20) == pytest.approx(0.26 / 1.26)
+
+
 @pytest.mark.usefixtures("clock")
 def test_no_time_at_all_is_no_division_by_zero():
     assert Meter(0.0).read() == (0.0, 0.0)
@@ -69,7 +84,7 @@ def test_psnr_gain_counts_only_where_the_loss_does():
     clean, corrupted, restored = torch.randn(3, 4, 2, 6, 6, generator=generator)
     mask = torch.rand(4, 1, 6, 6, generator=generator) < 0.5
     std = torch.tensor([0.2, 0.3])
-    last = Restored(clean, Corruption(corrupted, mask), restored, torch.zeros(4))
+    last = Restored(clean, Corruption(corrupted, mask), restored)
 
     def psnr(images, index):
         pixels = np.where(mask[index].numpy(), images[index].numpy(), clean[index].numpy())
@@ -85,12 +100,11 @@ def test_images_that_a_mixture_left_clean_gain_nothing_and_count_nowhere():
     clean, corrupted, restored = torch.randn(3, 4, 2, 6, 6, generator=generator)
     corrupted[1] = clean[1]
     std, mask = torch.tensor([0.2, 0.3]), torch.ones(4, 1, 6, 6, dtype=torch.bool)
-    energies = torch.arange(4.0)
     others = torch.tensor([0, 2, 3])
 
     def last(chosen):
         corruption = Corruption(corrupted[chosen], mask[chosen])
-        return Restored(clean[chosen], corruption, restored[chosen], energies[chosen])
+        return Restored(clean[chosen], corruption, restored[chosen])
 
     everything, without = last(slice(None)), last(others)
     assert everything.psnr_gain_db(std) == pytest.approx(without.psnr_gain_db(std))
@@ -98,14 +112,16 @@ def test_images_that_a_mixture_left_clean_gain_nothing_and_count_nowhere():
     def energy(images, _):
         return images.sum(dim=(1, 2, 3))
 
-    expected = (energies - energy(clean, None))[others].mean().item()
+    expected = (energy(corrupted, None) - energy(clean, None))[others].mean().item()
     assert everything.energy_gap(energy) == pytest.approx(expected, rel=1e-5)
 
 
-def test_energy_gap_compares_the_same_images():
+def test_energy_gap_is_of_the_first_images_and_of_one_model():
+    """Of the model that is given, whatever the step's was."""
     count = GAP_IMAGES + 10
     clean = torch.arange(float(count))[:, None, None, None]
-    corrupted_energies = torch.cat([torch.arange(GAP_IMAGES) + 3.0, torch.full((10,), 1e6)])
+    corrupted = clean + 3.0
+    corrupted[GAP_IMAGES:] = 1e6
     mask = torch.ones(count, 1, 1, 1, dtype=torch.bool)
-    last = Restored(clean, Corruption(clean + 1, mask), clean, corrupted_energies)
-    assert last.energy_gap(lambda images, _: images.sum(dim=(1, 2, 3))) == pytest.approx(3.0)
+    last = Restored(clean, Corruption(corrupted, mask), clean)
+    assert last.energy_gap(lambda images, _: 2 * images.sum(dim=(1, 2, 3))) == pytest.approx(6.0)

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from backfold.cli.main import main
-from backfold.training import trainer
+from backfold.training import setup, trainer
 from backfold.training.config_file import config_to_dict
 from backfold.training.run_folder import RunFolder, load_checkpoint
 from backfold.training.stepper import Stepper
@@ -142,6 +142,26 @@ def test_resuming_twice_and_when_done(tiny, quiet, monkeypatch, tmp_path):
     for _ in range(2):
         assert main(["pretrain", "--resume", "--out", str(config.out)]) == 0
         assert_same_run(whole, folder)
+
+
+def test_a_resumed_run_keeps_its_normalisation_whatever_is_measured_in_between(
+    tiny, quiet, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    config = tiny(checkpoint_minutes=0, max_steps=6)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(StopError):
+            pretrain(config, console=quiet)
+    folder = RunFolder(config.out)
+    before = load_checkpoint(folder.last_checkpoint)
+    assert main(["stats", f"--data={config.data}", "--max-images=20", "--num-workers=0"]) == 0
+    monkeypatch.setattr(setup, "survey", lambda *_, **__: pytest.fail("measured again"))
+    assert main(["pretrain", "--resume", "--out", str(config.out)]) == 0
+    after = load_checkpoint(folder.last_checkpoint)
+    facts = json.loads(folder.facts.read_text())
+    for name in ("mean", "std"):
+        assert before[name] == after[name] == facts[name]
 
 
 def test_a_run_without_a_checkpoint_starts_over(tiny, quiet, tmp_path, capsys):

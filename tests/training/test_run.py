@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import time
 
 import pytest
 import timm
@@ -13,12 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from backfold.batch_norm import batch_norms
+from backfold.cli.main import main
 from backfold.data.loading import evaluation_loader
+from backfold.data.parquet import ParquetSource
 from backfold.data.source import open_source
 from backfold.errors import UserError
-from backfold.training import setup
+from backfold.training import meter, recorder, setup, trainer
 from backfold.training.config import PretrainConfig
-from backfold.training.config_file import config_from_dict
+from backfold.training.config_file import config_from_dict, config_to_dict
 from backfold.training.health import watch_task
 from backfold.training.optimizer import OptimizerSettings
 from backfold.training.pretrained import load_pretrained
@@ -306,3 +309,44 @@ def test_frozen_parameters_do_not_move(tiny, quiet, first_state):
     still = {name for name in end if torch.equal(end[name], first_state[name])}
     assert still == {"backbone.norm.bias"}
     assert "1 parameter(s) get no gradient" in folder.log.read_text()
+
+
+def test_waiting_for_slow_images_is_warned_of_once(tiny, quiet, monkeypatch):
+    original = ParquetSource.read
+
+    def slow(*arguments):
+        time.sleep(0.002)
+        return original(*arguments)
+
+    monkeypatch.setattr(ParquetSource, "read", slow)
+    monkeypatch.setattr(trainer, "LOG_EVERY", 1)
+    monkeypatch.setattr(meter, "LONG_WAIT", 0.05)  # the machine may be busy otherwise
+    folder = pretrain(tiny(max_steps=45, epochs=100), console=quiet)
+    warnings = [line for line in folder.log.read_text().splitlines() if "WARNING" in line]
+    (line,) = warnings
+    assert "waiting for images takes" in line
+    assert "--num-workers (now 0)" in line
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "advice"),
+    [
+        (setup, "calibrate", "choose a smaller image size"),
+        (Stepper, "restore_part", "8 images at once; set --micro-batch 4"),  # in the warm-up
+        (Stepper, "__call__", "8 images at once; set --micro-batch 4"),
+        (recorder, "watch", "8 images at once; set --micro-batch 4"),
+    ],
+)
+def test_running_out_of_memory_anywhere_is_one_line_of_advice(
+    tiny, monkeypatch, tmp_path, capsys, place, name, advice
+):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
+
+    monkeypatch.setattr(place, name, exhausted)
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump(config_to_dict(tiny())))
+    assert main(["pretrain", f"--config={settings}"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "out of memory" in last
+    assert advice in last

@@ -35,7 +35,6 @@ UNUSUAL = PretrainConfig(
     backbone_options={"act_layer": "gelu", "deep": {"list": [1, 2]}},
     image_size="96x128",
     channels=3,
-    head="quadratic",
     pretext="mixture",
     tasks=TaskSettings(
         masking=Masking(0.3, 8, "noise", True),
@@ -103,7 +102,6 @@ def test_settings_survive_yaml_and_checkpoints(config, tmp_path):
         ({"batch_sise": 3}, "batch_sise"),
         ({"optimizer": {"base_lrr": 3}}, "base_lrr"),
         ({"batch_size": "many"}, "batch_size"),
-        ({"head": "cubic"}, "head"),
         ({"tasks": {"masking": {"mask_ratio": "most"}}}, "mask_ratio"),
         ({"tasks": {"masking": {"mask_ratio": 1.5}}}, "mask_ratio is 1.5"),
         ({"augmentation": {"crop_scale": [0.5]}}, "crop_scale"),

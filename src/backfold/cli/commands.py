@@ -1,6 +1,6 @@
 """What each command does, as functions of its typed settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -31,21 +31,36 @@ class RestoreSettings:
     """How `backfold restore` corrupts and restores image files.
 
     Args:
+        images: files; none takes a few of the run's own data.
         checkpoint: a run's folder or a .ckpt file.
-        pretext: masking, sorting, superresolution, denoising, colorization or exchange; none takes
-            the run's first.
+        pretext: masking, sorting, superresolution, denoising or colorization; none takes the run's
+            first.
         num_steps: restoration steps; 0 shows the corruption alone.
         step_size: factor of the energy gradient; none takes the run's.
         out: folder for NAME.png (corrupted, restored, clean) and NAME.gif (the trajectory).
         seed: of the corruption.
     """
 
+    images: list[Path] = field(default_factory=list)
     checkpoint: Path = DEMO_RUN
     pretext: str | None = None
     num_steps: int = 1
     step_size: float | None = None
     out: Path = Path("restored")
     seed: int = 0
+
+
+@dataclass
+class ReportSettings:
+    """What `backfold report` reads and writes.
+
+    Args:
+        run: a run's folder.
+        out: the file; none takes RUN/report.html.
+    """
+
+    run: Path = DEMO_RUN
+    out: Path | None = None
 
 
 def run_pretrain(config: PretrainConfig, resume: bool, overwrite: bool, command: str) -> None:
@@ -55,7 +70,7 @@ def run_pretrain(config: PretrainConfig, resume: bool, overwrite: bool, command:
         print(f"run: {config.out}")
 
 
-def run_restore(settings: RestoreSettings, images: list[Path]) -> None:
+def run_restore(settings: RestoreSettings) -> None:
     """`backfold restore`: writes the pictures, prints the numbers."""
     if settings.num_steps < 0:
         raise UserError(f"num_steps is {settings.num_steps}; give 0 or more")
@@ -64,8 +79,8 @@ def run_restore(settings: RestoreSettings, images: list[Path]) -> None:
     if settings.pretext is not None:
         config.pretext = settings.pretext
     tasks = build_tasks(config, run.channels)
-    if images:
-        names, clean = distinct_names(images), read_images(images, run)
+    if settings.images:
+        names, clean = distinct_names(settings.images), read_images(settings.images, run)
     else:
         names, clean = sample_images(run, SAMPLED_IMAGES)
     restored = restore_images(
@@ -102,9 +117,9 @@ def _restored_table(rows: list[RestoredImage], task: str) -> Table:
     return table
 
 
-def run_report(run: Path, out: Path | None) -> None:
+def run_report(settings: ReportSettings) -> None:
     """`backfold report`: writes one HTML file."""
-    print(f"report: {write_report(run, out)}")
+    print(f"report: {write_report(settings.run, settings.out)}")
 
 
 def run_demo(config: PretrainConfig, command: str) -> None:

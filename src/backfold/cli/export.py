@@ -15,7 +15,8 @@ class ExportSettings:
     Args:
         checkpoint: a run's folder or a .ckpt file.
         format: timm (weights and config that timm.create_model loads), huggingface (the same, for
-            transformers too), torchscript or onnx (images in [0, 1] to embeddings and energies).
+            transformers too), onnx or pt2 (images in [0, 1] to embeddings and energies; pt2 is
+            torch.export's).
         out: the folder.
         overwrite: replace an earlier export.
     """

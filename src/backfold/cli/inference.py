@@ -14,12 +14,12 @@ from backfold.data.source import ImageSource, Split, open_source
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
 from backfold.inference.contact_sheet import render_contact_sheet
-from backfold.inference.jobs import EmbeddingJob, Job, ScoringJob, scorable_tasks
+from backfold.inference.jobs import EmbeddingJob, Job, ScoringJob
 from backfold.inference.local import local_parts
 from backfold.inference.ray_engine import ray_parts
 from backfold.inference.run import Engine, compute, make_plan
 from backfold.inference.table import Parts, check_out
-from backfold.training.config import build_tasks
+from backfold.training.config import IDENTITY, build_tasks
 from backfold.training.distribution import choose_device
 from backfold.training.pretrained import Pretrained, load_pretrained
 from backfold.training.progress import log_to, terminal
@@ -76,8 +76,8 @@ class ScoreSettings(InferenceSettings):
     Args:
         out: .parquet or .csv (path, energy, error_TASK); beside it an .html file shows the images
             at both ends of each score.
-        pretext: the corruption to restore from, any but exchange; none takes the run's, each task
-            of a mixture in its own column.
+        pretext: the corruption to restore from; none takes the run's, each task of a mixture in its
+            own column.
         num_steps: restoration steps; none takes the run's.
         step_size: factor of the energy gradient; none takes the run's.
         seed: of the corruptions: the seed and an image's number alone decide its own.
@@ -113,9 +113,11 @@ def run_score(settings: ScoreSettings) -> None:
         config = run.config
         if settings.pretext is not None:
             config.pretext = settings.pretext
+        tasks = build_tasks(config, run.channels)
+        tasks.pop(IDENTITY, None)  # it corrupts nothing
         job = ScoringJob(
             run,
-            scorable_tasks(build_tasks(config, run.channels)),
+            tasks,
             config.num_steps if settings.num_steps is None else settings.num_steps,
             config.step_size if settings.step_size is None else settings.step_size,
             settings.seed,

@@ -1,7 +1,7 @@
 """`backfold stats`: what a data set looks like."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +13,6 @@ from backfold.data.arrays import MAX_PIXELS
 from backfold.data.loading import default_workers
 from backfold.data.source import open_source
 from backfold.data.survey import Survey, survey
-from backfold.data.survey_file import default_path, to_record
 from backfold.errors import UserError
 from backfold.training.progress import log_to, terminal
 from backfold.training.run_folder import write_json
@@ -32,7 +31,7 @@ class StatsSettings:
         max_pixels: larger images are broken.
         num_workers: processes that read images; none takes up to 8, one core left free.
         seed: of the sample.
-        out: the JSON file; none takes runs/stats/NAME.json, where pretrain looks for it.
+        out: a JSON file for what was found; none writes none.
     """
 
     data: str | None = None
@@ -53,7 +52,7 @@ class StatsSettings:
 
 
 def run_stats(settings: StatsSettings) -> None:
-    """`backfold stats`: prints a table, writes JSON."""
+    """`backfold stats`: prints a table, and writes JSON where a file is named."""
     console = terminal()
     source = open_source(settings.data, "train", max_pixels=settings.max_pixels)
     workers = default_workers() if settings.num_workers is None else settings.num_workers
@@ -68,10 +67,11 @@ def run_stats(settings: StatsSettings) -> None:
             workers,
             lambda done: bar.update(task, completed=done),
         )
-    out = settings.out or default_path(settings.data)
-    write_json(out, to_record(found, settings.data))
+    if settings.out is not None:
+        write_json(settings.out, asdict(found))
     Console().print(render_survey(found))
-    print(f"stats: {out}")
+    if settings.out is not None:
+        print(f"stats: {settings.out}")
 
 
 def _bar(console: Console) -> Progress:

@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from backfold.errors import BrokenImage
+
 Pixels = NDArray[Any]  # (height, width, channels) unless said otherwise
 
 # What Pillow calls a decompression bomb: a quarter of a gibibyte of colour pixels.
@@ -15,10 +17,6 @@ MAX_PIXELS = 89_478_485
 MAX_CHANNELS = 32
 NPY_MAGIC = b"\x93NUMPY"
 ALPHA_ON_BLACK = "alpha composited on black"
-
-
-class BrokenImage(Exception):  # noqa: N818 - it is an event to count, not yet an error
-    """Bytes that hold no readable image; the message is the reason, in one line."""
 
 
 def check_size(height: int, width: int, channels: int, max_pixels: int) -> None:

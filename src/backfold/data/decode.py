@@ -22,7 +22,6 @@ from backfold.data.arrays import (
     ALPHA_ON_BLACK,
     MAX_PIXELS,
     NPY_MAGIC,
-    BrokenImage,
     Pixels,
     check_size,
     decode_npy,
@@ -31,7 +30,7 @@ from backfold.data.arrays import (
     to_tensor,
 )
 from backfold.data.tiff import ORIENTATION, TIFF_MAGIC, decode_tiff
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 __all__ = [
     "BrokenImage",

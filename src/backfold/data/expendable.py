@@ -12,8 +12,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 
-from backfold.data.arrays import BrokenImage
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 # For most of these PyTorch's workers and runs have handlers, which a child would inherit.
 DEADLY = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGTERM, signal.SIGALRM)

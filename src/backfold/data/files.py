@@ -1,17 +1,42 @@
-"""Finding files: below folders, and by patterns."""
+"""Finding files: below folders, and by patterns; nothing here needs torch."""
 
 import glob
 import os
+import re
 import stat
 from pathlib import Path
 
 from braceexpand import braceexpand
 
-from backfold.data.arrays import BrokenImage
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 PATTERN_SIGNS = "*?[{"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)?")
+WAYS = (
+    "give a folder of images, parquet files, uncompressed tar shards such as "
+    "shards/{000..012}.tar, a saved data set, or owner/name on the Hugging Face hub"
+)
+
+
+def is_remote(data: str) -> bool:
+    """Whether the text names a place on the network or a command."""
+    return "://" in data or data.startswith("pipe:")
+
+
+def is_pattern(data: object) -> bool:
+    """Whether the text has wildcards or brace ranges."""
+    return any(sign in str(data) for sign in PATTERN_SIGNS)
+
+
+def refuse_missing(data: str) -> None:
+    """Refuse what is neither there nor a pattern, an address or a name on the hub.
+
+    Raises:
+        UserError: the path does not exist.
+    """
+    if not (Path(data).exists() or is_remote(data) or is_pattern(data) or HUB_NAME.fullmatch(data)):
+        raise UserError(f"{data} does not exist; {WAYS}")
 
 
 def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:

@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from backfold.data.arrays import BrokenImage
 from backfold.data.expendable import Expendable, FatalImage
 from backfold.data.protocol import ImageSource
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 LOGGER = logging.getLogger("backfold")
 BATCH_SECONDS = 300.0

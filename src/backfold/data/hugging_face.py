@@ -12,10 +12,10 @@ import fsspec
 import huggingface_hub
 import numpy as np
 
-from backfold.data.arrays import MAX_PIXELS, BrokenImage
+from backfold.data.arrays import MAX_PIXELS
 from backfold.data.encoded import EncodedSource
 from backfold.data.files import read_file
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")

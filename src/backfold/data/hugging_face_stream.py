@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from backfold.data.arrays import MAX_PIXELS, BrokenImage
+from backfold.data.arrays import MAX_PIXELS
 from backfold.data.hugging_face import image_bytes, image_column, undecoded
 from backfold.data.stream import StreamItem, StreamSource
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 
 class HuggingFaceStream(StreamSource):

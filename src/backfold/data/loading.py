@@ -7,16 +7,17 @@ step and the image alone: not on worker processes, nor on what was loaded before
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import joblib
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from backfold.data.augmentation import Augmentation, Augmenter, ImageSize, cover
-from backfold.data.decode import BrokenImage, as_float, to_channels
+from backfold.data.decode import as_float, to_channels
 from backfold.data.sampling import InOrderSampler, Key, StepSampler
 from backfold.data.source import ImageSource
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 MAX_REPLACEMENTS = 100
 
@@ -42,12 +43,13 @@ class Batch:
         return Batch(self.images.pin_memory(), self.indices.pin_memory(), self.broken)
 
 
-def default_workers() -> int:
-    """Processes that load where nothing is measured: up to 8, one core left to the caller.
+def default_workers(processes: int = 1) -> int:
+    """Processes that load for each of ``processes`` on this machine: 1 to 8, one core left to it.
 
-    One at least, so that a decoder that crashes does not take the caller along.
+    A process's affinity and a container's limit count, not only what the machine has. One at least,
+    so that a decoder that crashes does not take the caller along.
     """
-    return min(8, max(1, (torch.multiprocessing.cpu_count() or 1) - 1))
+    return min(8, max(1, int(joblib.cpu_count()) // processes - 1))
 
 
 class LoadingError(UserError):

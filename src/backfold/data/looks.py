@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from backfold.data.arrays import BrokenImage
 from backfold.data.decode import Decoded, as_float, examine, to_channels
 from backfold.data.encoded import EncodedSource
 from backfold.data.guarded import GuardedSource
 from backfold.data.protocol import ImageSource
 from backfold.data.statistics import Moments
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 BATCH = 16
 DIGEST_BYTES = 16

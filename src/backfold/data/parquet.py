@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from backfold.data.arrays import MAX_PIXELS, BrokenImage
+from backfold.data.arrays import MAX_PIXELS
 from backfold.data.encoded import EncodedSource
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 
 class ParquetSource(EncodedSource):

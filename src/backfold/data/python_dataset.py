@@ -12,14 +12,13 @@ from torch import Tensor
 from backfold.data.arrays import (
     MAX_CHANNELS,
     MAX_PIXELS,
-    BrokenImage,
     channels_last,
     check_size,
     in_range,
     to_tensor,
 )
 from backfold.data.decode import decode_pillow
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 IMAGE_KEYS = ("image", "img", "pixel_values")
 

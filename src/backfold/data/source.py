@@ -1,6 +1,5 @@
 """Opening whatever ``--data`` names, and one of its splits."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,16 @@ from typing import TypeVar
 from braceexpand import braceexpand
 
 from backfold.data.arrays import MAX_PIXELS
-from backfold.data.files import IMAGE_SUFFIXES, PATTERN_SIGNS, expand_pattern, find_files
+from backfold.data.files import (
+    HUB_NAME,
+    IMAGE_SUFFIXES,
+    WAYS,
+    expand_pattern,
+    find_files,
+    is_pattern,
+    is_remote,
+    refuse_missing,
+)
 from backfold.data.folder import FolderSource
 from backfold.data.parquet import ParquetSource
 from backfold.data.protocol import ImageSource, Labels, NoTestSplit, Split, SubsetSource
@@ -37,11 +45,6 @@ TEST_NAMES = ("val", "valid", "validation", "test")
 IN_MEMORY_BYTES = 2**32  # parquet files of more are converted into a cache on disk
 STREAMED_BYTES = 50 * 2**30  # data sets on the hub of more are not downloaded
 SAVED_FILES = ("dataset_dict.json", "state.json")
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)?")
-WAYS = (
-    "give a folder of images, parquet files, uncompressed tar shards such as "
-    "shards/{000..012}.tar, a saved data set, or owner/name on the Hugging Face hub"
-)
 Part = TypeVar("Part")
 
 
@@ -97,11 +100,10 @@ def open_source(
         raise UserError(
             f"{text} is elsewhere and is only read as a stream, by pretraining; download it"
         )
-    if any(sign in text for sign in PATTERN_SIGNS):
+    if is_pattern(text):
         return _open_files(text, expand_pattern(text), split, options)
-    if HUB_NAME.fullmatch(text):
-        return _open_hub(text, split, options)
-    raise UserError(f"{text} does not exist; {WAYS}")
+    refuse_missing(text)
+    return _open_hub(text, split, options)
 
 
 def open_stream(
@@ -124,7 +126,7 @@ def open_stream(
     if is_remote(text):
         return TarStream(list(braceexpand(text)), _needed_count(text, count), max_pixels)
     path = Path(text)
-    pattern = any(sign in text for sign in PATTERN_SIGNS)
+    pattern = is_pattern(text)
     if not text or path.is_dir() or not (pattern or path.is_file() or HUB_NAME.fullmatch(text)):
         return None
     if path.is_file() or pattern:
@@ -155,11 +157,6 @@ def _stream_hub(name: str, count: int | None, max_pixels: int) -> StreamSource |
     return HuggingFaceStream(
         dataset, f"{name} {chosen}", _needed_count(name, count or known), max_pixels
     )
-
-
-def is_remote(data: str) -> bool:
-    """Whether the text names a place on the network or a command."""
-    return "://" in data or data.startswith("pipe:")
 
 
 def _open_folder(folder: Path, split: Split, options: _Options) -> ImageSource:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backfold.data.decode import BrokenImage, as_float, to_channels
+from backfold.data.decode import as_float, to_channels
 from backfold.data.expendable import Expendable
 from backfold.data.guarded import IMAGE_SECONDS
 from backfold.data.source import ImageSource
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 # One grey level of 8 bits: a channel of bytes with less deviation holds no more than noise.
 STD_FLOOR = 1.0 / 255.0

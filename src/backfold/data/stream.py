@@ -10,10 +10,10 @@ from typing import Any
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys
 
-from backfold.data.arrays import MAX_PIXELS, BrokenImage
+from backfold.data.arrays import MAX_PIXELS
 from backfold.data.encoded import EncodedSource
 from backfold.data.tar import image_kind
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 LARGEST_MEMBER = 2**30  # bytes; a compressed tar can promise any size
 

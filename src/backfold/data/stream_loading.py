@@ -22,14 +22,13 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from backfold.data.arrays import BrokenImage
 from backfold.data.augmentation import Augmentation, Augmenter, ImageSize
 from backfold.data.decode import decode, to_channels
 from backfold.data.expendable import Expendable, attempt
 from backfold.data.guarded import IMAGE_SECONDS
 from backfold.data.loading import Batch, LoadingError, stack_images
 from backfold.data.stream import StreamHead, StreamItem, StreamSource
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 MAX_LANES = 8
 SHARDS_A_LANE = 4  # at least, so that a lane's unread end is another one in every epoch

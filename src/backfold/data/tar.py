@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import group_by_keys
 
-from backfold.data.arrays import MAX_PIXELS, BrokenImage
+from backfold.data.arrays import MAX_PIXELS
 from backfold.data.encoded import EncodedSource
 from backfold.data.files import IMAGE_SUFFIXES
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 
 IMAGE_KINDS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 LABEL_KINDS = ("cls", "json")

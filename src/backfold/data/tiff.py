@@ -17,7 +17,8 @@ from tifffile import (
     TiffPageSeries,
 )
 
-from backfold.data.arrays import ALPHA_ON_BLACK, BrokenImage, Pixels, check_size, in_range, on_black
+from backfold.data.arrays import ALPHA_ON_BLACK, Pixels, check_size, in_range, on_black
+from backfold.errors import BrokenImage
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION = 274

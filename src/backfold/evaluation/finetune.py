@@ -6,10 +6,11 @@ choice between once and three times the steps, all on the same validation images
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from timm.models import group_parameters
@@ -17,12 +18,12 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import AdamW
+from torchvision.transforms import v2
 
 from backfold.backbone import feature_map
-from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
-from backfold.evaluation.batch_augmentation import Mixing, crop_and_flip
 from backfold.evaluation.images import Images, label_case
 from backfold.evaluation.results import BEFORE, PRETRAINED, SCRATCH, Row, accuracy_rows
 from backfold.evaluation.seeding import seeded
@@ -33,10 +34,20 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("backfold")
 LEARNING_RATE_FACTORS = (0.3, 1.0, 3.0)
-SHARES = ("warmup_share", "random_erasing", "label_smoothing", "drop_path", "ema_decay")
+SHARES = "warmup_share random_erasing label_smoothing drop_path ema_decay"
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("epochs min_steps weight_decay mixup cutmix seed", lambda v: 0 <= v < math.inf, "0 or more"),
+    (SHARES, lambda v: 0 <= v < 1, "0 or more, below 1"),
+    ("crop_scale layer_decay", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
+    ("base_lr", lambda v: 0 < v < math.inf, "a number above 0"),
+    ("longer", lambda v: v >= 1, "1 or more"),
+    ("batch_size", lambda v: v >= 2, "2 or more"),
+    ("precision", lambda v: v in ("32-true", "bf16-mixed"), "32-true or bf16-mixed"),
+)
 HEAD_STD = 0.01
 BACKBONE = "backbone."
 BATCH_SIZE = 256
+CROP_RATIO = (3 / 4, 4 / 3)
 
 
 class DivergedError(UserError):
@@ -94,46 +105,15 @@ class FineTuning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in SHARES:
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(
-                    f"fine-tuning: {name} is {getattr(self, name):g}; give 0 or more, below 1"
-                )
-        if not 0.0 < self.crop_scale <= 1.0:
-            raise UserError(
-                f"fine-tuning: crop_scale is {self.crop_scale:g}; give a number above 0, at most 1"
-            )
-        if self.longer < 1:
-            raise UserError(f"fine-tuning: longer is {self.longer}; give 1 or more")
-        for name in ("epochs", "min_steps", "weight_decay", "mixup", "cutmix", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"fine-tuning: {name} is {getattr(self, name):g}; give 0 or more")
-        if not 0 < self.base_lr < math.inf or not 0 < self.layer_decay <= 1:
-            raise UserError(
-                f"fine-tuning: base_lr is {self.base_lr:g} and layer_decay {self.layer_decay:g}; "
-                "give positive numbers, layer_decay at most 1"
-            )
-        if self.batch_size < 2 or (self.batch_size % 2 and (self.mixup or self.cutmix)):
-            raise UserError(
-                f"fine-tuning: batch_size is {self.batch_size}; give an even number, as images are "
-                "mixed in pairs"
-            )
-        if self.precision not in ("32-true", "bf16-mixed"):
-            raise UserError(
-                f"fine-tuning: precision is {self.precision!r}; choose from 32-true, bf16-mixed"
-            )
+        for names, is_valid, wanted in RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if not is_valid(value):
+                    raise UserError(f"fine-tuning: {name} is {value!r}; give {wanted}")
 
     def num_steps(self, num_images: int) -> int:
         """Optimizer steps on so many labelled images: 1 or more."""
         return max(1, self.min_steps, math.ceil(self.epochs * num_images / self.batch_size))
-
-    def times(self, factor: int) -> "FineTuning":
-        """The same with so many times the steps."""
-        return replace(self, epochs=self.epochs * factor, min_steps=self.min_steps * factor)
-
-    def from_scratch(self) -> "FineTuning":
-        """The same without layer-wise decay: fresh lower layers have everything to learn."""
-        return replace(self, layer_decay=1.0)
 
 
 class Classifier(nn.Module):
@@ -143,9 +123,6 @@ class Classifier(nn.Module):
         backbone: any module that `backfold.backbone.feature_map` takes.
         classes: (classes,) whole numbers, rising: the labels that the logits stand for.
         image_shape: (channels, height, width).
-
-    Attributes:
-        classes: as given.
     """
 
     classes: Tensor
@@ -173,83 +150,30 @@ class Classifier(nn.Module):
 
         The head is where timm's own classifier would be.
         """
-        matcher = getattr(self.backbone, "group_matcher", None)
-        layers = {"head": 0}
-        if matcher is not None:
-            named = {
-                **dict(self.backbone.named_parameters()),
-                _classifier_name(self.backbone): None,
-            }
-            listed: Any = SimpleNamespace(named_parameters=lambda: iter(named.items()))
-            layers = group_parameters(listed, matcher(coarse=coarse), reverse=True)
-        top = max(layers.values())
-        of = {BACKBONE + name: layer for name, layer in layers.items()}
+        backbone: Any = self.backbone
+        known = getattr(backbone, "pretrained_cfg", None) or {}
+        head = known.get("classifier") or "head"
+        own_head = f"{head if isinstance(head, str) else head[0]}.weight"
+        names = {**dict(backbone.named_parameters()), own_head: None}
+        listed: Any = SimpleNamespace(named_parameters=names.items)
+        layers = group_parameters(listed, backbone.group_matcher(coarse=coarse), reverse=True)
+        of, top = {BACKBONE + name: layers[name] for name in layers}, max(layers.values())
         return lambda name: of.get(name, top)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that the backbone wants without decay."""
-        names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
-        return {BACKBONE + name for name in names}
-
-
-def _classifier_name(backbone: nn.Module) -> str:
-    """The name that timm's own classifier's weight would have."""
-    known: Mapping[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
-    name = known.get("classifier") or "head"
-    return f"{name if isinstance(name, str) else name[0]}.weight"
-
-
-def parameter_groups(
-    classifier: Classifier, weight_decay: float, layer_decay: float
-) -> list[dict[str, Any]]:
-    """The optimizer's groups, with ``lr_scale``, a factor of the learning rate, where it decays.
-
-    It is 1 for the head and one factor ``layer_decay`` less for each layer below. What counts as a
-    layer is what timm's ``group_matcher`` says; a backbone without one has no layers. Norms, biases
-    and what the backbone exempts have no weight decay.
-
-    Args:
-        classifier: its trainable parameters are grouped.
-        weight_decay: 0 or more.
-        layer_decay: above 0, at most 1, which switches it off.
-    """
-    exempt = classifier.no_weight_decay()
-    if layer_decay < 1.0 and not hasattr(classifier.backbone, "group_matcher"):
-        LOGGER.warning(
-            f"layer_decay {layer_decay:g} has no effect: {type(classifier.backbone).__name__} does "
-            "not say what its layers are"
-        )
-        layer_decay = 1.0
-    groups = (
-        param_groups_weight_decay(classifier, weight_decay, no_weight_decay_list=exempt)
-        if layer_decay == 1.0
-        else param_groups_layer_decay(
-            classifier, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay
-        )
-    )
-    return cast("list[dict[str, Any]]", groups)
 
 
 def fine_tune(
-    backbone: nn.Module,
-    images: Images,
-    places: Tensor,
-    settings: FineTuning,
-    statistics: ChannelStatistics,
-    device: torch.device,
+    given: "Evaluation", contender: str, places: Tensor, settings: FineTuning
 ) -> Classifier:
-    """Train a backbone with a new head; returns both in eval mode on the device.
+    """Train a contender's backbone with a new head; returns both in eval mode on the device.
 
     Nothing but the arguments decides the result; on one CPU it is the same bit for bit. The global
     random generators are left as they were.
 
     Args:
-        backbone: pretrained or fresh; it is trained in place.
-        images: labelled.
-        places: int64, of the images that are learned from.
+        given: the training images, how they are normalised, the device, and the weights.
+        contender: whose weights training starts from.
+        places: int64, of the training images that are learned from.
         settings: the recipe.
-        statistics: normalise the images.
-        device: where to train.
 
     Raises:
         UserError: no images, or none with labels.
@@ -257,73 +181,106 @@ def fine_tune(
     """
     if not len(places):
         raise UserError("fine-tuning: there are 0 images to learn from; give one or more")
-    classes = torch.unique(images.labels[places])
+    images, device = given.parts.train, given.device
+    classes, steps = torch.unique(images.labels[places]), settings.num_steps(len(places))
+    half, decay = settings.precision == "bf16-mixed", settings.ema_decay
     with seeded(settings.seed, device):
-        classifier = Classifier(backbone.cpu().train(), classes, images.shape).to(device)
-        loop = _Loop(classifier, settings, settings.num_steps(len(places)), device)
-        return loop.run(images, places, statistics).eval()
-
-
-class _Loop:
-    def __init__(
-        self, classifier: Classifier, settings: FineTuning, steps: int, device: torch.device
-    ) -> None:
-        self.classifier, self.settings = classifier.train(), settings
-        self.steps, self.device = steps, device
-        self.optimizer, self.schedule = build_optimizer(classifier, settings, steps)
-        self.mixing = Mixing(
-            len(classifier.classes),
-            settings.random_erasing,
-            settings.mixup,
-            settings.cutmix,
-            settings.label_smoothing,
-            device,
-        )
-        decay = settings.ema_decay
-        self.average = ModelEmaV3(classifier, decay, use_warmup=True) if decay else None
-
-    def run(self, images: Images, places: Tensor, statistics: ChannelStatistics) -> Classifier:
-        """Train; the moving average, or the classifier where there is none."""
-        loss = torch.zeros(())
-        batches = places[batch_indices(len(places), self.settings, self.steps)]
+        backbone = given.subject.backbone(contender, settings.drop_path).train()
+        classifier = Classifier(backbone, classes, images.shape).to(device)
+        optimizer, schedule = build_optimizer(classifier, settings, steps)
+        average = ModelEmaV3(classifier, decay, use_warmup=True) if decay else None
+        batches = places[batch_indices(len(places), settings.batch_size, steps)]
         loaded = images.batches(batches.tolist())
         for step, (chosen, (batch, _)) in enumerate(zip(batches, loaded, strict=True)):
-            normalised = statistics.normalize(batch.to(self.device, non_blocking=True))
-            labels = images.labels[chosen].to(self.device)
-            loss = self.step(normalised, torch.searchsorted(self.classifier.classes, labels), step)
-        if not torch.isfinite(loss):
-            raise DivergedError(
-                f"fine-tuning diverged: its last loss is {float(loss):g}; lower base_lr "
-                f"({self.settings.base_lr:g})"
-            )
-        if self.average is None:
-            return self.classifier
-        averaged: Classifier = self.average.module
-        return averaged
+            schedule.step_update(step)
+            normalised = given.statistics.normalize(batch.to(device, non_blocking=True))
+            labels = torch.searchsorted(classifier.classes, images.labels[chosen].to(device))
+            augmented, targets = augment(normalised, labels, len(classes), settings)
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                logits = classifier(augmented).float()
+            loss = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if average is not None:
+                average.update(classifier, step=step + 1)
+    if not torch.isfinite(loss):
+        raise DivergedError(
+            f"fine-tuning diverged: its last loss is {loss.item():g}; lower base_lr "
+            f"({settings.base_lr:g})"
+        )
+    tuned: Classifier = classifier if average is None else average.module
+    return tuned.eval()
 
-    def step(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
-        """One optimizer step on normalised images; returns the loss, detached."""
-        settings = self.settings
-        self.schedule.step_update(step)
-        images = crop_and_flip(images, settings.crop_scale, settings.horizontal_flip)
-        images, targets = self.mixing(images, targets)
-        half = settings.precision == "bf16-mixed"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            logits = self.classifier(images)
-        loss: Tensor = self.mixing.loss(logits.float(), targets)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update(self.classifier, step=step + 1)
-        return loss.detach()
+
+def augment(
+    images: Tensor, labels: Tensor, num_classes: int, settings: FineTuning
+) -> tuple[Tensor, Tensor]:
+    """Crop, flip, erase and mix a batch, as the settings say; the images may be written over.
+
+    Args:
+        images: normalised, (batch, channels, height, width).
+        labels: int64, (batch,), below ``num_classes``.
+        num_classes: the targets, where images are mixed, are (batch, num_classes).
+        settings: the recipe; where mixup and cutmix are both on, a batch gets one of them.
+    """
+    images = crop_and_flip(images, settings.crop_scale, settings.horizontal_flip)
+    erase = v2.RandomErasing(p=1.0, value="random")  # type: ignore[arg-type]  # as documented
+    for place in (torch.rand(len(images)) < settings.random_erasing).nonzero():
+        images[place] = erase(images[place])
+    kinds = ((v2.MixUp, settings.mixup), (v2.CutMix, settings.cutmix))
+    mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
+    mixed: tuple[Tensor, Tensor] = v2.RandomChoice(mixes or [v2.Identity()])(images, labels)
+    return mixed
+
+
+def crop_and_flip(images: Tensor, smallest_area: float, horizontal_flip: bool) -> Tensor:
+    """Enlarge a random part of each of (batch, channels, height, width), and mirror half of them.
+
+    The part's area is uniform in the given share to 1, its aspect log-uniform in 3/4 to 4/3 of the
+    image's; a side that would be longer than the image's is as long. A share of 1 leaves images
+    whole. Sampling is bilinear. Draws from the generator of the images' device.
+    """
+    if smallest_area >= 1.0 and not horizontal_flip:
+        return images
+    uniform = partial(torch.rand, len(images), device=images.device)
+    width = height = torch.ones(len(images), device=images.device)
+    if smallest_area < 1.0:
+        area = smallest_area + (1 - smallest_area) * uniform()
+        low, high = map(math.log, CROP_RATIO)
+        ratio = torch.exp(low + (high - low) * uniform())
+        width, height = ((area * each).sqrt().clamp(max=1.0) for each in (ratio, 1 / ratio))
+    if horizontal_flip:
+        width = torch.where(uniform() < 0.5, -width, width)
+    # In affine_grid's coordinates the image goes from -1 to 1.
+    left, top = ((1 - side.abs()) * (2 * uniform() - 1) for side in (width, height))
+    zero = torch.zeros_like(width)
+    transform = torch.stack([width, zero, left, zero, height, top], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(transform, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
 
 
 def build_optimizer(
     classifier: Classifier, settings: FineTuning, steps: int
 ) -> tuple[AdamW, CosineLRScheduler]:
-    """AdamW in layer-wise groups, and its schedule: ``step_update(step)`` before each step."""
-    groups = parameter_groups(classifier, settings.weight_decay, settings.layer_decay)
+    """AdamW in groups by layer, and its schedule: ``step_update(step)`` before each step.
+
+    The learning rate is one factor ``layer_decay`` less for each layer below the head. What counts
+    as a layer is what timm's ``group_matcher`` says; a backbone without one has no layers. Norms,
+    biases and what the backbone exempts have no weight decay.
+    """
+    backbone, layer_decay = classifier.backbone, settings.layer_decay
+    exempt = {BACKBONE + name for name in getattr(backbone, "no_weight_decay", set)()}
+    if layer_decay < 1.0 and not hasattr(backbone, "group_matcher"):
+        LOGGER.warning(
+            f"layer_decay {layer_decay:g} has no effect: {type(backbone).__name__} does not say "
+            "what its layers are"
+        )
+        layer_decay = 1.0
+    grouped: Any = param_groups_weight_decay
+    if layer_decay < 1.0:
+        grouped = partial(param_groups_layer_decay, layer_decay=layer_decay)
+    groups = grouped(classifier, settings.weight_decay, no_weight_decay_list=exempt)
     optimizer = AdamW(groups, lr=settings.base_lr * settings.batch_size / 256)
     warmup = min(round(settings.warmup_share * steps), steps - 1)
     schedule = CosineLRScheduler(
@@ -337,44 +294,22 @@ def build_optimizer(
     return optimizer, schedule
 
 
-def batch_indices(count: int, settings: FineTuning, steps: int) -> Tensor:
-    """Which images each step takes, (steps, batch): every image once before any comes again.
-
-    Args:
-        count: of the images.
-        settings: the batch size counts.
-        steps: how many batches.
-    """
-    needed = steps * settings.batch_size
+def batch_indices(count: int, batch_size: int, steps: int) -> Tensor:
+    """Which of ``count`` images each step takes, (steps, batch): all once before any come again."""
+    needed = steps * batch_size
     passes = [torch.randperm(count) for _ in range(math.ceil(needed / count))]
-    return torch.cat(passes)[:needed].view(steps, settings.batch_size)
+    return torch.cat(passes)[:needed].view(steps, batch_size)
 
 
-def predict(
-    classifier: Classifier,
-    images: Images,
-    places: Tensor,
-    statistics: ChannelStatistics,
-    device: torch.device,
-) -> Tensor:
-    """The likeliest label of each image, int64 (places,), on the CPU; in eval mode.
-
-    Args:
-        classifier: on the device.
-        images: where they are.
-        places: which of them.
-        statistics: normalise them.
-        device: where to compute.
-    """
+def predict(given: "Evaluation", classifier: Classifier, images: Images, places: Tensor) -> Tensor:
+    """The likeliest label of the images at these places, int64 (places,), on the CPU."""
     parts = [part.tolist() for part in places.split(BATCH_SIZE)]
     with eval_mode(classifier), torch.inference_mode():
-        logits = [
-            classifier(statistics.normalize(batch.to(device, non_blocking=True)))
-            .argmax(dim=1)
-            .cpu()
+        found = [
+            classifier(given.statistics.normalize(batch.to(given.device))).argmax(dim=1)
             for batch, _ in images.batches(parts)
         ]
-    return classifier.classes.cpu()[torch.cat(logits)]
+    return classifier.classes[torch.cat(found)].cpu()
 
 
 def finetune(given: "Evaluation") -> list[Row]:
@@ -383,87 +318,65 @@ def finetune(given: "Evaluation") -> list[Row]:
     The recipe is chosen once for each number of labels, on the first draw. Draw d has the settings'
     seed plus d.
     """
-    rows, parts, settings = [], given.parts, given.settings
-    truth, tested = parts.test.labels, torch.arange(len(parts.test))
+    rows, parts, settings, subject = [], given.parts, given.settings, given.subject
+    contenders = {PRETRAINED: PRETRAINED}  # names in the rows, and the weights they start from
+    if BEFORE in subject.weights and subject.scratch != BEFORE:
+        contenders[BEFORE] = BEFORE
+    if subject.scratch is not None:
+        contenders[SCRATCH] = subject.scratch
     for count, draws in parts.each(settings.label_counts(), settings.draws, settings.seed):
-        correct, notes = {}, {}
-        for name, contender in _contenders(given).items():
+        learned = [torch.arange(len(parts.train))] if count is None else draws
+        correct: dict[str, list[Tensor]] = {name: [] for name in contenders}
+        notes = {}
+        for name, contender in contenders.items():
             recipe = best_recipe(given, contender, draws[0])
-            learned = [torch.arange(len(parts.train))] if count is None else draws
             steps = recipe.num_steps(len(learned[0]))
             notes[name] = f"base_lr {recipe.base_lr:g}, {steps} steps"
             LOGGER.info("fine-tuning, %s, %s: %s", name, label_case(count), notes[name])
-            correct[name] = [
-                _tested(given, contender, places, replace(recipe, seed=recipe.seed + draw), tested)
-                == truth
-                for draw, places in enumerate(learned)
-            ]
+            for draw, places in enumerate(learned):
+                own = replace(recipe, seed=recipe.seed + draw)
+                tuned = fine_tune(given, contender, places, own)
+                found = predict(given, tuned, parts.test, torch.arange(len(parts.test)))
+                correct[name].append(found == parts.test.labels)
         rows += accuracy_rows("finetune", label_case(count), correct, notes)
     return rows
-
-
-def _contenders(given: "Evaluation") -> dict[str, str]:
-    """By the name in the rows, whose weights training starts from."""
-    subject = given.subject
-    found = {PRETRAINED: PRETRAINED}
-    if BEFORE in subject.weights and subject.scratch != BEFORE:
-        found[BEFORE] = BEFORE
-    if subject.scratch is not None:
-        found[SCRATCH] = subject.scratch
-    return found
 
 
 def best_recipe(given: "Evaluation", contender: str, places: Tensor) -> FineTuning:
     """The learning rate, and then the number of steps, that are best on the validation images.
 
-    Args:
-        given: settings, images, and the backbones' weights.
-        contender: whose weights training starts from; random ones have no layer-wise decay.
-        places: the training images that are learned from.
+    Random weights have no layer-wise decay: their lower layers have everything to learn. See
+    `fine_tune`.
 
     Raises:
         DivergedError: at every learning rate.
     """
-    recipe = given.settings.finetuning
+    recipe, factors = given.settings.finetuning, given.settings.rate_factors
     if contender == given.subject.scratch:
-        recipe = recipe.from_scratch()
-    factors = given.settings.rate_factors
-    if len(factors) == 1 and recipe.longer == 1:
-        return replace(recipe, base_lr=recipe.base_lr * factors[0])
+        recipe = replace(recipe, layer_decay=1.0)
     candidates = [replace(recipe, base_lr=recipe.base_lr * factor) for factor in factors]
+    if len(candidates) == 1 and recipe.longer == 1:
+        return candidates[0]
     scores = [_validated(given, contender, places, each) for each in candidates]
     if max(scores) < 0:
         raise DivergedError(
             f"fine-tuning diverged at every base_lr from {candidates[0].base_lr:g} to "
             f"{candidates[-1].base_lr:g}; lower base_lr"
         )
-    best = scores.index(max(scores))
-    longer = candidates[best].times(recipe.longer)
-    if recipe.longer > 1 and _validated(given, contender, places, longer) > scores[best]:
+    best = candidates[scores.index(max(scores))]
+    epochs, min_steps = best.epochs * recipe.longer, best.min_steps * recipe.longer
+    longer = replace(best, epochs=epochs, min_steps=min_steps)
+    if recipe.longer > 1 and _validated(given, contender, places, longer) > max(scores):
         return longer
-    return candidates[best]
+    return best
 
 
 def _validated(given: "Evaluation", contender: str, places: Tensor, recipe: FineTuning) -> float:
     """Accuracy from 0 to 1 on the validation images; below 0 where it diverged."""
-    validation = given.parts.validation
+    train, validation = given.parts.train, given.parts.validation
     try:
-        predicted = _tested(given, contender, places, recipe, validation, of_train=True)
+        tuned = fine_tune(given, contender, places, recipe)
     except DivergedError:
         return -1.0
-    return float((predicted == given.parts.train.labels[validation]).double().mean())
-
-
-def _tested(
-    given: "Evaluation",
-    contender: str,
-    places: Tensor,
-    recipe: FineTuning,
-    tested: Tensor,
-    of_train: bool = False,
-) -> Tensor:
-    """Labels predicted for some test images, or training images, after fine-tuning."""
-    parts, statistics, device = given.parts, given.statistics, given.device
-    backbone = given.subject.backbone(contender, recipe.drop_path)
-    classifier = fine_tune(backbone, parts.train, places, recipe, statistics, device)
-    return predict(classifier, parts.train if of_train else parts.test, tested, statistics, device)
+    predicted = predict(given, tuned, train, validation)
+    return float((predicted == train.labels[validation]).double().mean())

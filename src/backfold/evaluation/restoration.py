@@ -5,8 +5,9 @@ does: other pixels are taken as clean. Nothing is clipped. The spread is that ov
 says how much images differ and not how sure the mean is (divide by the root of the count for that).
 """
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from backfold.pretext import (
     chroma_error,
     patches_placed_right,
 )
-from backfold.restoration import EnergyFn, restore
+from backfold.restoration import restore
 
 if TYPE_CHECKING:
     from backfold.evaluation.evaluate import Evaluation
@@ -40,9 +41,6 @@ PLACED_RIGHT = "patches placed right"
 
 # The best of a few multiples of the noise on 40 CIFAR-10 images, noise_std 0.25 to 1.2.
 TV_WEIGHT, NLM_STRENGTH = 0.75, 0.6
-NLM_PATCH_SIZE, NLM_PATCH_DISTANCE = 5, 6
-
-Image = NDArray[np.float64]
 
 
 def restoration(given: "Evaluation") -> list[Row]:
@@ -55,9 +53,6 @@ def restoration(given: "Evaluation") -> list[Row]:
 
     Classical methods take 10 ms (denoising) and 20 ms (inpainting) an image and severity at 32
     pixels, 60 and 200 ms at 160.
-
-    Raises:
-        UserError: no or unfit numbers of steps, or what a measure raises.
     """
     run, settings = given.subject.run, given.settings
     assert run is not None
@@ -78,30 +73,20 @@ def restoration(given: "Evaluation") -> list[Row]:
             )
             for clean, generator in seeded_batches(batches, settings.seed):
                 corruption = task(clean, generator)
+                path = restore(
+                    run.energy, corruption.corrupted, max(settings.num_steps), run.config.step_size
+                ).trajectory
                 contenders = {
-                    **restorations(
-                        run.energy, corruption.corrupted, settings.num_steps, run.config.step_size
-                    ),
-                    **classical_restorations(task, corruption),
-                }
+                    f"energy, {steps} step{'s' if steps > 1 else ''}": path[steps]
+                    for steps in settings.num_steps
+                } | classical_restorations(task, corruption)
                 for contender, restored in contenders.items():
-                    for metric, values in _measures(
-                        task, corruption, restored, clean, run.statistics
-                    ):
+                    measured = _measures(task, corruption, restored, clean, run.statistics)
+                    for metric, values in measured.items():
                         found.setdefault((contender, metric), []).extend(values.double().tolist())
             case = severity_case(name, severity)
             rows += [Row.of(PROTOCOL, case, *key, values) for key, values in found.items()]
     return rows
-
-
-def restorations(
-    energy: EnergyFn, corrupted: Tensor, num_steps: Sequence[int], step_size: float
-) -> dict[str, Tensor]:
-    """What the energy makes of the images, by contender: "energy, 1 step", "energy, 2 steps"..."""
-    trajectory = restore(energy, corrupted, max(num_steps), step_size).trajectory
-    return {
-        f"energy, {steps} step{'s' if steps > 1 else ''}": trajectory[steps] for steps in num_steps
-    }
 
 
 def classical_restorations(task: PretextTask, corruption: Corruption) -> dict[str, Tensor]:
@@ -111,38 +96,36 @@ def classical_restorations(task: PretextTask, corruption: Corruption) -> dict[st
       called "bicubic";
     - mean fill: each image's mean colour, over its visible pixels where some are hidden;
     - masking: biharmonic inpainting;
-    - denoising: total variation (Chambolle) and non-local means, both told the true noise_std, on
-      patches of 5 pixels up to 6 away.
-
-    Args:
-        task: with a single noise_std, if it is denoising.
-        corruption: what it did.
+    - denoising: total variation (Chambolle) and non-local means, both told the true noise_std (the
+      task has a single one), on patches of 5 pixels up to 6 away.
     """
     corrupted = corruption.corrupted
     unchanged = "bicubic" if isinstance(task, SuperResolution) else "identity"
     found = {unchanged: corrupted, "mean fill": mean_fill(corruption)}
     if isinstance(task, Masking):
         masks = corruption.loss_mask[:, 0].cpu().numpy()
-        found["biharmonic inpainting"] = _stacked(
-            (
-                inpaint_biharmonic(image, mask, channel_axis=-1)
-                for image, mask in zip(_arrays(corrupted), masks, strict=True)
-            ),
-            corrupted,
-        )
+        found["biharmonic inpainting"] = _by_image(inpaint_biharmonic, corrupted, masks)
     if isinstance(task, Denoising):
         noise_std = task.max_noise_std
-        found["total variation"] = _stacked(
-            (
-                denoise_tv_chambolle(image, weight=TV_WEIGHT * noise_std, channel_axis=-1)
-                for image in _arrays(corrupted)
-            ),
-            corrupted,
+        variation = partial(denoise_tv_chambolle, weight=TV_WEIGHT * noise_std)
+        means = partial(
+            denoise_nl_means,
+            patch_size=5,
+            patch_distance=6,
+            h=NLM_STRENGTH * noise_std,
+            sigma=noise_std,
         )
-        found["non-local means"] = _stacked(
-            (_non_local_means(image, noise_std) for image in _arrays(corrupted)), corrupted
-        )
+        found["total variation"] = _by_image(variation, corrupted)
+        found["non-local means"] = _by_image(means, corrupted)
     return found
+
+
+def _by_image(method: Callable[..., NDArray[np.float64]], images: Tensor, *more: Any) -> Tensor:
+    """What scikit-image makes of each image, which it takes as (height, width, channels)."""
+    arrays = images.permute(0, 2, 3, 1).double().cpu().numpy()
+    found = [method(*each, channel_axis=-1) for each in zip(arrays, *more, strict=True)]
+    restored = torch.from_numpy(np.stack(found).reshape(arrays.shape))  # it may drop one channel
+    return restored.permute(0, 3, 1, 2).to(images.device, torch.float32).contiguous()
 
 
 def mean_fill(corruption: Corruption) -> Tensor:
@@ -154,41 +137,19 @@ def mean_fill(corruption: Corruption) -> Tensor:
     return means.expand_as(corruption.corrupted)
 
 
-def _non_local_means(image: Image, noise_std: float) -> Image:
-    found: Image = denoise_nl_means(
-        image,
-        patch_size=NLM_PATCH_SIZE,
-        patch_distance=NLM_PATCH_DISTANCE,
-        h=NLM_STRENGTH * noise_std,
-        sigma=noise_std,
-        channel_axis=-1,
-    )
-    return found.reshape(image.shape)  # a single channel's axis is dropped
-
-
-def _arrays(images: Tensor) -> Iterator[Image]:
-    """Each image as scikit-image takes it: (height, width, channels)."""
-    yield from images.permute(0, 2, 3, 1).double().cpu().numpy()
-
-
-def _stacked(arrays: Iterator[Image], like: Tensor) -> Tensor:
-    images = torch.stack([torch.from_numpy(array).permute(2, 0, 1) for array in arrays])
-    return images.to(like.device, torch.float32).contiguous()
-
-
 def _measures(
     task: PretextTask,
     corruption: Corruption,
     restored: Tensor,
     clean: Tensor,
     statistics: ChannelStatistics,
-) -> Iterator[tuple[str, Tensor]]:
-    """Names and values, (images,), of what is measured in this task."""
+) -> dict[str, Tensor]:
+    """What is measured in this task, (images,) each."""
     mean, std = torch.tensor(statistics.mean), torch.tensor(statistics.std)
     compared = torch.where(corruption.loss_mask, restored, clean)
-    yield PSNR, psnr_db(compared, clean, std)
-    yield SSIM, ssim(compared, clean, mean, std)
+    found = {PSNR: psnr_db(compared, clean, std), SSIM: ssim(compared, clean, mean, std)}
     if isinstance(task, Sorting):
-        yield PLACED_RIGHT, patches_placed_right(restored, clean, task.sorting_patch_size)
+        found[PLACED_RIGHT] = patches_placed_right(restored, clean, task.sorting_patch_size)
     elif clean.shape[1] > 1:
-        yield CHROMA, chroma_error(restored, clean)
+        found[CHROMA] = chroma_error(restored, clean)
+    return found

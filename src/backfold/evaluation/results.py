@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from backfold.data.source import HUB_NAME
+from backfold.data.files import HUB_NAME
 from backfold.errors import UserError
 from backfold.training.run_folder import write_json
 

@@ -5,11 +5,12 @@ is drawn from the seed, not from the severity: in each image, noise grows, and w
 moved stays so, from one severity to the next (but for masks of `Masking.blocks`).
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from backfold.backbone import ImageSize
@@ -20,20 +21,17 @@ from backfold.pretext.superresolution import down_and_up
 from backfold.training.config import TaskSettings
 
 SEVERITIES = (1, 2, 3, 4, 5)
-
 MASK_RATIOS = (0.2, 0.4, 0.6, 0.75, 0.9)
-SORTED_SHARES = (0.2, 0.35, 0.5, 0.75, 1.0)
 FACTORS = (1.5, 2.0, 3.0, 4.0, 6.0)
-NOISE_STDS = (0.1, 0.25, 0.45, 0.8, 1.2)
 CHROMA_SHARES = (0.25, 0.5, 0.75, 0.9, 1.0)
-PATCHES_ACROSS = 4
-
-CORRUPTION_NAMES = ("noise", "blur", "low resolution", "gray", "occlusion")
-ROUNDING = 1e-3
-PIXEL_NOISE_STDS = (0.04, 0.08, 0.12, 0.18, 0.26)
-BLUR_SIGMAS = (0.5, 0.75, 1.0, 1.5, 2.0)
-BLUR_RADIUS_SIGMAS = 4
-OCCLUDED_AREAS = (0.05, 0.1, 0.2, 0.3, 0.45)
+CORRUPTIONS = {
+    "noise": (0.04, 0.08, 0.12, 0.18, 0.26),
+    "blur": (0.5, 0.75, 1.0, 1.5, 2.0),
+    "low resolution": FACTORS,
+    "gray": CHROMA_SHARES,
+    "occlusion": (0.05, 0.1, 0.2, 0.3, 0.45),
+}
+PATCHES_ACROSS, BLUR_RADIUS_SIGMAS, ROUNDING = 4, 4, 1e-3
 
 
 def pretext_severities(
@@ -47,41 +45,38 @@ def pretext_severities(
     - denoising: noise_std 0.1, 0.25, 0.45, 0.8 and 1.2;
     - colorization: 25, 50, 75, 90 and 100 % of the chroma gone (training: 100, by default).
 
-    Args:
-        settings: patch sizes and the masking's fill are taken from here. A patch size that does not
-            fit twice into the images' shorter side becomes a quarter of that side.
-        channels: of the images.
-        image_size: (height, width) in pixels.
+    Patch sizes and the masking's fill are the settings'; a patch size that does not fit twice into
+    the shorter side of the images (height, width) becomes a quarter of that side.
     """
-    masking = replace(
-        settings.masking,
-        mask_patch_size=_fitting(settings.masking.mask_patch_size, image_size),
-        hidden_share=1.0,
-    )
-    patch_size = _fitting(settings.sorting.sorting_patch_size, image_size)
-    sorting = replace(settings.sorting, sorting_patch_size=patch_size)
+    side = min(image_size)
+
+    def fitting(patch_size: int) -> int:
+        return patch_size if 2 * patch_size <= side else max(1, side // PATCHES_ACROSS)
+
+    size = fitting(settings.masking.mask_patch_size)
+    masking = replace(settings.masking, mask_patch_size=size, hidden_share=1.0)
+    size = fitting(settings.sorting.sorting_patch_size)
+    sorting = replace(settings.sorting, sorting_patch_size=size)
     tasks: dict[str, tuple[PretextTask, ...]] = {
         "masking": tuple(replace(masking, mask_ratio=ratio) for ratio in MASK_RATIOS),
-        "sorting": tuple(replace(sorting, share=share) for share in SORTED_SHARES),
+        "sorting": tuple(replace(sorting, share=share) for share in (0.2, 0.35, 0.5, 0.75, 1.0)),
         "superresolution": tuple(SuperResolution(factor, factor) for factor in FACTORS),
-        "denoising": tuple(Denoising(std, std) for std in NOISE_STDS),
+        "denoising": tuple(Denoising(std, std) for std in (0.1, 0.25, 0.45, 0.8, 1.2)),
     }
     if channels > 1:
         tasks["colorization"] = tuple(Colorization(share, share) for share in CHROMA_SHARES)
     return tasks
 
 
-def seeded_batches(
-    batches: Iterable[Tensor], seed: int
-) -> Iterator[tuple[Tensor, torch.Generator]]:
+def seeded_batches(batches: Iterable[Tensor], seed: int) -> Iterator[tuple[Tensor, Generator]]:
     """Each batch with a generator on its device, the same again at the next severity."""
     for number, batch in enumerate(batches):
-        yield batch, torch.Generator(batch.device).manual_seed(seed + number)
+        yield batch, Generator(batch.device).manual_seed(seed + number)
 
 
-def _fitting(patch_size: int, image_size: ImageSize) -> int:
-    side = min(image_size)
-    return patch_size if 2 * patch_size <= side else max(1, side // PATCHES_ACROSS)
+def corruption_names(channels: int) -> tuple[str, ...]:
+    """What `corrupt_images` can do to images of so many channels."""
+    return tuple(name for name in CORRUPTIONS if name != "gray" or channels == 3)
 
 
 def corrupt_images(
@@ -106,65 +101,40 @@ def corrupt_images(
         seed: of what is drawn; the images are drawn for in one go, on the CPU.
 
     Raises:
-        UserError: an unknown name or severity, or pixels outside [0, 1].
+        UserError: pixels outside [0, 1].
     """
-    known = corruption_names(images.shape[1])
-    if name not in known or severity not in SEVERITIES:
-        raise UserError(
-            f"corruption {name!r} of severity {severity} is unknown for images of "
-            f"{images.shape[1]} channel(s); choose from {', '.join(known)}, and 1 to 5"
-        )
-    level, generator = severity - 1, torch.Generator().manual_seed(seed)
+    level, generator = CORRUPTIONS[name][severity - 1], Generator().manual_seed(seed)
+    height, width = images.shape[-2:]
     if name == "occlusion":
-        return _occlude(images, OCCLUDED_AREAS[level], generator)
+        places = torch.rand(2, len(images), 1, generator=generator).to(images.device)
+        rows, columns = _covered(height, places[0], level), _covered(width, places[1], level)
+        return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
     pixels = statistics.denormalize(images)
-    _check_range(pixels)
-    if name == "noise":
-        noise = torch.randn(pixels.shape, generator=generator).to(pixels)
-        pixels = pixels + PIXEL_NOISE_STDS[level] * noise
-    elif name == "blur":
-        pixels = _blur(pixels, BLUR_SIGMAS[level])
-    elif name == "low resolution":
-        pixels = down_and_up(pixels, FACTORS[level])
-    else:
-        pixels = torch.lerp(pixels, TF.rgb_to_grayscale(pixels, 3), CHROMA_SHARES[level])
-    return statistics.normalize(pixels.clamp(0.0, 1.0))
-
-
-def corruption_names(channels: int) -> tuple[str, ...]:
-    """What `corrupt_images` can do to images of so many channels."""
-    return tuple(name for name in CORRUPTION_NAMES if name != "gray" or channels == 3)
-
-
-def _check_range(pixels: Tensor) -> None:
     lowest, highest = float(pixels.min()), float(pixels.max())
     if not -ROUNDING <= lowest <= highest <= 1 + ROUNDING:
         raise UserError(
             f"pixels lie between {lowest:.3g} and {highest:.3g}, and corruptions are defined for 0 "
             "to 1; give images of 8 bits, or values scaled to 0..1"
         )
+    if name == "noise":
+        pixels = pixels + level * torch.randn(pixels.shape, generator=generator).to(pixels)
+    elif name == "blur":
+        # The reflected border can't be wider than the image.
+        radius = min(round(BLUR_RADIUS_SIGMAS * level), height - 1, width - 1)
+        pixels = TF.gaussian_blur(pixels, [2 * radius + 1] * 2, [level, level])
+    elif name == "low resolution":
+        pixels = down_and_up(pixels, level)
+    else:
+        pixels = torch.lerp(pixels, TF.rgb_to_grayscale(pixels, 3), level)
+    return statistics.normalize(pixels.clamp(0.0, 1.0))
 
 
-def _blur(pixels: Tensor, sigma: float) -> Tensor:
-    # The reflected border can't be wider than the image.
-    radius = min(round(BLUR_RADIUS_SIGMAS * sigma), min(pixels.shape[-2:]) - 1)
-    return TF.gaussian_blur(pixels, [2 * radius + 1] * 2, [sigma, sigma])
+def _covered(length: int, place: Tensor, area: float) -> Tensor:
+    """Which of 0 .. length - 1 are in an interval of share sqrt(area): bool, (images, length).
 
-
-def _occlude(images: Tensor, area: float, generator: torch.Generator) -> Tensor:
-    height, width = images.shape[-2:]
-    centres = torch.rand(2, len(images), 1, generator=generator).to(images.device)
-    rows = _covered(height, centres[0], area**0.5)
-    columns = _covered(width, centres[1], area**0.5)
-    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
-
-
-def _covered(length: int, place: Tensor, share: float) -> Tensor:
-    """Which of 0 .. length - 1 lie in an interval of this share: bool, (images, length).
-
-    Intervals of one place lie within each other as the share grows.
+    Intervals of one place lie within each other as the area grows.
     """
-    extent = max(1, round(share * length))
+    extent = max(1, round(math.sqrt(area) * length))
     start = (place * (length - extent + 1)).floor()
     positions = torch.arange(length, device=place.device)
     return (positions >= start) & (positions < start + extent)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from backfold.backbone import (
     ImageSize,
     check_image_size,
+    check_options,
     default_image_size,
     use_plain_attention,
 )
@@ -200,6 +201,9 @@ def _of_export(folder: Path, image_size: ImageSize | None, seed: int) -> Subject
         raise UserError(
             f"{folder} is no exported folder ({type(error).__name__}: {error}); export the run anew"
         ) from error
+    if not timm.is_model(name):
+        raise UserError(f"{folder} names {name!r}, which is no timm model; export the run anew")
+    check_options(name, {key: options[key] for key in options if key not in OPTIONAL_ARGUMENTS})
     size = image_size or (own[0], own[1])
 
     def make(drop_path: float) -> nn.Module:

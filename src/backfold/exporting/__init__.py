@@ -1,1 +1,1 @@
-"""Taking a pretrained backbone elsewhere: timm, Hugging Face, TorchScript, ONNX."""
+"""Taking a pretrained backbone elsewhere: timm, Hugging Face, ONNX, torch.export."""

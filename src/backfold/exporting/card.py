@@ -1,6 +1,8 @@
 """A model card: what was trained on what, how well it does, how to load it."""
 
+import html
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def render_card(
     Args:
         run: the checkpoint.
         folder: the run's, for its facts and results; None leaves them out.
-        kind: "timm", "huggingface", "torchscript" or "onnx".
+        kind: "timm", "huggingface", "onnx" or "pt2".
         name: of the exported folder.
         rebuilt: how timm builds the model.
     """
@@ -48,6 +50,7 @@ def render_card(
     environment = Environment(
         loader=PackageLoader("backfold.exporting", ""), trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["text"] = as_text
     return environment.get_template("model_card.md.jinja").render(
         run=run,
         kind=kind,
@@ -58,9 +61,15 @@ def render_card(
         facts=_read_json(files.facts) if files else {},
         health=_last_health(files),
         rows=_rows(files),
-        recipe=yaml.safe_dump(config, sort_keys=False).rstrip(),
+        recipe=yaml.safe_dump(config, sort_keys=False).rstrip().replace("```", "'''"),
         version=__version__,
     )
+
+
+def as_text(value: object) -> str:
+    """One line without HTML, links, code or table cells of its own: names may be anybody's."""
+    escaped = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"([\\`\[\]|])", r"\\\1", escaped)
 
 
 def _public(key: str, value: Any) -> Any:

@@ -1,5 +1,6 @@
 """The energy as one graph for other runtimes: images in [0, 1] to embeddings and energies."""
 
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from backfold.backbone import as_positions
 from backfold.errors import UserError
 from backfold.training.pretrained import Pretrained
+from backfold.training.run_folder import write_atomically
 
 INPUT = "images"
 OUTPUTS = ("embedding", "energy")
 TOLERANCE = 1e-5
-# Sizes at which a graph is held against the model; it is recorded with two images.
+# Sizes at which a graph is held against the model; it is exported with two images.
 CHECKED_BATCHES = (1, 2, 5)
 
 Runner = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -47,23 +49,16 @@ class EnergyGraph(nn.Module):
         return features.mean(dim=1), self.head(features)
 
 
-def write_torchscript(path: Path, run: Pretrained, graph: EnergyGraph) -> None:
-    """Trace, save, load again and compare.
+def write_pt2(path: Path, run: Pretrained, graph: EnergyGraph) -> None:
+    """Export with `torch.export`, save, load again and compare.
 
     Raises:
-        UserError: the backbone can't be traced.
+        UserError: the backbone can't be exported.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing warns of every shape that it fixes; it is checked
-        try:
-            with torch.no_grad():
-                traced = torch.jit.trace(graph, (_images(run, 2),), check_trace=False)
-            torch.jit.save(traced, path)
-            loaded = torch.jit.load(path)
-        except (RuntimeError, TypeError) as error:
-            raise _refusal("TorchScript", run, error) from error
-    with torch.no_grad():
-        _check("TorchScript", run, graph, loaded)
+    buffer = io.BytesIO()
+    torch.export.save(_program("pt2", run, graph), buffer)
+    write_atomically(path, buffer.getvalue())
+    _check("pt2", run, graph, torch.export.load(path).module())
 
 
 def write_onnx(path: Path, run: Pretrained, graph: EnergyGraph) -> None:
@@ -73,22 +68,21 @@ def write_onnx(path: Path, run: Pretrained, graph: EnergyGraph) -> None:
         UserError: the packages are missing, or the backbone can't be exported.
     """
     onnxruntime = _onnxruntime()
+    program = _program("ONNX", run, graph)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
-                graph,
-                (_images(run, 2),),
+                program,
+                (),
                 path,
                 dynamo=True,
                 external_data=False,
                 verbose=False,
                 input_names=[INPUT],
                 output_names=list(OUTPUTS),
-                dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
             )
-        except Exception as error:
-            # The exporter wraps whatever a model's operations lead it to.
+        except Exception as error:  # the exporter wraps whatever a model's operations lead to
             raise _refusal("ONNX", run, error) from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
@@ -96,8 +90,19 @@ def write_onnx(path: Path, run: Pretrained, graph: EnergyGraph) -> None:
         embedding, energy = session.run(list(OUTPUTS), {INPUT: np.asarray(images)})
         return torch.from_numpy(embedding), torch.from_numpy(energy)
 
-    with torch.no_grad():
-        _check("ONNX", run, graph, infer)
+    _check("ONNX", run, graph, infer)
+
+
+def _program(name: str, run: Pretrained, graph: EnergyGraph) -> torch.export.ExportedProgram:
+    """The graph for batches of any size."""
+    shapes = {INPUT: {0: torch.export.Dim("batch")}}
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                graph, (_images(run, 2),), dynamic_shapes=shapes, strict=False
+            )
+    except Exception as error:  # whatever a backbone's operations lead to
+        raise _refusal(name, run, error) from error
 
 
 def _onnxruntime() -> Any:
@@ -117,6 +122,7 @@ def _images(run: Pretrained, count: int) -> Tensor:
     return torch.rand(count, run.channels, *run.image_size, generator=generator)
 
 
+@torch.no_grad()
 def _check(name: str, run: Pretrained, graph: EnergyGraph, infer: Runner) -> None:
     """Raise UserError unless embeddings and energies are the model's, at several batch sizes."""
     for count in CHECKED_BATCHES:

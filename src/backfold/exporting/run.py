@@ -9,7 +9,7 @@ from typing import Literal
 
 from backfold.errors import UserError
 from backfold.exporting.card import render_card
-from backfold.exporting.graph import EnergyGraph, write_onnx, write_torchscript
+from backfold.exporting.graph import EnergyGraph, write_onnx, write_pt2
 from backfold.exporting.timm_folder import (
     CONFIG,
     WEIGHTS,
@@ -20,9 +20,9 @@ from backfold.exporting.weights import exported_backbone
 from backfold.training.pretrained import load_pretrained
 from backfold.training.run_folder import write_atomically
 
-Format = Literal["timm", "huggingface", "torchscript", "onnx"]
-TORCHSCRIPT, ONNX, CARD = "model.pt", "model.onnx", "README.md"
-OURS = {WEIGHTS, CONFIG, TORCHSCRIPT, ONNX, CARD}
+Format = Literal["timm", "huggingface", "onnx", "pt2"]
+ONNX, PT2, CARD = "model.onnx", "model.pt2", "README.md"
+OURS = {WEIGHTS, CONFIG, ONNX, PT2, CARD}
 
 
 def export_run(checkpoint: Path, kind: Format, out: Path, overwrite: bool = False) -> None:
@@ -31,7 +31,7 @@ def export_run(checkpoint: Path, kind: Format, out: Path, overwrite: bool = Fals
     Args:
         checkpoint: a run's folder (its last checkpoint) or a checkpoint file.
         kind: "timm" and "huggingface" write ``model.safetensors`` and ``config.json``,
-            "torchscript" ``model.pt``, "onnx" ``model.onnx``; all write ``README.md``.
+            "onnx" ``model.onnx``, "pt2" ``model.pt2``; all write ``README.md``.
         out: the folder.
         overwrite: replace an earlier export.
 
@@ -44,8 +44,8 @@ def export_run(checkpoint: Path, kind: Format, out: Path, overwrite: bool = Fals
     source = _run_folder(checkpoint)
     rebuilt = rebuild(run, exported_backbone(run, source))
     with replacing_folder(out) as folder:
-        if kind == "torchscript":
-            write_torchscript(folder / TORCHSCRIPT, run, EnergyGraph(run, rebuilt.model).eval())
+        if kind == "pt2":
+            write_pt2(folder / PT2, run, EnergyGraph(run, rebuilt.model).eval())
         elif kind == "onnx":
             write_onnx(folder / ONNX, run, EnergyGraph(run, rebuilt.model).eval())
         else:

@@ -1,7 +1,6 @@
 """What is computed of each image: its embedding, or its energy and restoration errors."""
 
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -12,12 +11,9 @@ import torch
 from torch import Tensor
 
 from backfold.embedding import EmbeddingChoice, embed_batches
-from backfold.errors import UserError
-from backfold.pretext import Exchange, Identity, PretextTask
+from backfold.pretext import PretextTask
 from backfold.restoration import eval_mode, restoration_loss, restore
 from backfold.training.pretrained import Pretrained
-
-LOGGER = logging.getLogger("backfold")
 
 
 class Job(Protocol):
@@ -84,8 +80,7 @@ class ScoringJob:
 
     Args:
         run: the energy.
-        tasks: the pretext tasks by name, as `scorable_tasks` gives them; none leaves only the
-            energy.
+        tasks: the pretext tasks by name; none leaves only the energy.
         num_steps: restoration steps.
         step_size: factor of the energy gradient.
         seed: of the corruptions.
@@ -139,33 +134,6 @@ class ScoringJob:
 def normalised(job: Job, images: Tensor) -> Tensor:
     """Loaded images on the job's device, normalised there."""
     return job.run.statistics.normalize(images.to(job.device, non_blocking=True))
-
-
-def scorable_tasks(tasks: Mapping[str, PretextTask]) -> dict[str, PretextTask]:
-    """The tasks that can corrupt an image alone: all but `Exchange`, which a warning names.
-
-    `Identity`, which corrupts nothing, is left out, too.
-
-    Args:
-        tasks: by name.
-
-    Raises:
-        UserError: there are tasks, and none of them can.
-    """
-    corrupting = {name: task for name, task in tasks.items() if not isinstance(task, Identity)}
-    scorable = {name: task for name, task in corrupting.items() if not isinstance(task, Exchange)}
-    left_out = [name for name in corrupting if name not in scorable]
-    if left_out and not scorable:
-        raise UserError(
-            f"images are scored one by one, and {', '.join(left_out)} shows squares of other "
-            "images; choose another pretext, such as --pretext masking"
-        )
-    if left_out:
-        LOGGER.warning(
-            "%s has no score: images are scored one by one, and it shows squares of other images",
-            ", ".join(left_out),
-        )
-    return scorable
 
 
 def image_seed(seed: int, index: int) -> int:

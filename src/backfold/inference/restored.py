@@ -11,12 +11,12 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from backfold.data.augmentation import cover
-from backfold.data.decode import BrokenImage, decode, to_channels
+from backfold.data.decode import decode, to_channels
 from backfold.data.loading import evaluation_loader, stack_images
 from backfold.data.source import NoTestSplit, open_source
-from backfold.errors import UserError
+from backfold.errors import BrokenImage, UserError
 from backfold.metrics import psnr_db, ssim
-from backfold.pretext import Exchange, PretextTask
+from backfold.pretext import PretextTask
 from backfold.restoration import RestorationResult, restore
 from backfold.training.pretrained import Pretrained
 from backfold.training.previews import png_bytes, restoration_grid, to_display
@@ -98,13 +98,8 @@ def restore_images(
         seed: of the corruption.
 
     Raises:
-        UserError: `Exchange` of a single image, or what the task or writing raises.
+        UserError: what the task or writing raises.
     """
-    if isinstance(task, Exchange) and len(clean) == 1:
-        raise UserError(
-            "exchange shows squares of other images, and there is 1 image; give 2 or more, or "
-            "choose another pretext, such as --pretext masking"
-        )
     corrupted = task(clean, torch.Generator().manual_seed(seed)).corrupted
     result = restore(run.energy, corrupted, num_steps, step_size)
     for number, name in enumerate(names):

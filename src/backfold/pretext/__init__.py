@@ -4,7 +4,6 @@ from backfold.pretext.colorization import Colorization, chroma_error, luminance
 from backfold.pretext.corruption import Corruption, PretextTask, SecondTarget
 from backfold.pretext.denoising import Denoising
 from backfold.pretext.excerpt import Excerpt, ExcerptSettings
-from backfold.pretext.exchange import Exchange
 from backfold.pretext.identity import Identity
 from backfold.pretext.masking import Masking
 from backfold.pretext.mixture import Mixture
@@ -17,7 +16,6 @@ __all__ = [
     "Denoising",
     "Excerpt",
     "ExcerptSettings",
-    "Exchange",
     "Identity",
     "Masking",
     "Mixture",

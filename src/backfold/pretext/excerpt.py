@@ -15,7 +15,6 @@ from backfold.pretext.corruption import (
     check_images,
 )
 from backfold.pretext.denoising import Denoising
-from backfold.pretext.exchange import Exchange
 from backfold.pretext.masking import Masking
 from backfold.pretext.mixture import Mixture
 from backfold.pretext.patches import patchify, random_order, unpatchify
@@ -147,8 +146,6 @@ def _check_task(task: PretextTask, settings: ExcerptSettings) -> None:
             name, part = "masking.mask_patch_size", task.mask_patch_size
         case Sorting():
             name, part = "sorting.sorting_patch_size", task.sorting_patch_size
-        case Exchange():
-            name, part = "exchange.exchange_patch_size", task.exchange_patch_size
         case Denoising():
             name, part = "denoising.octaves, as pixels,", 2 ** (task.octaves - 1)
     if side % part:

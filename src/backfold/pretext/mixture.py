@@ -72,16 +72,15 @@ class Mixture:
         corrupted = torch.empty_like(clean)
         loss_mask = torch.empty_like(clean[:, :1], dtype=torch.bool)
         second: SecondTarget | None = None
+        if any(map(_has_second_head, self.drawn)):
+            # Even if no image of it is drawn: every process must use the same parameters.
+            second = SecondTarget(torch.zeros_like(assignment, dtype=torch.bool), clean.clone())
         for index in torch.unique(assignment).tolist():
             images = (assignment == index).nonzero().squeeze(1)
             corruption = self.tasks[index](clean.index_select(0, images), generator)
             corrupted.index_copy_(0, images, corruption.corrupted)
             loss_mask.index_copy_(0, images, corruption.loss_mask)
-            if corruption.second is not None:
-                if second is None:
-                    second = SecondTarget(
-                        torch.zeros_like(assignment, dtype=torch.bool), clean.clone()
-                    )
+            if corruption.second is not None and second is not None:
                 second.chosen.index_copy_(0, images, corruption.second.chosen)
                 second.target.index_copy_(0, images, corruption.second.target)
         return Corruption(corrupted, loss_mask, second=second)
@@ -92,3 +91,9 @@ def _hidden_share(task: PretextTask) -> float:
     if isinstance(task, Mixture):
         return min(map(_hidden_share, task.tasks))
     return task.hidden_share if isinstance(task, Masking) else 1.0
+
+
+def _has_second_head(task: PretextTask) -> bool:
+    if isinstance(task, Mixture):
+        return any(map(_has_second_head, task.drawn))
+    return isinstance(task, Masking) and task.normalised_share > 0

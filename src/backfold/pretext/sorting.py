@@ -10,6 +10,8 @@ from backfold.errors import UserError
 from backfold.pretext.corruption import Corruption, check_images
 from backfold.pretext.patches import patch_mask_to_pixels, patchify, random_order, unpatchify
 
+FARTHEST = 1e18  # between patches; beyond it an image is no longer one
+
 
 @dataclass(frozen=True)
 class Sorting:
@@ -74,7 +76,7 @@ def patches_placed_right(restored: Tensor, clean: Tensor, patch_size: int) -> Te
     The clean image's patches are assigned to the restored image's positions so that the sum of
     squared distances is least. A patch is right at its own position, and at that of a pixelwise
     equal patch, such as another piece of a black background. An image with pixels that are not
-    finite, or beyond 1e18, scores 0.
+    finite, or patches beyond 1e18 from each other, scores 0.
 
     Args:
         restored: (batch, channels, height, width).
@@ -98,22 +100,26 @@ def patches_placed_right(restored: Tensor, clean: Tensor, patch_size: int) -> Te
             f"patch_size is {patch_size} for {height}x{width} pixel images; "
             f"give 1 to {min(height, width)}"
         )
-    restored_patches = patchify(restored, patch_size).flatten(2).float()
-    clean_patches = patchify(clean, patch_size).flatten(2).float()
-    shares = [_placed_right(*pair) for pair in zip(restored_patches, clean_patches, strict=True)]
-    return torch.tensor(shares, device=clean.device)
-
-
-def _placed_right(restored: Tensor, clean: Tensor) -> float:
-    """The share for one image, of patches (patches, values)."""
-    # The matrix-product shortcut can't tell nearly equal patches apart.
-    mode = "donot_use_mm_for_euclid_dist"
-    costs = torch.cdist(restored, clean, compute_mode=mode).cpu().double().square()
-    if not torch.isfinite(costs).all():
-        return 0.0
+    patches = [patchify(images, patch_size).flatten(2).cpu() for images in (restored, clean)]
+    costs = _squared_distances(*patches)
     # Between equal costs the solver prefers the order given, which would flatter a bad restoration.
-    shuffled = torch.randperm(len(costs), generator=torch.Generator().manual_seed(0))
-    _, columns = linear_sum_assignment(costs[shuffled].numpy())
-    assigned = clean[torch.from_numpy(columns).to(clean.device)]
-    placed_right = (assigned == clean[shuffled.to(clean.device)]).all(dim=1)
-    return float(placed_right.float().mean())
+    order = torch.randperm(costs.shape[1], generator=torch.Generator().manual_seed(0))
+    sane = costs.flatten(1).amax(dim=1) < FARTHEST**2  # false for what is not finite
+    shares = torch.zeros(len(clean))
+    for image in sane.nonzero().squeeze(1).tolist():
+        _, columns = linear_sum_assignment(costs[image, order].numpy())
+        target = patches[1][image]
+        placed_right = (target[torch.from_numpy(columns)] == target[order]).all(dim=1)
+        shares[image] = placed_right.float().mean()
+    return shares.to(clean.device)
+
+
+def _squared_distances(first: Tensor, second: Tensor) -> Tensor:
+    """Between all patches of each image, (batch, patches, patches), from (batch, patches, values).
+
+    In float64, or the expanded square could not tell nearly equal patches apart.
+    """
+    centre = second.double().mean(dim=1, keepdim=True)
+    left, right = first.double() - centre, second.double() - centre
+    squares = left.square().sum(dim=2)[:, :, None] + right.square().sum(dim=2)[:, None]
+    return squares.baddbmm(left, right.mT, alpha=-2)

@@ -64,5 +64,10 @@ def down_and_up(images: Tensor, factor: float) -> Tensor:
     """
     size = images.shape[-2:]
     small_size = [max(1, round(side / factor)) for side in size]
-    small = F.interpolate(images, small_size, mode="bicubic", antialias=True)
-    return F.interpolate(small, size, mode="bicubic", antialias=True)
+    try:
+        small = F.interpolate(images, small_size, mode="bicubic", antialias=True)
+        return F.interpolate(small, size, mode="bicubic", antialias=True)
+    except NotImplementedError:  # not every device has it
+        if images.device.type == "cpu":
+            raise
+        return down_and_up(images.cpu(), factor).to(images.device)

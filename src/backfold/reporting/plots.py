@@ -2,55 +2,65 @@
 
 import base64
 import io
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from itertools import chain, cycle
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from backfold.evaluation.results import ACCURACY, OVER, Row, parse_case
 from backfold.reporting.verdicts import Look, Series, show
 
-# Colours are of Okabe and Ito's palette, which the colour-blind can tell apart; line styles and
-# markers differ too.
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "backfold",  # the same numbers give the same bytes
-    "font.size": 9.0,
-    "legend.fontsize": 8.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "xtick.color": "#333333",
-    "ytick.color": "#333333",
-}
-BLUE, SKY, NIGHT = "#0072b2", "#56b4e9", "#003d66"
-ORANGE, AMBER, GREEN, PINK, GREY = "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#777777"
+    "font.size": 9, "legend.fontsize": 8, "legend.frameon": False, "legend.handlelength": 2.5,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555555",
+    "axes.axisbelow": True, "grid.color": "#dddddd", "lines.markersize": 4,
+}  # fmt: skip
+BLUE = "#0072b2"
+# Colours are of Okabe and Ito's palette, which the colour-blind can tell apart; line styles and
+# markers differ too.
 LOOKS = (
-    (BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, ":", "^"), (GREY, "-.", "v"), (SKY, "-", "D"),
-    (PINK, "--", "<"), (AMBER, ":", ">"), (NIGHT, "-.", "x"),
+    (BLUE, "-", "o"), ("#d55e00", "--", "s"), ("#009e73", ":", "^"), ("#777777", "-.", "v"),
+    ("#56b4e9", "-", "D"), ("#cc79a7", "--", "<"), ("#e69f00", ":", ">"), ("#003d66", "-.", "x"),
 )  # fmt: skip
 SIZE_INCHES = (4.4, 2.7)
 LEGEND_COLUMNS, LEGEND_LINE_INCHES = 3, 0.17
 MAX_POINTS = 1000
 FEW_POINTS = 30  # up to here each point is marked
 HISTOGRAM_BINS = 40
-# Beyond these percentiles an energy counts in the outermost bar: one diverged image must not
-# squeeze all others into a single bar.
+# Beyond them an energy is in the outermost bar: one diverged image must not squeeze all others.
 HISTOGRAM_PERCENTILES = (0.5, 99.5)
 LARGEST = 1e30  # larger numbers can't be drawn
 BY_SEVERITY = ("AUROC", "PSNR (dB)", ACCURACY)  # of each protocol the first that it has
-CLEAN = "clean"
 LAYER = re.compile(r"(?P<probe>.+), layer (?P<layer>-?\d{1,4}), (?P<pooling>.+)")
+# What they show, and the unit.
+CURVES: Mapping[str, tuple[str, str]] = {
+    "loss": ("loss", ""),
+    "psnr_gain_db": ("PSNR gain over the corrupted image", "dB"),
+    "energy_gap": ("energy gap, corrupted minus clean", ""),
+    "auroc": ("AUROC of the energy", ""),
+    "rank_me": ("effective rank (RankMe)", ""),
+    "knn": ("kNN accuracy", "%"),
+    "gradient_norm": ("gradient norm", ""),
+    "lr": ("learning rate", ""),
+    "images_per_second": ("speed", "images/s"),
+    "data_wait": ("share of time waiting for images", ""),
+}
+LOGARITHMIC = ("loss", "gradient_norm")  # where they span more than a factor of ten
+
+# Mean and spread by position on the x axis, by contender.
+Panel = dict[str, dict[float, tuple[float, float]]]
 
 
-@dataclass(frozen=True)
-class Plot:
+class Plot(NamedTuple):
     """A picture with its title and caption, and its content in words."""
 
     title: str
@@ -59,47 +69,20 @@ class Plot:
     data_uri: str
 
 
-# Titles and units.
-HELD_OUT_CURVES: Mapping[str, tuple[str, str]] = {
-    "psnr_gain_db": ("Held out: PSNR gain", "dB"),
-    "energy_gap": ("Held out: energy gap, corrupted minus clean", ""),
-    "auroc": ("Held out: AUROC of the energy", ""),
-    "rank_me": ("Held out: effective rank (RankMe)", ""),
-    "knn": ("Held out: kNN accuracy", "%"),
-}
-TRAINING_CURVES: Mapping[str, tuple[str, str]] = {
-    "loss": ("Training loss", ""),
-    "psnr_gain_db": ("PSNR gain over the corrupted image", "dB"),
-    "energy_gap": ("Energy gap, corrupted minus clean", ""),
-    "gradient_norm": ("Gradient norm", ""),
-    "lr": ("Learning rate", ""),
-    "images_per_second": ("Speed", "images/s"),
-    "data_wait": ("Share of time waiting for images", ""),
-}
-LOGARITHMIC = ("loss", "gradient_norm")  # where they span more than a factor of ten
-
-
 def plot_curves(looks: Sequence[Look], metrics: Mapping[str, Series]) -> list[Plot]:
     """All curves against the step that have a finite value; those of held-out images first."""
-    steps = np.array([look.step for look in looks], dtype=np.float64)
-    plots = [
-        _curve(*titled, steps, np.array([look.measures.get(name, np.nan) for look in looks], float))
-        for name, titled in HELD_OUT_CURVES.items()
+    names = ("step", *CURVES)
+    held_out = {name: np.array([look.get(name, np.nan) for look in looks]) for name in names}
+    return [
+        _curve(f"{where}: {title}", unit, columns["step"], columns[name], name in LOGARITHMIC)
+        for where, columns in (("Held out", held_out), ("Training", metrics))
+        for name, (title, unit) in CURVES.items()
+        if name in columns and np.isfinite(columns[name]).any()
     ]
-    plots += [
-        _curve(*titled, metrics["step"], metrics[name], name in LOGARITHMIC)
-        for name, titled in TRAINING_CURVES.items()
-        if name in metrics
-    ]
-    return [plot for plot in plots if plot is not None]
 
 
-def _curve(
-    title: str, unit: str, steps: Series, values: Series, logarithmic: bool = False
-) -> Plot | None:
+def _curve(title: str, unit: str, steps: Series, values: Series, may_be_log: bool) -> Plot:
     finite = np.isfinite(values)
-    if not finite.any():
-        return None
     known = np.flatnonzero(finite)
     first, last = (
         f"{show(values[index], '.4g', unit)} at step {steps[index]:,.0f}"
@@ -109,24 +92,22 @@ def _curve(
     thinned = np.unique(np.linspace(0, len(values) - 1, MAX_POINTS).round().astype(int))
     shown = np.where(finite, values, np.nan)[thinned]
     with _drawing("step", unit) as (axes, finish):
-        marker = "o" if len(known) <= FEW_POINTS else None
-        axes.plot(steps[thinned], shown, color=BLUE, linewidth=1.5, marker=marker, markersize=4)
-        if logarithmic and 0 < 10 * values[finite].min() < values[finite].max():
+        axes.plot(steps[thinned], shown, BLUE, marker="o" if len(known) <= FEW_POINTS else None)
+        if may_be_log and 0 < 10 * values[finite].min() < values[finite].max():
             axes.set_yscale("log")
         alt = f"Curve of {title} against the step, from {first} to {last}."
         return Plot(title, f"last: {last}{missing}", alt, finish())
 
 
 def plot_energies(task: str, energies: Mapping[str, Series]) -> Plot | None:
-    """Histograms of the clean, the corrupted and the restored images' energies, on one axis.
-
-    None where no energy is finite.
-    """
+    """Histograms of clean, corrupted and restored images' energies; None where none is finite."""
     finite = {name: values[np.isfinite(values)] for name, values in energies.items()}
-    shown = {name: values for name, values in finite.items() if len(values)}
-    if not shown:
+    if not (shown := {name: values for name, values in finite.items() if len(values)}):
         return None
-    edges = _edges(np.concatenate(list(shown.values())))
+    low, high = np.percentile(np.concatenate(list(shown.values())), HISTOGRAM_PERCENTILES)
+    # Equal energies still need a bar of some width.
+    margin = max(0.0, 1e-6 * max(1.0, abs(low), abs(high)) - (high - low))
+    edges = np.linspace(low - margin, high + margin, HISTOGRAM_BINS + 1)
     means = ", ".join(f"{name} {show(float(values.mean()))}" for name, values in shown.items())
     broken = sum(map(len, energies.values())) - sum(map(len, shown.values()))
     caption = f"mean energies: {means}" + (f"; not finite: {broken}" if broken else "")
@@ -139,111 +120,72 @@ def plot_energies(task: str, energies: Mapping[str, Series]) -> Plot | None:
         return Plot(f"Energies: {task}", caption, alt, finish())
 
 
-def _edges(energies: Series) -> Series:
-    low, high = np.percentile(energies, HISTOGRAM_PERCENTILES)
-    # Equal energies still need a bar of some width.
-    margin = max(0.0, 1e-6 * max(1.0, abs(low), abs(high)) - (high - low))
-    return np.linspace(low - margin, high + margin, HISTOGRAM_BINS + 1)
-
-
 def plot_rows(rows: Sequence[Row]) -> list[Plot]:
     """What of one protocol's rows is a curve: by severity for each corruption, and by layer."""
     return [*_by_severity(rows), *_by_layer(rows)]
 
 
-# Mean and spread by position on the x axis, of one contender.
-_Points = dict[float, tuple[float, float]]
+def _point(row: Row) -> tuple[float, float]:
+    """Mean (NaN where it can't be drawn) and spread, which bars show."""
+    # PSNR's spread is over the images: it says how much they differ, and would hide the lines.
+    spread = row.std if row.std < LARGEST and "dB" not in row.metric else 0.0
+    return (row.mean if abs(row.mean) < LARGEST else math.nan), spread
 
 
 def _by_severity(rows: Sequence[Row]) -> list[Plot]:
     """A panel for each corruption, a line for each contender; clean images are severity 0."""
-    rows = [row for row in rows if OVER not in row.contender]
     metrics = {row.metric for row in rows if parse_case(row.case)}
     metric = next((name for name in BY_SEVERITY if name in metrics), "")
-    clean = {row.contender: row for row in rows if (row.case, row.metric) == (CLEAN, metric)}
-    panels: dict[str, dict[str, _Points]] = {}
+    rows = [row for row in rows if row.metric == metric and OVER not in row.contender]
+    clean = {row.contender: {0.0: _point(row)} for row in rows if row.case == "clean"}
+    panels: dict[str, Panel] = {}
     for row in rows:
-        case = parse_case(row.case)
-        if case and row.metric == metric:
-            points = panels.setdefault(case[0], {}).setdefault(row.contender, {})
-            for place, found in ((0, clean.get(row.contender)), (case[1], row)):
-                if found is not None:
-                    points[place] = (found.mean, found.std)
+        if case := parse_case(row.case):
+            lines = panels.setdefault(case[0], {})
+            lines.setdefault(row.contender, {**clean.get(row.contender, {})})[case[1]] = _point(row)
     return _panels(panels, "severity (0: clean)" if clean else "severity", metric)
 
 
 def _by_layer(rows: Sequence[Row]) -> list[Plot]:
     """A panel for each pooling, a line for each contender; pixels, without layers, are level."""
-    panels: dict[str, dict[str, _Points]] = {}
-    best: dict[str, tuple[float, float]] = {}
+    panels: dict[str, Panel] = {}
+    level: dict[str, tuple[float, float]] = {}
     for row in rows:
-        found, here = LAYER.fullmatch(row.case), (row.mean, row.std)
-        if found:
-            lines = panels.setdefault(f"{found['probe']}, {found['pooling']}", {})
-            lines.setdefault(row.contender, {})[int(found["layer"])] = here
+        if found := LAYER.fullmatch(row.case):
+            panel = panels.setdefault(f"{found['probe']}, {found['pooling']}", {})
+            panel.setdefault(row.contender, {})[int(found["layer"])] = _point(row)
         else:
-            best[row.contender] = max(here, best.get(row.contender, here))
+            level[row.contender] = max(_point(row), level.get(row.contender, _point(row)))
     for lines in panels.values():
         layers = set(chain.from_iterable(lines.values()))
-        lines |= {f"{name}, the best": dict.fromkeys(layers, best[name]) for name in best}
-    metric = next((row.metric for row in rows), "")
-    return _panels(panels, "layer (-1: the last)", metric)
+        lines |= {f"{name}, the best": dict.fromkeys(layers, best) for name, best in level.items()}
+    return _panels(panels, "layer (-1: the last)", rows[0].metric if rows else "")
 
 
-def _panels(panels: Mapping[str, Mapping[str, _Points]], x_label: str, metric: str) -> list[Plot]:
-    """Small plots with the same y axis, to be compared."""
+def _panels(panels: Mapping[str, Panel], x_label: str, metric: str) -> list[Plot]:
+    """Small plots with the same y axis, to be compared; none where nothing can be drawn."""
     lines = chain.from_iterable(panel.values() for panel in panels.values())
-    ends = (
-        mean + sign * (spread if _has_bars(metric) else 0.0)
-        for points in lines
-        for mean, spread in points.values()
-        for sign in (-1, 1)
-    )
-    finite = [end for end in ends if abs(end) < LARGEST]
-    if not finite:
+    points = [point for line in lines for point in line.values()]
+    ends = [mean + sign * spread for mean, spread in points for sign in (-1, 1)]
+    if not np.isfinite(ends).any():
         return []
-    low, high = min(finite), max(finite)
+    low, high = np.nanmin(ends), np.nanmax(ends)
     margin = 0.06 * (high - low) or 1.0
-    limits = (low - margin, high + margin)
-    return [_panel(title, panel, x_label, metric, limits) for title, panel in panels.items()]
-
-
-def _has_bars(metric: str) -> bool:
-    # PSNR's spread is over the images: it says how much they differ, and would hide the lines.
-    return "dB" not in metric
-
-
-def _panel(
-    title: str,
-    panel: Mapping[str, _Points],
-    x_label: str,
-    metric: str,
-    limits: tuple[float, float],
-) -> Plot:
-    ticks = sorted(set(chain.from_iterable(panel.values())))
-    with _drawing(x_label, metric) as (axes, finish):
-        for number, (contender, points) in enumerate(panel.items()):
-            colour, line, marker = LOOKS[number % len(LOOKS)]
-            places = sorted(points)
-            means, spreads = np.array([points[place] for place in places], float).T
-            axes.errorbar(
-                places,
-                np.where(np.abs(means) < LARGEST, means, np.nan),
-                np.where(np.isfinite(spreads), spreads, 0.0) if _has_bars(metric) else None,
-                color=colour,
-                linestyle=line,
-                marker=marker,
-                markersize=4,
-                linewidth=1.4,
-                label=contender,
-            )
-        axes.set_ylim(limits)
-        if len(ticks) <= FEW_POINTS:
-            axes.set_xticks(ticks)
-        if metric == BY_SEVERITY[0]:
-            axes.axhline(0.5, color="#bbbbbb", linewidth=0.8, zorder=0)
-        alt = f"{metric} against {x_label}, {title}, of {', '.join(panel)}."
-        return Plot(title, metric, alt, finish())
+    plots = []
+    for title, panel in panels.items():
+        with _drawing(x_label, metric) as (axes, finish):
+            for (contender, line), (colour, style, marker) in zip(panel.items(), cycle(LOOKS)):
+                means, spreads = np.array([line[place] for place in sorted(line)]).T
+                look: dict[str, Any] = {"color": colour, "linestyle": style, "marker": marker}
+                bars = spreads if spreads.any() else None
+                axes.errorbar(sorted(line), means, bars, label=contender, **look)
+            axes.set_ylim(low - margin, high + margin)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if metric == "AUROC":
+                axes.axhline(0.5, color="#bbbbbb", linewidth=0.8, zorder=0)  # chance
+            alt = f"{metric} against {x_label}, {title}, of {', '.join(panel)}."
+            plots.append(Plot(title, metric, alt, finish()))
+    return plots
 
 
 @contextmanager
@@ -251,11 +193,8 @@ def _drawing(x_label: str, y_label: str) -> Iterator[tuple[Axes, Callable[[], st
     """Axes in the report's style, and what makes them, with a legend, a data URI."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-        axes = figure.add_subplot()
-        axes.set_xlabel(_plain(x_label))
-        axes.set_ylabel(_plain(y_label))
-        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
+        axes = figure.add_subplot(xlabel=_plain(x_label), ylabel=_plain(y_label))
+        axes.grid(axis="y")
         yield axes, lambda: _finished(figure, axes)
 
 
@@ -267,16 +206,10 @@ def _plain(text: str) -> str:
 def _finished(figure: Figure, axes: Axes) -> str:
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        lines = -(-len(labels) // LEGEND_COLUMNS)
-        figure.set_figheight(SIZE_INCHES[1] + LEGEND_LINE_INCHES * (lines - 1))
-        figure.legend(
-            handles,
-            [_plain(label) for label in labels],
-            loc="outside upper left",
-            ncols=LEGEND_COLUMNS,
-            frameon=False,
-            handlelength=2.5,
-        )
-    buffer = io.StringIO()
+        further_lines = (len(labels) - 1) // LEGEND_COLUMNS
+        figure.set_figheight(SIZE_INCHES[1] + LEGEND_LINE_INCHES * further_lines)
+        names = [_plain(label) for label in labels]
+        figure.legend(handles, names, loc="outside upper left", ncols=LEGEND_COLUMNS)
+    buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue().encode()).decode()
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,7 +1,8 @@
 """The restoration step under `torch.compile`, with the plain step to fall back on."""
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -9,9 +10,10 @@ import torch._functorch.config
 from torch import Tensor
 
 LOGGER = logging.getLogger("backfold")
-# A parameter gradient that is off by more than this is wrong, and not a matter of rounding: bf16
-# is seen at 0.002 to 0.05, float32 at 1e-6.
-GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
+# A parameter whose gradient is off by more than this share is wrong, and not a matter of rounding.
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+# Of the largest gradient: what is smaller is compared with this, as bf16 knows it no better.
+SMALLEST_SHARE = 0.05
 
 Step = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]
@@ -86,9 +88,12 @@ def _cause(error: BaseException) -> str:
 
 
 def gradient_distance(
-    parameters: list[Tensor], one: Callable[[], Tensor], other: Callable[[], Tensor]
-) -> float:
-    """How far the gradients of two losses are apart, relative to the second's norm.
+    parameters: Mapping[str, Tensor], one: Callable[[], Tensor], other: Callable[[], Tensor]
+) -> tuple[float, str]:
+    """How far a parameter's gradients of two losses are apart at most, and which one's.
+
+    Distances are relative to the norm of the second loss's gradient, or to `SMALLEST_SHARE` of the
+    largest norm, if that is more; infinite where one of the two has no gradient.
 
     Args:
         parameters: their ``grad`` is None before and afterwards.
@@ -98,19 +103,18 @@ def gradient_distance(
     gradients = []
     for loss in (one, other):
         loss().backward()
-        gradients.append([parameter.grad for parameter in parameters])
-        for parameter in parameters:
+        gradients.append({name: parameter.grad for name, parameter in parameters.items()})
+        for parameter in parameters.values():
             parameter.grad = None
-    pairs = [
-        (first, second)
-        for first, second in zip(*gradients, strict=True)
-        if first is not None and second is not None
-    ]
-    missing = sum(
-        (first is None) != (second is None) for first, second in zip(*gradients, strict=True)
-    )
-    if missing:
-        return float("inf")
-    apart = torch.stack([(first - second).float().norm() for first, second in pairs]).norm()
-    size = torch.stack([second.float().norm() for _, second in pairs]).norm()
-    return float(apart / size.clamp(min=torch.finfo(torch.float32).tiny))
+    norms = {name: float(grad.norm()) for name, grad in gradients[1].items() if grad is not None}
+    least = SMALLEST_SHARE * max(norms.values(), default=0.0) or torch.finfo(torch.float32).tiny
+    furthest = (0.0, "")
+    for name, second in gradients[1].items():
+        first = gradients[0][name]
+        if first is None and second is None:
+            continue
+        apart = math.inf
+        if first is not None and second is not None:
+            apart = float((first - second).float().norm()) / max(norms[name], least)
+        furthest = max(furthest, (math.inf if math.isnan(apart) else apart, name))
+    return furthest

@@ -10,14 +10,12 @@ from backfold.backbone import ImageSize
 from backfold.data.arrays import MAX_PIXELS
 from backfold.data.augmentation import Augmentation
 from backfold.embedding import EmbeddingChoice
-from backfold.energy import HeadName
 from backfold.errors import UserError
 from backfold.pretext import (
     Colorization,
     Denoising,
     Excerpt,
     ExcerptSettings,
-    Exchange,
     Identity,
     Masking,
     Mixture,
@@ -27,8 +25,7 @@ from backfold.pretext import (
 )
 from backfold.training.optimizer import OptimizerSettings
 
-PAPER_TASKS = ("masking", "sorting", "superresolution", "denoising", "colorization")
-TASK_NAMES = (*PAPER_TASKS, "exchange")
+TASK_NAMES = ("masking", "sorting", "superresolution", "denoising", "colorization")
 MIXTURE, IDENTITY = "mixture", "identity"
 POSITIVE = (
     "num_steps", "step_size", "batch_size", "epochs", "watch_every", "held_out",
@@ -52,10 +49,9 @@ class TaskSettings:
         superresolution: scale down and up.
         denoising: add noise.
         colorization: take colours away.
-        exchange: show squares of other images.
         mixture: weight of each task where the pretext is "mixture", by the tasks' names; tasks that
             are not named are left out, and "identity" leaves its share of the images clean
-            (default: the paper's five, those that the images allow, equally).
+            (default: all five, those that the images allow, equally).
         excerpt: whatever the task, run on a random part of each image's squares alone.
     """
 
@@ -64,7 +60,6 @@ class TaskSettings:
     superresolution: SuperResolution = field(default_factory=SuperResolution)
     denoising: Denoising = field(default_factory=Denoising)
     colorization: Colorization = field(default_factory=Colorization)
-    exchange: Exchange = field(default_factory=Exchange)
     mixture: dict[str, float] = field(default_factory=dict)
     excerpt: ExcerptSettings = field(default_factory=ExcerptSettings)
 
@@ -81,9 +76,7 @@ class PretrainConfig:
         backbone_options: further keyword arguments of the timm model, such as patch_size.
         image_size: N or HxW in pixels; none takes the backbone's own.
         channels: channels of the images; none counts them in the data.
-        head: the energy's head: "linear", the paper's, "quadratic" in the features, or "pooled",
-            two layers on their mean over the positions.
-        pretext: masking, sorting, superresolution, denoising, colorization, exchange or mixture.
+        pretext: masking, sorting, superresolution, denoising, colorization or mixture.
         tasks: the pretext tasks' own settings.
         num_steps: restoration steps K in training.
         step_size: factor of the energy gradient in a restoration step.
@@ -93,8 +86,8 @@ class PretrainConfig:
         epochs: passes over the training images.
         batch_size: images in an optimizer step, over all devices.
         micro_batch: images that a device handles at once, to save memory; its share of the batch
-            is cut into equal parts of at most this many. "auto" finds the largest that fits, none
-            takes the share whole. Results are the same but for rounding.
+            is cut into equal parts of at most this many. None takes the share whole; "auto" too,
+            but on a GPU halves it until it fits. Results are the same but for rounding.
         compile: compile the restoration step with torch.compile; "auto" does so where the run is
             long enough to pay for compiling.
         derivative: "exact", or "finite-difference" for training without a second derivative: in
@@ -108,8 +101,9 @@ class PretrainConfig:
         num_nodes: how many machines, or "auto": as torchrun or srun says, or one.
         shard_optimizer: share the optimizer's state out over all devices, which saves each of them
             up to 8 bytes a parameter, and costs half as much communication again.
-        num_workers: processes that load images; none measures how many keep up with training.
-        prefetch: batches that each of them keeps ready; none measures how many hide their jitter.
+        num_workers: processes that load images for each device; none takes a device's share of the
+            cores less one, 8 at most.
+        prefetch: batches that each of them keeps ready; none takes 4.
         seed: of weights, order, augmentation and corruption.
         held_out: images kept from training to watch the run; at most a tenth of the data.
         watch_every: epochs between looks at the held-out images.
@@ -135,7 +129,6 @@ class PretrainConfig:
     backbone_options: dict[str, Any] = field(default_factory=dict)
     image_size: int | str | None = None
     channels: int | None = None
-    head: HeadName = "linear"
     pretext: str = "masking"
     tasks: TaskSettings = field(default_factory=TaskSettings)
     num_steps: int = 1
@@ -282,7 +275,7 @@ def task_names(config: PretrainConfig) -> tuple[str, ...]:
         raise UserError(
             "the mixture holds identity alone, which corrupts nothing; add another task"
         )
-    return drawn or PAPER_TASKS
+    return drawn or TASK_NAMES
 
 
 def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]:
@@ -291,15 +284,7 @@ def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]
     Raises:
         UserError: colorization is asked for by name, and the images have one channel.
     """
-    made: dict[str, PretextTask] = {
-        "masking": config.tasks.masking,
-        "sorting": config.tasks.sorting,
-        "superresolution": config.tasks.superresolution,
-        "denoising": config.tasks.denoising,
-        "colorization": config.tasks.colorization,
-        "exchange": config.tasks.exchange,
-        IDENTITY: Identity(),
-    }
+    made = {name: getattr(config.tasks, name) for name in TASK_NAMES} | {IDENTITY: Identity()}
     names = task_names(config)
     if channels == 1 and "colorization" in names:
         if config.pretext == "colorization" or config.tasks.mixture:

@@ -11,6 +11,8 @@ from backfold.metrics import energy_gap, psnr_db
 from backfold.pretext import Corruption
 
 GAP_IMAGES = 64
+# Of the time of so many steps or more.
+LONG_WAIT, JUDGED_STEPS = 0.2, 20
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,6 @@ class Restored:
     clean: Tensor
     corruption: Corruption
     restored: Tensor
-    corrupted_energies: Tensor
     tokens: Tensor | None = None
 
     def _is_corrupted(self) -> Tensor:
@@ -47,8 +48,10 @@ class Restored:
         """Mean energy of corrupted minus clean images; NaN if none are corrupted."""
         chosen = self._is_corrupted().nonzero().squeeze(1)[:GAP_IMAGES]
         tokens = None if self.tokens is None else self.tokens[chosen]
-        clean = energy(self.clean[chosen], tokens)
-        return energy_gap(clean, self.corrupted_energies[chosen])
+        clean, corrupted = (  # by the same weights: those of the step were others
+            energy(images[chosen], tokens) for images in (self.clean, self.corruption.corrupted)
+        )
+        return energy_gap(clean, corrupted)
 
 
 class Meter:
@@ -58,10 +61,15 @@ class Meter:
         self._before, self._start = seconds_before, time.monotonic()
         self._paused = 0.0
         self._mark = self._start
+        self._read_before = False
         self._reset()
+        self._judge_anew()
 
     def _reset(self) -> None:
-        self._since, self._images, self._waited = time.monotonic(), 0, 0.0
+        self._since, self._steps, self._images, self._waited = time.monotonic(), 0, 0, 0.0
+
+    def _judge_anew(self) -> None:
+        self._judged_steps, self._judged_seconds, self._judged_wait = 0, 0.0, 0.0
 
     def before_batch(self) -> None:
         """A batch is asked for."""
@@ -71,6 +79,7 @@ class Meter:
         """The batch is there, with this many images over all devices."""
         self._waited += time.monotonic() - self._mark
         self._images += images
+        self._steps += 1
 
     def pause(self) -> None:
         """Something else than training begins."""
@@ -89,5 +98,21 @@ class Meter:
         """(images a second, share of waiting) since the last reading."""
         elapsed = max(time.monotonic() - self._since, 1e-9)
         result = self._images / elapsed, self._waited / elapsed
+        if self._read_before:  # in the first reading workers start, and code is compiled
+            self._judged_steps += self._steps
+            self._judged_seconds += elapsed
+            self._judged_wait += self._waited
+        self._read_before = True
         self._reset()
         return result
+
+    def long_wait(self) -> float | None:
+        """The share of waiting over the last `JUDGED_STEPS` or more, if it is above `LONG_WAIT`.
+
+        To be asked after each reading; None where it is short, or not yet to be judged.
+        """
+        if self._judged_steps < JUDGED_STEPS:
+            return None
+        share = self._judged_wait / self._judged_seconds
+        self._judge_anew()
+        return share if share > LONG_WAIT else None

@@ -1,7 +1,9 @@
 """A finished or running pretraining, read back from its checkpoint."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from backfold.backbone import ImageSize
 from backfold.data.statistics import ChannelStatistics
@@ -33,7 +35,7 @@ def load_pretrained(path: Path) -> Pretrained:
     """
     content = load_checkpoint(path)
     try:
-        config = config_from_dict(content["config"])
+        config = config_from_dict(_without_gone(content["config"]))
         energy = build_energy(config, content["channels"])
         energy.load_state_dict(content["model"])
         return Pretrained(
@@ -50,3 +52,14 @@ def load_pretrained(path: Path) -> Pretrained:
             f"{path} does not fit this version of backfold or timm: {reason}; "
             "use the versions in the run's run.json"
         ) from error
+
+
+def _without_gone(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that older runs had beside today's."""
+    if (head := settings.get("head", "linear")) != "linear":
+        raise UserError(
+            f"the run has a {head} head, and this backfold knows the linear one alone; "
+            "use the versions in the run's run.json"
+        )
+    tasks = {name: task for name, task in settings["tasks"].items() if name != "exchange"}
+    return {name: value for name, value in settings.items() if name != "head"} | {"tasks": tasks}

@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import save
 
+from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
 from backfold.version import __version__
 
@@ -270,6 +271,16 @@ def add_checkpoint(folder: RunFolder, step: int, content: Mapping[str, Any], kee
     temporary.replace(folder.last_checkpoint)
     for old in sorted(folder.checkpoints.glob("step-*.ckpt"))[:-keep]:
         old.unlink()
+
+
+def load_statistics(path: Path) -> ChannelStatistics:
+    """What normalises a checkpoint's images.
+
+    Raises:
+        UserError: as `load_checkpoint`.
+    """
+    content = load_checkpoint(path)
+    return ChannelStatistics(tuple(content["mean"]), tuple(content["std"]))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from backfold.training.distribution import make_fabric
 from backfold.training.initial import initialise
 from backfold.training.optimizer import freeze_unreachable
 from backfold.training.recorder import Recorder
-from backfold.training.run_folder import RunFolder
+from backfold.training.run_folder import RunFolder, load_statistics
 from backfold.training.stepper import Stepper
 
 LOGGER = logging.getLogger("backfold")
@@ -45,12 +45,15 @@ class RunParts:
         self.config, self.folder = config, folder
         for line in doubtful_settings(config):
             LOGGER.warning("%s", line)
-        images = self.images = setup.open_images(config)
+        continued = resume and folder.last_checkpoint.exists()
+        images = self.images = setup.open_images(
+            config, load_statistics(folder.last_checkpoint) if continued else None
+        )
         tasks = build_tasks(config, images.channels)
         # Watched as they are used: on whole images, whatever part of them training runs on.
         self.tasks = watched_tasks(tasks)
         self.energy = setup.build_energy(config, images.channels)
-        if config.init is not None and not (resume and folder.last_checkpoint.exists()):
+        if config.init is not None and not continued:
             initialise(self.energy.backbone, config.init)
         self.image_size = parse_image_size(config.image_size) or default_image_size(
             getattr(self.energy.backbone, "pretrained_cfg", None)
@@ -68,7 +71,9 @@ class RunParts:
         self.held_out = setup.load_held_out(
             images, self.image_size, self.fabric.device, self.broken
         )
-        setup.calibrate(self.energy, self.tasks, self.held_out.images)
+        setup.calibrate(
+            self.energy, self.tasks, self.held_out.images, batch_norm=config.init is None
+        )
         _tell_frozen(
             freeze_unreachable(self.energy, self.held_out.images[:2], config.plausibility_weight)
         )

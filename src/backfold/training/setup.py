@@ -25,7 +25,6 @@ from backfold.data.source import (
 from backfold.data.statistics import ChannelStatistics, count_channels
 from backfold.data.stream import StreamHead, StreamSource
 from backfold.data.survey import survey
-from backfold.data.survey_file import find_survey
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.pretext import PretextTask
@@ -52,10 +51,14 @@ class Images:
     training: ImageSource
     held_out: ImageSource
     statistics: ChannelStatistics
-    channels: int
     count: int
     stream: StreamSource | None = None
     reading_workers: int = 0
+
+    @property
+    def channels(self) -> int:
+        """That all images are brought to."""
+        return len(self.statistics.mean)
 
     @property
     def head(self) -> StreamHead | None:
@@ -63,31 +66,26 @@ class Images:
         return self.held_out if isinstance(self.held_out, StreamHead) else None
 
 
-def open_images(config: PretrainConfig) -> Images:
+def open_images(config: PretrainConfig, known: ChannelStatistics | None = None) -> Images:
     """Open the data, split off the held-out images, count channels and measure statistics.
+
+    Args:
+        config: all settings.
+        known: what a resumed run measured when it began; nothing is measured again.
 
     Raises:
         UserError: no data, too few images, or too many unreadable ones.
     """
     stream = open_stream(config.data, config.stream_images, config.max_pixels)
     if stream is not None:
-        return _open_stream(config, stream)
+        return _open_stream(config, stream, known)
     source = open_source(config.data, "train", config.watch_labels, config.max_pixels)
     if len(source) < 2:
         raise UserError(f"{source.name} holds {len(source)} image; give at least 2")
     training, kept = split_held_out(source, config.held_out, config.seed)
     workers = _reading_workers(config)
-    channels = config.channels or count_channels(source, apart=workers > 0)
-    found = find_survey(config.data, source, channels) or survey(
-        source,
-        channels,
-        max_images=SURVEYED_IMAGES,
-        seed=config.seed,
-        num_workers=workers,
-    )
-    for line in found.notes():
-        LOGGER.info("%s", line)
-    _describe(source.name, len(training), len(kept), channels, found.statistics)
+    statistics = known or _measure(config, source, workers)
+    _describe(source.name, len(training), len(kept), statistics)
     if source.labels is not None:
         LOGGER.info(
             "labels of %d classes are there: used to watch kNN, never to train",
@@ -96,8 +94,7 @@ def open_images(config: PretrainConfig) -> Images:
     return Images(
         SubsetSource(source, training),
         SubsetSource(source, kept),
-        found.statistics,
-        channels,
+        statistics,
         len(training),
         reading_workers=workers,
     )
@@ -118,24 +115,30 @@ def _reading_workers(config: PretrainConfig) -> int:
     return 0 if config.num_workers == 0 else 1
 
 
-def _open_stream(config: PretrainConfig, stream: StreamSource) -> Images:
+def _measure(config: PretrainConfig, source: ImageSource, workers: int) -> ChannelStatistics:
+    """Mean and deviation of some images; says what is done to them in reading."""
+    channels = config.channels or count_channels(source, apart=workers > 0)
+    found = survey(source, channels, SURVEYED_IMAGES, config.seed, workers)
+    for line in found.notes():
+        LOGGER.info("%s", line)
+    return found.statistics
+
+
+def _open_stream(
+    config: PretrainConfig, stream: StreamSource, known: ChannelStatistics | None
+) -> Images:
     held_out = min(config.held_out, max(1, int(LARGEST_HELD_OUT_SHARE * stream.count)))
     head = stream.head(held_out)
     workers = _reading_workers(config)
-    channels = config.channels or count_channels(head, apart=workers > 0)
-    found = survey(head, channels, seed=config.seed, num_workers=workers)
-    for line in found.notes():
-        LOGGER.info("%s", line)
+    statistics = known or _measure(config, head, workers)
     count = stream.count - len(head)
-    _describe(stream.name, count, len(head), channels, found.statistics)
-    return Images(head, head, found.statistics, channels, count, stream, workers)
+    _describe(stream.name, count, len(head), statistics)
+    return Images(head, head, statistics, count, stream, workers)
 
 
-def _describe(
-    name: str, training: int, held_out: int, channels: int, statistics: ChannelStatistics
-) -> None:
+def _describe(name: str, training: int, held_out: int, statistics: ChannelStatistics) -> None:
     LOGGER.info(
-        f"{name}: {training} images to train, {held_out} held out, {channels} "
+        f"{name}: {training} images to train, {held_out} held out, {len(statistics.mean)} "
         f"channel(s), mean {_rounded(statistics.mean)}, deviation {_rounded(statistics.std)}"
     )
 
@@ -156,7 +159,6 @@ def build_energy(config: PretrainConfig, channels: int) -> EnergyModel:
             config.backbone,
             image_size=parse_image_size(config.image_size),
             channels=channels,
-            head=config.head,
             second_head=has_second_head(config),
             backbone_options=config.backbone_options,
             seed=config.seed,
@@ -210,8 +212,17 @@ def load_held_out(
     return HeldOut(watched.to(device), labels, bank.to(device), bank_labels)
 
 
-def calibrate(energy: EnergyModel, tasks: dict[str, PretextTask], images: Tensor) -> None:
-    """Fit batch norms and the head's scale to real images, corrupted as training will have them."""
+def calibrate(
+    energy: EnergyModel, tasks: dict[str, PretextTask], images: Tensor, batch_norm: bool
+) -> None:
+    """Fit the head's scale to real images, corrupted as training will have them.
+
+    Args:
+        energy: on the images' device.
+        tasks: corrupt the images.
+        images: normalised, (images, channels, height, width).
+        batch_norm: fit batch norms, too; existing weights have their own statistics.
+    """
     generator = torch.Generator(images.device).manual_seed(0)
     parts = images[: CALIBRATION_IMAGES * len(tasks)].tensor_split(len(tasks))
     corrupted = [
@@ -219,7 +230,7 @@ def calibrate(energy: EnergyModel, tasks: dict[str, PretextTask], images: Tensor
         for task, part in zip(tasks.values(), parts, strict=True)
         if len(part)
     ]
-    energy.calibrate(torch.cat(corrupted))
+    energy.calibrate(torch.cat(corrupted), batch_norm)
 
 
 def describe_run(

@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 from backfold.backbone import use_plain_attention
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
-from backfold.errors import UserError
-from backfold.first_order import DISPLACEMENT, displaced_energy, finite_difference_losses
+from backfold.finite_difference import DISPLACEMENT, displaced_energy, finite_difference_losses
 from backfold.full_precision import full_float32
 from backfold.pretext import Corruption, PretextTask, SecondTarget
 from backfold.restoration import restoration_losses, training_step
@@ -25,7 +24,6 @@ from backfold.training.compiled import CompiledStep
 from backfold.training.config import PretrainConfig
 from backfold.training.distribution import shard_optimizer
 from backfold.training.meter import Restored
-from backfold.training.micro_batch import out_of_memory, out_of_memory_message, split_sizes
 from backfold.training.optimizer import build_optimizer, build_schedule
 
 
@@ -102,7 +100,7 @@ class DisplacedEnergy(nn.Module):
         self.energy = energy
 
     def forward(self, displaced: Tensor, weights: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """See `backfold.first_order.displaced_energy`."""
+        """See `backfold.finite_difference.displaced_energy`."""
         return displaced_energy(partial(self.energy, tokens=tokens), displaced, weights)
 
 
@@ -140,7 +138,7 @@ class Stepper:
         micro_batch: most images that are handled at once; None takes what a step is given.
         restoration: the exact step, without devices and distribution around it; None where the
             derivative is a finite difference.
-        displacement: of the finite difference, see `backfold.first_order`.
+        displacement: of the finite difference, see `backfold.finite_difference`.
     """
 
     def __init__(
@@ -171,21 +169,10 @@ class Stepper:
         )
 
     def __call__(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, Restored]:
-        """One optimizer step; returns the mean loss, the gradient's norm and the last part.
-
-        Raises:
-            UserError: out of memory.
-        """
+        """One optimizer step; returns the mean loss, the gradient's norm and the last part."""
         self.schedule.step_update(step)
         self.optimizer.zero_grad(set_to_none=True)
-        try:
-            total, restored = self.accumulate(images, step)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            raise UserError(
-                out_of_memory_message(self.micro_batch or len(images), len(images))
-            ) from error
+        total, restored = self.accumulate(images, step)
         norm = self.fabric.clip_gradients(
             self.training,
             self.optimizer,
@@ -246,20 +233,17 @@ class Stepper:
             last_part: processes wait for each other and add up their gradients.
         """
         total = torch.zeros((), device=part.clean.device)
-        first_energies: Tensor | None = None
         final = part.corruption.corrupted
         passes, losses = self._losses(part)
         with nullcontext() if self.is_exact else full_float32():
             for number in range(1, passes + 1):
                 reduces = last_part and number == passes
                 with self.fabric.no_backward_sync(self.training, enabled=not reduces):
-                    loss, final, energies = next(losses)
+                    loss, final, _ = next(losses)
                     scaled = loss * part.weight
                     self.fabric.backward(scaled)
                 total += scaled.detach()
-                first_energies = energies if first_energies is None else first_energies
-        assert first_energies is not None
-        return total, Restored(part.clean, part.corruption, final, first_energies, part.tokens)
+        return total, Restored(part.clean, part.corruption, final, part.tokens)
 
     def _losses(self, part: Part) -> tuple[int, Iterator[tuple[Tensor, Tensor, Tensor]]]:
         """How many losses a part has, and (loss, restored, energies) for each."""
@@ -287,6 +271,16 @@ class Stepper:
             ):
                 yield loss / self.config.num_steps, restored, energies
             points = restored
+
+
+def split_sizes(local_batch: int, micro_batch: int) -> list[int]:
+    """Sizes of the fewest parts of at most ``micro_batch`` images; they differ by at most one.
+
+    So at most two shapes are ever compiled.
+    """
+    parts = -(-local_batch // micro_batch)
+    size, larger = divmod(local_batch, parts)
+    return [size + 1] * larger + [size] * (parts - larger)
 
 
 def _split_second(second: SecondTarget | None, sizes: list[int]) -> list[SecondTarget | None]:

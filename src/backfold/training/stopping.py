@@ -14,25 +14,13 @@ from typing import Any
 
 from lightning.fabric import Fabric
 
+from backfold.errors import RunStopped
 from backfold.training.distribution import largest
 from backfold.training.progress import is_first_process
 from backfold.training.run_folder import RunFolder
 
 LOGGER = logging.getLogger("backfold")
 JOB = "SLURM_JOB_ID"
-
-
-class RunStopped(Exception):  # noqa: N818 (nothing went wrong)
-    """The run was asked to stop, and did so behind a checkpoint.
-
-    Args:
-        number: the signal's.
-        message: one line for the user.
-    """
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number
 
 
 class StopNow(BaseException):

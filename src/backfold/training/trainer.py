@@ -19,11 +19,11 @@ from torch import Tensor
 
 from backfold.data.loading import Batch
 from backfold.errors import UserError
-from backfold.training.batches import training_batches
+from backfold.memory import memory_advice
+from backfold.training.batches import loading_workers, training_batches
 from backfold.training.config import PretrainConfig, build_tasks
 from backfold.training.config_file import config_to_dict
 from backfold.training.distribution import gather_lines
-from backfold.training.loading_plan import LoadingPlan
 from backfold.training.loggers import ServiceLoggers, check_loggers
 from backfold.training.meter import Meter, Restored
 from backfold.training.metrics_log import MetricsLog
@@ -50,7 +50,7 @@ from backfold.training.stopping import (
     stopped,
     stopped_early,
 )
-from backfold.training.warm_up import plan_loading, warm_up
+from backfold.training.warm_up import warm_up
 
 LOGGER = logging.getLogger("backfold")
 LOG_EVERY = 20
@@ -98,7 +98,7 @@ def _pretrain(
     check_available(config.out, resume=resume, overwrite=overwrite)
     build_tasks(config, config.channels or 3)
     check_loggers(config.loggers)
-    with log_to(None, console) as messages, request.at_once():
+    with log_to(None, console) as messages, request.at_once(), memory_advice():
         run = Run(config, RunFolder(config.out), command, resume)
     with ExitStack() as stack:
         problem = ""
@@ -112,9 +112,10 @@ def _pretrain(
             raise UserError(problem)
         log = run.folder.log if run.fabric.is_global_zero else None
         stack.enter_context(log_to(log, console, messages if log else ()))
-        if resume:
-            run.load()
-        run.train(console, request)
+        with memory_advice(lambda: run.stepper.micro_batch or run.local_batch):
+            if resume:
+                run.load()
+            run.train(console, request)
     return run.folder
 
 
@@ -127,6 +128,7 @@ class Run(RunParts):
         super().__init__(config, folder, command, resume)
         self.state = self.recorder.state
         self._unreadable: list[str] = []  # lines that are not counted yet
+        self._told_of_waiting = False
 
     def load(self) -> None:
         """Take up the last checkpoint.
@@ -149,7 +151,7 @@ class Run(RunParts):
             if self.state.step:  # a run that was killed just behind a checkpoint had not yet
                 self.recorder.describe(self._epoch())
         with request.at_once():
-            self.plan = self._prepare()
+            self._prepare()
         metrics = self._open_metrics() if self.fabric.is_global_zero else None
         succeeded = False
         try:
@@ -167,25 +169,14 @@ class Run(RunParts):
         services = ServiceLoggers(self.config.loggers, self.folder, settings)
         return MetricsLog(self.folder, self.state.step, services)
 
-    def _prepare(self) -> LoadingPlan:
-        """Find out what the step costs, then how to load images fast enough for it."""
-        held_out = self.held_out.images
+    def _prepare(self) -> None:
+        """Find out what fits into memory, and what to compile."""
+        held_out = self.images.statistics.denormalize(self.held_out.images)  # as batches come
         batch = held_out.repeat(-(-self.local_batch // len(held_out)), 1, 1, 1)[: self.local_batch]
         self.energy.train()
-        seconds = warm_up(
-            self.stepper, batch, self.total_steps - self.state.step, self.state.decisions
-        )
+        warm_up(self.stepper, batch, self.total_steps - self.state.step, self.state.decisions)
         fitting = self.stepper.micro_batch or self.local_batch
         self.recorder.watch_batch = min(self.recorder.watch_batch, fitting)
-        return plan_loading(
-            self.config,
-            self.images,
-            self.image_size,
-            self.local_batch,
-            seconds,
-            self.fabric.world_size // getattr(self.fabric.strategy, "num_nodes", 1),
-            self.fabric.device,
-        )
 
     def _loop(self, bar: TrainingBar, metrics: MetricsLog | None, request: StopRequest) -> None:
         meter = Meter(self.state.seconds)
@@ -194,7 +185,6 @@ class Run(RunParts):
             self.images,
             self.image_size,
             self.local_batch,
-            self.plan,
             range(self.state.step, self.total_steps),
             self.fabric,
         )
@@ -283,6 +273,7 @@ class Run(RunParts):
         mean_loss, gain, gap = cast(Tensor, mean).tolist()
         self._check_finite(mean_loss, float(norm))
         speed, wait = meter.read()
+        self._tell_of_waiting(meter)
         return {
             "step": self.state.step,
             "epoch": self._epoch(),
@@ -295,6 +286,19 @@ class Run(RunParts):
             "psnr_gain_db": gain,
             "energy_gap": gap,
         }
+
+    def _tell_of_waiting(self, meter: Meter) -> None:
+        """Warn once of loading that is too slow for the steps."""
+        share = meter.long_wait()
+        if share is None or self._told_of_waiting:
+            return
+        self._told_of_waiting = True
+        LOGGER.warning(
+            "waiting for images takes %.0f %% of the time; raise --num-workers (now %d), or store "
+            "the images smaller",
+            100 * share,
+            loading_workers(self.config, self.fabric),
+        )
 
     def _epoch(self) -> float:
         return self.state.step / self.steps_per_epoch

@@ -1,36 +1,25 @@
-"""What is found out on one batch before training: how much fits, how fast it is, what to compile.
+"""What is found out on one batch before training: how much fits, and what to compile.
 
 Nothing of it is left behind but the decisions: weights, gradients and random numbers are as before.
 """
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from backfold.backbone import ImageSize
-from backfold.first_order import best_displacement
+from backfold.finite_difference import best_displacement
 from backfold.full_precision import full_float32
+from backfold.memory import out_of_memory
+from backfold.restoration import eval_mode
 from backfold.training.compiled import GRADIENT_TOLERANCE, CompiledStep, gradient_distance
-from backfold.training.config import PretrainConfig
 from backfold.training.distribution import largest
-from backfold.training.loading_plan import (
-    LoadingPlan,
-    LoadTime,
-    describe_plan,
-    loading_warning,
-    measure_loading,
-    measure_loading_elsewhere,
-    plan_workers,
-    usable_cores,
-)
-from backfold.training.micro_batch import find_micro_batch
-from backfold.training.setup import Images
 from backfold.training.stepper import Part, Stepper
 
 LOGGER = logging.getLogger("backfold")
@@ -41,10 +30,14 @@ MOST_UNROLLED_GROUPS = 256
 TIMED_ON_CPU = 16
 # Those who need the finite difference may not have the memory for many exact steps at once.
 DISPLACED = 4
+# AdamW's two moments, a copy of the trainable parameters each.
+MOMENTS = 2
+# The CUDA allocator loses some memory to fragments, and libraries take workspaces late.
+CUDA_MARGIN = 0.05
 
 
-def warm_up(stepper: Stepper, images: Tensor, steps_left: int, decisions: dict[str, Any]) -> float:
-    """Set the stepper's micro-batch and compile its step, as its settings ask; seconds an image.
+def warm_up(stepper: Stepper, images: Tensor, steps_left: int, decisions: dict[str, Any]) -> None:
+    """Set the stepper's micro-batch and compile its step, as its settings ask.
 
     Args:
         stepper: new, or about to go on.
@@ -52,36 +45,39 @@ def warm_up(stepper: Stepper, images: Tensor, steps_left: int, decisions: dict[s
         steps_left: of the run.
         decisions: what was decided before, by name; what is missing is decided and added. So a
             resumed run does not depend on how fast the machine is this time.
-
-    Raises:
-        UserError: not even one image fits into memory.
     """
-    config = stepper.config
     with _unchanged(stepper):
-        if config.micro_batch == "auto":
+        if stepper.config.micro_batch == "auto":
             if "micro_batch" not in decisions:
-                decisions["micro_batch"] = _common_micro_batch(stepper, images)
+                # Not tried on a CPU: the system kills the process that takes too much.
+                on_cpu = images.device.type == "cpu"
+                decisions["micro_batch"] = (
+                    len(images) if on_cpu else find_micro_batch(stepper, images)
+                )
                 LOGGER.info("micro-batches of %d images", decisions["micro_batch"])
             stepper.micro_batch = decisions["micro_batch"]
         if not stepper.is_exact:
             if "displacement" not in decisions:
                 decisions["displacement"] = _best_displacement(stepper, images[:DISPLACED])
             stepper.displacement = decisions["displacement"]
-        timed = images[:TIMED_ON_CPU] if images.device.type == "cpu" else images
-        seconds = _seconds(stepper, timed) / len(timed)
         if "compiled" not in decisions:
-            length = seconds * len(images) * steps_left
-            pays = config.compile is True
-            if config.compile == "auto":
-                pays = length > COMPILE_PAYS_SECONDS and compiles_soon(stepper.energy)
-            decisions["compiled"] = _on_every_device(stepper, pays and stepper.is_exact)
+            wanted = stepper.is_exact and _wants_compiling(stepper, images, steps_left)
+            decisions["compiled"] = _on_every_device(stepper, wanted)
         if decisions["compiled"] and stepper.restoration is not None:
             start = time.perf_counter()
             decisions["compiled"] = _compile(stepper, images)
             if decisions["compiled"]:
                 LOGGER.info("compiled the step in %.0f s", time.perf_counter() - start)
-                seconds = _seconds(stepper, images) / len(images)
-    return seconds
+
+
+def _wants_compiling(stepper: Stepper, images: Tensor, steps_left: int) -> bool:
+    if stepper.config.compile != "auto":
+        return stepper.config.compile
+    if not compiles_soon(stepper.energy):
+        return False
+    timed = images[:TIMED_ON_CPU] if images.device.type == "cpu" else images
+    seconds = _seconds(stepper, timed) * len(images) / len(timed)
+    return seconds * steps_left > COMPILE_PAYS_SECONDS
 
 
 def compiles_soon(energy: nn.Module) -> bool:
@@ -126,18 +122,55 @@ def _unchanged(stepper: Stepper) -> Iterator[None]:
             stepper.optimizer.zero_grad(set_to_none=True)
 
 
-def _common_micro_batch(stepper: Stepper, images: Tensor) -> int:
-    """The largest that fits on every device."""
+def find_micro_batch(stepper: Stepper, images: Tensor) -> int:
+    """The whole batch, halved until a step on so many images fits on every device.
 
-    def attempt(count: int) -> None:
-        stepper.micro_batch = count
-        stepper.restore_part(stepper.parts(images, 0)[0], last_part=True)
-
+    Raises:
+        RuntimeError: not even one image fits; see `backfold.memory.out_of_memory`.
+    """
+    stepper.micro_batch = len(images)
     # Devices may make different numbers of attempts: none may wait for another's.
     with stepper.fabric.no_backward_sync(stepper.training):
-        found = find_micro_batch(len(images), attempt, list(stepper.energy.parameters()))
-    (smallest,) = largest(stepper.fabric, -found)
+        while not _fits(stepper, images):
+            stepper.micro_batch = -(-stepper.micro_batch // 2)
+    (smallest,) = largest(stepper.fabric, -stepper.micro_batch)
     return -smallest
+
+
+def _fits(stepper: Stepper, images: Tensor) -> bool:
+    """Whether two steps of a micro-batch run, the second beside gradients.
+
+    There must be room for the optimizer's moments, too. Leaves the parameters without gradients.
+
+    Raises:
+        RuntimeError: a single image does not fit.
+    """
+    _free(stepper)
+    trained = [parameter for parameter in stepper.energy.parameters() if parameter.requires_grad]
+    room = MOMENTS * sum(parameter.nbytes for parameter in trained)
+    if images.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(images.device).total_memory
+        room += int(CUDA_MARGIN * memory)
+    try:
+        taken = torch.empty(room, dtype=torch.uint8, device=images.device)
+        for _ in range(2):
+            stepper.restore_part(stepper.parts(images, 0)[0], last_part=True)
+        _synchronize(images.device)
+        del taken
+    except Exception as error:
+        if stepper.micro_batch == 1 or not out_of_memory(error):
+            raise
+        return False
+    finally:
+        stepper.optimizer.zero_grad(set_to_none=True)
+    return True
+
+
+def _free(stepper: Stepper) -> None:
+    # What an error's frames held is free only now, behind the attempt.
+    gc.collect()
+    if stepper.fabric.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _best_displacement(stepper: Stepper, images: Tensor) -> float:
@@ -178,22 +211,18 @@ def _check(stepper: Stepper, compiled: CompiledStep, parts: list[Part]) -> None:
     """Compile for each shape, and go on eagerly if the gradient is another than the eager one.
 
     PyTorch had releases in which compiled second derivatives were wrong and nothing said so
-    (pytorch #181581).
+    (pytorch #181581). Dropout draws other numbers when compiled: there the two are compared in eval
+    mode, and the step is compiled once more, as it will be trained.
     """
-    precision = (
-        torch.float32 if "32" in stepper.fabric.strategy.precision.precision else torch.bfloat16
-    )
-    limit = GRADIENT_TOLERANCE[precision]
+    energy, full = stepper.energy, "32" in stepper.fabric.strategy.precision.precision
+    limit = GRADIENT_TOLERANCE[torch.float32 if full else torch.bfloat16]
     for part in {len(part.clean): part for part in parts}.values():
         stepper.optimizer.zero_grad(set_to_none=True)
         losses = [_loss(stepper, step, part) for step in (compiled, compiled.eager)]
-        if _is_random(losses[1]):
-            # Compiled code draws other numbers for dropout: run it once, compare nothing.
-            losses[0]().backward()
-            continue
-        distance = gradient_distance(list(stepper.energy.parameters()), *losses)
+        with eval_mode(energy) if _is_random(losses[1]) else nullcontext():
+            distance, name = gradient_distance(dict(energy.named_parameters()), *losses)
         if not distance <= limit:
-            compiled.fall_back(f"its gradient is {distance:.2g} from the eager one")
+            compiled.fall_back(f"its gradient of {name} is {distance:.2g} from the eager one")
             return
 
 
@@ -214,47 +243,3 @@ def _is_random(loss: Callable[[], Tensor]) -> bool:
         torch.manual_seed(seed)
         values.append(loss().detach())
     return not torch.equal(*values)
-
-
-def plan_loading(
-    config: PretrainConfig,
-    images: Images,
-    image_size: ImageSize,
-    local_batch: int,
-    train_seconds: float,
-    processes: int,
-    device: torch.device,
-) -> LoadingPlan:
-    """Measure loading, and choose workers and prefetch; says what was found.
-
-    Args:
-        config: ``num_workers`` and ``prefetch`` are kept where they are given.
-        images: the training images.
-        image_size: (height, width) in pixels.
-        local_batch: images in a batch on this device.
-        train_seconds: what training takes for an image.
-        processes: training processes on this machine.
-        device: that training runs on.
-    """
-    cores, on_cpu = usable_cores(processes), device.type == "cpu"
-    measure = measure_loading if config.num_workers == 0 else measure_loading_elsewhere
-    load = measure(images.training, image_size, images.channels, config.augmentation, config.seed)
-    if load is None:
-        LOGGER.warning("measuring how images load failed: an image crashed or hung it")
-        load = LoadTime(train_seconds, 0.0)
-    height, width = image_size
-    plan = plan_workers(
-        load,
-        train_seconds,
-        cores,
-        on_cpu,
-        batch_size=local_batch,
-        batch_bytes=local_batch * images.channels * height * width,  # of 8 bits
-        workers=config.num_workers,
-        prefetch=config.prefetch,
-    )
-    LOGGER.info("%s", describe_plan(plan, load, train_seconds))
-    warning = loading_warning(plan, load, train_seconds, cores, on_cpu)
-    if warning:
-        LOGGER.warning("%s", warning)
-    return plan
