@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint families clean
+.PHONY: demo test lint size families clean
 
 demo: $(VENV)/.installed
 	$(BIN)/backfold demo
@@ -15,6 +15,10 @@ lint: $(VENV)/.installed-for-development
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+size:
+	@for part in src tests 'benchmarks scripts'; do \
+		echo "$$part: $$(find $$part -name '*.py' -exec cat {} + | wc -l) lines"; done
 
 families: $(VENV)/.installed
 	$(BIN)/python scripts/timm_families.py

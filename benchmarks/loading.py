@@ -36,7 +36,7 @@ from torch import Tensor
 
 from backfold.data.augmentation import Augmentation
 from backfold.data.decode import as_float
-from backfold.data.folder import FolderSource
+from backfold.data.formats import FolderSource
 from backfold.data.loading import BatchDataset, default_workers, training_loader
 from backfold.training.config import PretrainConfig
 from backfold.training.trainer import pretrain

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from backfold.data.loading import evaluation_loader
-from backfold.data.source import open_source
+from backfold.data.loading import evaluation_batches
+from backfold.data.open import open_source
 from backfold.restoration import restore
 from backfold.training.config import build_tasks
 from backfold.training.pretrained import load_pretrained
@@ -28,7 +28,7 @@ def main(run_folder: Path) -> None:
     """Write docs/images/trajectory.png."""
     run = load_pretrained(run_folder)
     source = open_source(run.config.data, "test")
-    (batch,) = evaluation_loader(source, run.image_size, run.channels, 8, indices=IMAGES)
+    (batch,) = evaluation_batches(source, run.image_size, run.channels, 8, indices=IMAGES)
     clean = run.statistics.normalize(batch.images)
     tasks = build_tasks(run.config, run.channels)
     corrupted = torch.cat(

@@ -10,13 +10,12 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 
-from backfold.data.source import open_source
+from backfold.data.open import open_source
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
-from backfold.pretext import Masking, Sorting, patches_placed_right
-from backfold.training import health, meter, stepper, trainer
+from backfold.pretext import Masking
+from backfold.training import meter, stepper, trainer
 from backfold.training.config import PretrainConfig
-from backfold.training.health import watch_task
 from backfold.training.meter import Restored
 from backfold.training.optimizer import OptimizerSettings
 from backfold.training.stepper import Part, Stepper
@@ -81,27 +80,6 @@ def test_the_logged_energy_gap_is_corrupted_minus_clean(energy, pictures, monkey
 
     half = lambda clean, corrupted: float((corrupted - clean).mean()) / 2  # noqa: E731
     assert_notices(check, monkeypatch, meter, "energy_gap", half)
-
-
-def test_every_image_up_to_the_limit_is_sorted_and_counted(energy, pictures, monkeypatch):
-    task = Sorting(sorting_patch_size=7, share=0.75)
-
-    def check():
-        found = watch_task(
-            energy, task, pictures, STATISTICS, num_steps=1, step_size=0.0, batch_size=11
-        )
-        generator = torch.Generator().manual_seed(health.HEALTH_SEED)
-        corrupted = task(pictures, generator).corrupted
-        each = [
-            float(patches_placed_right(corrupted[[i]], pictures[[i]], 7)[0])
-            for i in range(len(pictures))
-        ]
-        assert len(set(each)) > 1
-        assert found.measures["patches_placed_right_corrupted"] == pytest.approx(
-            sum(each) / len(each)
-        )
-
-    assert_notices(check, monkeypatch, health, "SORTING_IMAGES", 1)
 
 
 def test_warm_up_sees_the_run_s_own_images(tmp_path, monkeypatch):

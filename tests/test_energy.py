@@ -18,26 +18,21 @@ def _seed():
     torch.manual_seed(0)
 
 
-def vit(side=32, **arguments):
-    name = "vit_tiny_patch16_224"
-    return EnergyModel(name, image_size=side, backbone_options=VIT, **arguments)
+def vit(**arguments):
+    return EnergyModel("vit_tiny_patch16_224", image_size=32, backbone_options=VIT, **arguments)
 
 
-class ConvNet(nn.Module):
+class ConvNet(nn.Sequential):
     """A user's own backbone: a feature map of 5 features at half the resolution."""
 
-    def __init__(self, channels=3):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, 8, 3, stride=2, padding=1),
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1),
             nn.BatchNorm2d(8),
             nn.Dropout(0.3),
             nn.GELU(),
             nn.Conv2d(8, 5, 3, padding=1),
         )
-
-    def forward(self, images):
-        return self.layers(images)
 
 
 def test_the_energy_is_the_sum_over_positions():
@@ -48,25 +43,17 @@ def test_the_energy_is_the_sum_over_positions():
     assert tokens.shape == (3, 16, 24)
     expected = [sum((weight * feature).sum() for feature in image) for image in tokens]
     torch.testing.assert_close(model(images), torch.stack(expected))
-
-
-def test_the_head_sums_in_float32_at_least():
-    head = LinearHead(4)
-    features = torch.randn(2, 3, 4).bfloat16()
-    assert head(features).dtype == torch.float32
-    torch.testing.assert_close(head(features), head(features.float()))
-    assert head.double()(features.double()).dtype == torch.float64
+    half = LinearHead(24).bfloat16()  # sums in float32 at least
+    torch.testing.assert_close(half(tokens.bfloat16()), half.float()(tokens.bfloat16().float()))
 
 
 @pytest.mark.parametrize(
     ("name", "side", "options", "other_side"),
     [
-        ("vit_tiny_patch16_224", 32, VIT, None),
         ("vit_tiny_patch16_224", 96, VIT, None),
         ("swin_tiny_patch4_window7_224", 32, SWIN, None),
-        ("swin_tiny_patch4_window7_224", 112, SWIN, None),
-        ("convnext_atto", 64, {"depths": (1, 1, 2, 1)}, 224),
-        ("resnet10t", 64, {}, 224),
+        ("convnext_atto", 64, {"depths": (1, 1, 2, 1)}, 96),
+        ("resnet10t", 64, {}, 96),
     ],
 )
 def test_the_gradient_is_as_large_as_the_pixels(name, side, options, other_side):
@@ -82,7 +69,7 @@ def test_calibrate_gives_a_root_mean_square_of_one_and_keeps_each_modules_mode()
     model = EnergyModel(ConvNet(), image_size=16)
     with torch.no_grad():
         model.head.weight.mul_(70.0)
-    model.backbone.layers[2].eval()  # the dropout
+    model.backbone[2].eval()  # the dropout
     modes = [module.training for module in model.modules()]
     images = 2 * torch.randn(6, 3, 16, 16) + 1
     model.calibrate(images, batch_norm=False)
@@ -98,8 +85,7 @@ def test_the_same_seed_gives_the_same_bits():
         torch.manual_seed(1)
         models.append(vit(seed=seed).state_dict())
     first, same, other = models
-    assert first.keys() == same.keys()
-    assert all(torch.equal(first[key], same[key]) for key in first)
+    torch.testing.assert_close(first, same, rtol=0, atol=0)
     assert not torch.equal(first["head.weight"], other["head.weight"])
     # The first calibration's images also set how loud the positions are.
     seeded = {"head.weight", "backbone.pos_embed"}
@@ -108,9 +94,7 @@ def test_the_same_seed_gives_the_same_bits():
     torch.testing.assert_close(ratio, torch.ones_like(ratio) * ratio.mean())
 
 
-def test_building_draws_from_no_global_generator_but_for_the_backbones_weights(monkeypatch):
-    seeded_on_cuda = []
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded_on_cuda.append)
+def test_building_draws_from_no_global_generator_but_for_the_backbones_weights():
     backbone, state = ConvNet(), torch.get_rng_state()
     EnergyModel(backbone, image_size=16)
     assert torch.equal(torch.get_rng_state(), state)
@@ -119,7 +103,6 @@ def test_building_draws_from_no_global_generator_but_for_the_backbones_weights(m
     torch.set_rng_state(state)
     EnergyModel("test_resnet", image_size=32)
     assert torch.equal(torch.get_rng_state(), expected)
-    assert seeded_on_cuda == []
 
 
 def test_a_users_module_is_used_as_it_is():
@@ -127,8 +110,7 @@ def test_a_users_module_is_used_as_it_is():
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     model = EnergyModel(backbone, image_size=(16, 24))
     assert model.backbone is backbone
-    after = backbone.state_dict()
-    assert all(torch.equal(after[key], before[key]) for key in before)
+    torch.testing.assert_close(dict(backbone.state_dict()), before, rtol=0, atol=0)
     assert all(parameter.grad is None for parameter in model.parameters())
     images = torch.randn(2, 3, 16, 24)
     expected = torch.einsum("bfyx,f->b", model.eval().backbone(images), model.head.weight)
@@ -136,10 +118,8 @@ def test_a_users_module_is_used_as_it_is():
     assert restore(model, images, num_steps=2).status.ok
 
 
-def test_a_users_module_keeps_its_dtype_and_may_have_no_parameters():
-    model = EnergyModel(ConvNet().double(), image_size=16)
-    assert model.head.weight.dtype == torch.float64
-    assert model(torch.randn(2, 3, 16, 16, dtype=torch.float64)).dtype == torch.float64
+def test_a_users_module_may_have_no_parameters():
+    assert EnergyModel(ConvNet().double(), image_size=16).head.weight.dtype == torch.float64
     fixed = EnergyModel(nn.AvgPool2d(4), image_size=16)
     images = torch.randn(2, 3, 16, 16)
     _, gradient = energy_gradient(fixed, images)
@@ -149,41 +129,12 @@ def test_a_users_module_keeps_its_dtype_and_may_have_no_parameters():
     )
 
 
-def test_channels_and_sizes_that_are_not_square():
-    model = EnergyModel("test_vit", image_size=(32, 48), channels=1)
-    assert model(torch.randn(2, 1, 32, 48)).shape == (2,)
-    default = EnergyModel("vit_tiny_patch16_224", backbone_options={**VIT, "patch_size": 32})
-    assert default(torch.randn(1, 3, 224, 224)).shape == (1,)
-
-
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext"])
-def test_weights_carry_timms_own_names(name):
-    model = EnergyModel(name, image_size=64)
-    size = {"img_size": 64} if name == "test_vit" else {}
-    plain = timm.create_model(name, num_classes=0, **size)
-    keys = [f"backbone.{key}" for key in plain.state_dict()]
-    assert list(model.state_dict()) == [*keys, "head.weight"]
-    plain.load_state_dict(model.backbone.state_dict(), strict=True)
-    for key, value in plain.state_dict().items():
-        assert torch.equal(value, model.backbone.state_dict()[key])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"backbone": "resnet5O"},
-            r"^unknown backbone 'resnet5O'; nearest: .*resnet50.*; `timm.list_models\(\)` lists",
-        ),
-        (
-            {"backbone": "qqqqqqq"},
-            r"^unknown backbone 'qqqqqqq'; `timm.list_models\(\)` lists all$",
-        ),
-        ({"backbone": "test_vit", "image_size": 40}, "40x40 is no multiple of the 16x16 patches"),
+        ({"backbone": "qqqqq"}, r"^unknown backbone 'qqqqq'; `timm.list_models\(\)` lists all$"),
         ({"backbone": "test_vit", "image_size": 0}, "can't be built for 0x0 pixels"),
-        ({"backbone": "test_resnet", "image_size": -32}, "-32x-32 is not a height and a width"),
         ({"backbone": "test_resnet", "image_size": (32, 32, 3)}, "32x32x3 is not a height and a"),
-        ({"backbone": "test_convnext", "image_size": 8}, "can't take images of 3 x 8x8"),
         ({"backbone": ConvNet(), "image_size": 16, "channels": 4}, "'ConvNet' can't take images"),
         ({"backbone": nn.Flatten(0), "image_size": 8}, "Flatten gives a tensor of shape"),
     ],

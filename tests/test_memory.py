@@ -20,15 +20,19 @@ def small_vit():
     return model, torch.randn(2, 8, 3, 32, 32)
 
 
-def exact_peak(num_steps):
+def exact_peak(num_steps, backward_at_once=True):
     model, (corrupted, clean) = small_vit()
 
     def step(images):
         return training_step(model, images, clean, EVERYWHERE)
 
     def train():
+        losses = []
         for loss, _, _ in restoration_losses(step, corrupted, num_steps):
-            loss.backward()
+            if backward_at_once:
+                loss.backward()
+            else:
+                losses.append(loss)
 
     train()  # makes the gradients
     return peak_memory(train, CPU)
@@ -38,6 +42,7 @@ def test_memory_does_not_grow_with_the_number_of_steps():
     once = exact_peak(1)
     assert once > 1e6
     assert exact_peak(4) <= 1.05 * once
+    assert exact_peak(4, backward_at_once=False) > 2.5 * once
 
 
 def test_the_finite_difference_takes_less_memory_and_as_much_as_an_ordinary_step():
@@ -59,37 +64,25 @@ def test_the_finite_difference_takes_less_memory_and_as_much_as_an_ordinary_step
     assert found <= peak_memory(ordinary, CPU) + 6 * images
 
 
-def error_of(function):
-    try:
-        function()
-    except Exception as error:
-        return error
-    raise AssertionError("nothing was raised")
-
-
 def test_running_out_of_memory_is_told_from_other_errors():
-    real = error_of(lambda: torch.empty(2**60, dtype=torch.uint8))
-    assert out_of_memory(real), real
+    too_much = lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**60)
+    for allocate in too_much:
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            allocate()
+        assert out_of_memory(caught.value)
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
-    assert out_of_memory(error_of(lambda: bytearray(2**60)))
     assert out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"))
-    assert out_of_memory(
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-    )
-    assert not out_of_memory(error_of(lambda: torch.ones(2) @ torch.ones(3)))
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not out_of_memory(ValueError("out of memory"))
 
 
-@pytest.mark.parametrize(
-    ("count", "micro_batch"),
-    [(100, "--micro-batch 50"), (3, "--micro-batch 2"), (1, ""), (None, "")],
-)
+@pytest.mark.parametrize(("count", "micro_batch"), [(100, 50), (3, 2), (1, None), (None, None)])
 def test_the_advice_names_a_smaller_micro_batch_where_there_is_one(count, micro_batch):
     with pytest.raises(UserError, match="out of memory") as caught, memory_advice(lambda: count):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     advice = str(caught.value)
     assert "\n" not in advice
-    assert micro_batch in advice
-    assert ("--micro-batch" in advice) == bool(micro_batch)
+    assert (f"--micro-batch {micro_batch}" in advice) == bool(micro_batch)
     for part in ("smaller image size", "finite-difference", "hidden-share"):
         assert part in advice

@@ -1,5 +1,7 @@
 """Counted operations against counts by hand, and the bars for what a training step costs."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -29,27 +31,15 @@ def double_backward(module, inputs):
     gradient.square().sum().backward(inputs=list(module.parameters()))
 
 
-@pytest.mark.parametrize("shape", [(ROWS, INPUTS), (1, ROWS, INPUTS)])
-def test_linear_forward_with_and_without_autograd(shape):
-    layer, inputs = nn.Linear(INPUTS, OUTPUTS), torch.randn(shape)
-    assert count_operations(lambda: layer(inputs)) == PRODUCT
-    with torch.no_grad():
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_linear_forward_with_and_without_autograd(mode):
+    layer, inputs = nn.Linear(INPUTS, OUTPUTS), torch.randn(1, ROWS, INPUTS)
+    with mode():
         assert count_operations(lambda: layer(inputs)) == PRODUCT
-    with torch.inference_mode():
-        assert count_operations(lambda: layer(inputs)) == PRODUCT
+        assert count_operations(lambda: inputs[0].mv(torch.ones(INPUTS)).exp()) == 2 * ROWS * INPUTS
 
 
-def test_linear_backward_and_double_backward():
-    layer, inputs = nn.Linear(INPUTS, OUTPUTS), torch.randn(ROWS, INPUTS)
-    assert count_operations(lambda: layer(inputs).sum().backward()) == 2 * PRODUCT
-    inputs.requires_grad_()
-    assert count_operations(lambda: layer(inputs).sum().backward()) == 3 * PRODUCT
-    # forward; dE/dx = g W; from its gradient r: r W^T and r^T g; from the forward pass: (r W^T)^T x
-    assert count_operations(lambda: double_backward(layer, inputs)) == 5 * PRODUCT
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("groups", "stride"), [(1, 1), (2, 2), (4, 1)])
 def test_convolution_forward_backward_and_double_backward(groups, stride):
     channels, side, batch = 4, 7, 2
     side_after = (side - 1) // stride + 1
@@ -64,70 +54,28 @@ def test_convolution_forward_backward_and_double_backward(groups, stride):
     assert count_operations(lambda: double_backward(layer, inputs)) == 5 * product
 
 
-def test_transposed_convolution():
-    layer, inputs = nn.ConvTranspose2d(4, 6, 2, stride=2), torch.randn(2, 4, 5, 5)
-    product = 2 * 2 * 5 * 5 * 4 * 6 * 2 * 2
-    assert count_operations(lambda: layer(inputs)) == product
-    assert count_operations(lambda: layer(inputs).sum().backward()) == 2 * product
-
-
 def attend(backend, queries, keys, values):
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(queries, keys, values)
 
 
-def attention_inputs(**options):
+def attention_inputs():
     batch, heads, tokens, width = 2, 3, 6, 8
-    inputs = torch.randn(3, batch, heads, tokens, width, **options).unbind()
+    inputs = torch.randn(3, batch, heads, tokens, width).unbind()
     return [tensor.requires_grad_() for tensor in inputs], 2 * batch * heads * tokens**2 * width
 
 
-def test_plain_attention():
+def test_plain_and_fused_attention():
     inputs, product = attention_inputs()
-    assert count_operations(lambda: attend(SDPBackend.MATH, *inputs)) == 2 * product
-    backward = count_operations(lambda: attend(SDPBackend.MATH, *inputs).sum().backward())
-    assert backward == 6 * product
-    with torch.inference_mode():
-        assert count_operations(lambda: attend(SDPBackend.MATH, *inputs)) == 2 * product
+    # The fused kernel computes the scores again in its backward pass.
+    for backend, factor in ((SDPBackend.MATH, 6), (SDPBackend.FLASH_ATTENTION, 7)):
+        forward = partial(attend, backend, *inputs)
+        assert count_operations(forward) == 2 * product
+        assert count_operations(lambda f=forward: f().sum().backward()) == factor * product
 
 
-def test_fused_attention_computes_the_scores_again_in_its_backward_pass():
-    inputs, product = attention_inputs()
-    assert count_operations(lambda: attend(SDPBackend.FLASH_ATTENTION, *inputs)) == 2 * product
-    total = count_operations(lambda: attend(SDPBackend.FLASH_ATTENTION, *inputs).sum().backward())
-    assert total == 7 * product
-
-
-def test_products_with_vectors_and_sums_of_products():
-    matrix, batches = torch.randn(4, 5), torch.randn(3, 5, 6)
-    vector = torch.randn(5)
-    assert count_operations(lambda: matrix @ vector) == 2 * 20
-    assert count_operations(lambda: vector @ vector) == 2 * 5
-    assert count_operations(lambda: torch.addmv(torch.zeros(4), matrix, vector)) == 2 * 20
-    assert count_operations(lambda: torch.zeros(4, 6).addmm_(matrix, batches[0])) == 2 * 120
-    left = matrix.expand(3, 4, 5)
-    assert count_operations(lambda: torch.baddbmm(torch.zeros(6), left, batches)) == 3 * 240
-    assert count_operations(lambda: torch.addbmm(torch.zeros(6), left, batches)) == 3 * 240
-    assert count_operations(lambda: torch.einsum("bij,bjk->bik", left, batches)) == 3 * 240
-
-
-def test_element_wise_work_counts_nothing():
-    values = torch.randn(4, 8, requires_grad=True)
-    loss = F.layer_norm(values.exp().softmax(1), (8,)).sum()
-    assert count_operations(loss.backward) == 0
-
-
-def test_what_has_no_formula_is_refused_by_name():
-    layer = nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()
-    with (
-        torch.no_grad(),
-        pytest.raises(NotImplementedError, match="_transformer_encoder_layer_fwd"),
-    ):
-        count_operations(lambda: layer(torch.randn(1, 3, 8)))
-
-
-VIT_TINY = {64: (32, {"patch_size": 4}), 196: (224, {"patch_size": 16})}
-"""timm's vit_tiny widths and depth: tokens -> image size and options."""
+VIT_TINY = {64: (32, {"patch_size": 4, "depth": 6}), 196: (224, {"patch_size": 16, "depth": 6})}
+"""timm's vit_tiny widths: tokens -> image size and options."""
 
 
 def on_meta(tokens):
@@ -142,37 +90,23 @@ def ordinary_step(energy, images):
         feature_map(energy.backbone, images).mean(dim=1).square().mean().backward()
 
 
-def exact_step(energy, images):
-    mask = torch.ones_like(images[:, :1], dtype=torch.bool)
+def exact_step(energy, images, mask):
     training_step(energy, images, images, mask)[0].backward()
 
 
 @pytest.mark.parametrize(("tokens", "bar"), [(64, 2.10), (196, 2.20)])
-def test_an_exact_dense_step_costs_little_more_than_twice_an_ordinary_step(tokens, bar):
+def test_a_dense_step_costs_twice_an_ordinary_step_and_a_sparse_one_as_much(tokens, bar):
     energy, images = on_meta(tokens)
     ordinary = count_operations(lambda: ordinary_step(energy, images))
     forward = count_operations(lambda: energy(images))
-    assert ordinary == pytest.approx(3 * forward, rel=0.01)
-    assert 2.0 < count_operations(lambda: exact_step(energy, images)) / ordinary <= bar
+    assert ordinary == pytest.approx(3 * forward, rel=0.02)
+    everywhere = torch.ones_like(images[:, :1], dtype=torch.bool)
+    assert 2.0 < count_operations(lambda: exact_step(energy, images, everywhere)) / ordinary <= bar
 
-
-@pytest.mark.parametrize("tokens", VIT_TINY)
-def test_a_sparse_step_costs_little_more_than_an_ordinary_dense_step(tokens):
-    energy, images = on_meta(tokens)
     patch = VIT_TINY[tokens][1]["patch_size"]
-    ordinary = count_operations(lambda: ordinary_step(energy, images))
     task = Masking(mask_ratio=0.75, mask_patch_size=patch, hidden_share=1 / 3)
     corruption = task(torch.randn(images.shape), torch.Generator().manual_seed(0))
-    size = (images.shape[2], images.shape[3])
-    running = running_tokens(corruption.running, (patch, patch), size).to("meta")
+    running = running_tokens(corruption.running, (patch, patch), images.shape[2:]).to("meta")
     assert running.shape == (len(images), tokens // 2)
-
-    def sparse_energy(points):
-        return energy(points, tokens=running)
-
-    mask = corruption.loss_mask.to("meta")
-
-    def sparse_step():
-        training_step(sparse_energy, images, images, mask)[0].backward()
-
-    assert 0.95 < count_operations(sparse_step) / ordinary <= 1.10
+    sparse, mask = partial(energy, tokens=running), corruption.loss_mask.to("meta")
+    assert 0.95 < count_operations(lambda: exact_step(sparse, images, mask)) / ordinary <= 1.10

@@ -1,14 +1,11 @@
-"""One training step: its second-order gradients, its attention and its memory."""
-
-import weakref
-from contextlib import contextmanager
+"""One training step: its second-order gradients, and its attention."""
 
 import pytest
 import timm.layers
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from backfold.energy import EnergyModel
 from backfold.restoration import (
@@ -22,17 +19,12 @@ from backfold.restoration import (
 SHAPE = (3, 4, 4)
 EVERYWHERE = torch.ones(1, dtype=torch.bool)
 TINY = {
-    "ViT": (
-        "vit_tiny_patch16_224",
-        16,
-        {"patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2},
-    ),
+    "ViT": ("vit_tiny_patch16_224", {"patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2}),
     "Swin": (
         "swin_tiny_patch4_window7_224",
-        32,
         {"depths": (1, 2), "num_heads": (1, 2), "embed_dim": 8, "drop_path_rate": 0.0},
     ),
-    "ConvNeXt": ("convnext_atto", 32, {"depths": (1, 1, 1, 2), "dims": (4, 8, 8, 12)}),
+    "ConvNeXt": ("convnext_atto", {"depths": (1, 1, 1, 2), "dims": (4, 8, 8, 12)}),
 }
 # The energy's gradient does not depend on what is only added to the features before a linear head.
 # ConvNeXt's last norm belongs to its classifier: `forward_features` leaves it out.
@@ -49,19 +41,18 @@ def _seed():
 
 
 def tiny(family):
-    name, side, options = TINY[family]
-    return EnergyModel(name, image_size=side, backbone_options=options)
+    name, options = TINY[family]
+    return EnergyModel(name, image_size=32, backbone_options=options)
 
 
-def images_for(family, count=2, dtype=torch.float32):
-    side = TINY[family][1]
-    return torch.randn(2, count, 3, side, side, dtype=dtype).unbind()
+def two_batches(count=2, dtype=torch.float32):
+    return torch.randn(2, count, 3, 32, 32, dtype=dtype).unbind()
 
 
 @pytest.mark.parametrize("family", TINY)
 def test_parameter_gradients_equal_central_differences(family):
     model = tiny(family).double()
-    corrupted, clean = images_for(family, dtype=torch.float64)
+    corrupted, clean = two_batches(dtype=torch.float64)
     mask = torch.rand(2, 1, *corrupted.shape[2:]) < 0.7
     training_step(model, corrupted, clean, mask)[0].backward()
     trained = [p for p in model.parameters() if p.grad is not None]
@@ -103,7 +94,7 @@ def parameters_without_gradient(model):
 @pytest.mark.parametrize("family", TINY)
 def test_all_parameters_but_the_known_few_get_a_gradient(family):
     model = tiny(family)
-    corrupted, clean = images_for(family, 4)
+    corrupted, clean = two_batches(4)
     corrupted.requires_grad_()
     loss, restored, energies = training_step(model, corrupted, clean, EVERYWHERE)
     assert not restored.requires_grad
@@ -114,39 +105,21 @@ def test_all_parameters_but_the_known_few_get_a_gradient(family):
     assert corrupted.grad is None
 
 
-def test_without_a_graph_of_the_gradient_nothing_but_the_step_size_would_train():
-    model, (corrupted, clean) = tiny("ViT"), images_for("ViT")
-    step_size = torch.ones((), requires_grad=True)
-    restored, _ = restoration_step(model, corrupted, step_size, create_graph=False)
-    restoration_loss(restored, clean, EVERYWHERE).backward()
-    assert step_size.grad != 0
-    assert parameters_without_gradient(model) == {name for name, _ in model.named_parameters()}
-
-
-@contextmanager
-def attention_built(fused):
+def built_with(fused, family):
+    # timm counts Swin's fused attention, which has a learnable bias, as experimental.
     before = timm.layers.use_fused_attn(), timm.layers.use_fused_attn(experimental=True)
     timm.layers.set_fused_attn(fused, experimental=fused)
-    try:
-        yield
-    finally:
-        timm.layers.set_fused_attn(*before)
+    model = tiny(family)
+    timm.layers.set_fused_attn(*before)
+    assert {m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")} == {fused}
+    return model
 
 
 @pytest.mark.parametrize("family", ["ViT", "Swin"])
 def test_training_gradients_equal_those_of_unfused_attention(family):
-    # timm counts Swin's fused attention, which has a learnable bias, as experimental.
-    with attention_built(fused=True):
-        fused = tiny(family)
-    with attention_built(fused=False):
-        unfused = tiny(family)
+    fused, unfused = built_with(True, family), built_with(False, family)
     unfused.load_state_dict(fused.state_dict())
-    flags = [
-        {m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")}
-        for model in (fused, unfused)
-    ]
-    assert flags == [{True}, {False}]
-    corrupted, clean = images_for(family)
+    corrupted, clean = two_batches()
     for model in (fused, unfused):
         training_step(model, corrupted, clean, EVERYWHERE)[0].backward()
     for name, parameter in fused.named_parameters():
@@ -154,46 +127,22 @@ def test_training_gradients_equal_those_of_unfused_attention(family):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
 
 
-class AttentionKernels(TorchDispatchMode):
-    """Notes the fused attention kernels that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.fused = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "scaled_dot_product" in func.name():
-            self.fused.add(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def allowed(monkeypatch):
-    """For each call of attention: whether (flash, efficient, cuDNN, plain) kernels may run."""
-    seen, attention = [], torch.nn.functional.scaled_dot_product_attention
+def test_training_uses_plain_attention_only_and_restoring_the_fused_kernels(monkeypatch):
+    kernels, attention, cuda = [], F.scaled_dot_product_attention, torch.backends.cuda
 
     def spy(*args, **kwargs):
-        cuda = torch.backends.cuda
-        kernels = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()
-        seen.append((*kernels, cuda.cudnn_sdp_enabled(), cuda.math_sdp_enabled()))
+        fused = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()
+        kernels.append((*fused, cuda.math_sdp_enabled()))
         return attention(*args, **kwargs)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    return seen
-
-
-def test_training_uses_plain_attention_only_and_restoring_the_fused_kernels(allowed):
-    model, (corrupted, clean) = tiny("ViT"), images_for("ViT")
-    allowed.clear()
-    with AttentionKernels() as kernels:
-        training_step(model, corrupted, clean, EVERYWHERE)[0].backward()
-    assert kernels.fused == set()
-    assert set(allowed) == {(False, False, False, True)}
-    allowed.clear()
-    with AttentionKernels() as kernels:
-        restore(model, corrupted)
-    assert any("flash" in name for name in kernels.fused)
-    assert set(allowed) == {(True, True, True, True)}
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model, (corrupted, clean) = tiny("ViT"), two_batches()
+    kernels.clear()
+    training_step(model, corrupted, clean, EVERYWHERE)[0].backward()
+    assert set(kernels) == {(False, False, False, True)}
+    kernels.clear()
+    restore(model, corrupted)
+    assert set(kernels) == {(True, True, True, True)}
 
 
 class TanhEnergy(nn.Module):
@@ -240,51 +189,3 @@ def test_gradients_of_k_training_steps_equal_those_of_descent_written_out():
         torch.testing.assert_close(restored, points[index + 1])
         torch.testing.assert_close(energies, energy(points[index]).detach())
     torch.testing.assert_close([p.grad for p in energy.parameters()], list(expected))
-
-
-class Saved:
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-
-class LiveBytes:
-    """Counts the bytes of the tensors that autograd keeps: now, and at most."""
-
-    def __init__(self):
-        self.now = self.peak = 0
-
-    def pack(self, tensor):
-        saved, size = Saved(tensor), tensor.numel() * tensor.element_size()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(saved, self.release, size)
-        return saved
-
-    def release(self, size):
-        self.now -= size
-
-
-def live_bytes(num_steps, backward_at_once=True):
-    torch.manual_seed(0)
-    model = tiny("ViT")
-    corrupted, clean = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16)
-
-    def step(images):
-        return training_step(model, images, clean, EVERYWHERE)
-
-    live, losses = LiveBytes(), []
-    with torch.autograd.graph.saved_tensors_hooks(live.pack, lambda saved: saved.tensor):
-        for loss, _, _ in restoration_losses(step, corrupted, num_steps):
-            if backward_at_once:
-                loss.backward()
-            else:
-                losses.append(loss)
-    return live
-
-
-def test_memory_does_not_grow_with_the_number_of_steps():
-    once, four_times = live_bytes(1), live_bytes(4)
-    assert once.peak > 0
-    assert four_times.peak == once.peak
-    assert four_times.now == once.now == 0
-    assert live_bytes(4, backward_at_once=False).peak > 3 * once.peak

@@ -1,75 +1,86 @@
-"""Time, peak memory and counted operations of steps: functions that do one thing and return it.
+"""Time, peak memory and kinds of work of steps, and what a measurement ran on.
 
 A step is any callable without arguments. Nothing here knows what the steps are.
 """
 
-import statistics
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils import benchmark
 
 Step = Callable[[], None]
-Clock = Callable[[], float]
+PRODUCTS = "matrix products and convolutions"
+REST = "generated kernels and Python"
+KINDS = {  # by the names of operations and kernels; the first that fits
+    "fused attention": r"flash|efficient_attention|cudnn_attention|fmha",
+    "norms, softmax and activations":
+        r"layer_norm|softmax|gelu|native_norm|batch_norm|relu|silu|tanh|erf|nll_loss",
+    PRODUCTS: r"mm$|bmm|addmm|conv|gemm|cutlass|xmma|mkldnn|linear",
+    "copies and memory":
+        r"copy|cat$|empty|contiguous|clone|zero|fill|gather|index|stack|select|slice|memcpy"
+        r"|memset|expand|view|reshape|transpose|resize|as_strided|scatter|pad$",
+    "element-wise and sums": r"^aten::|elementwise|reduce",
+    REST: "",
+}  # fmt: skip
+PACKAGES = ("torch", "timm", "transformers")
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Quartiles of repeated measurements, in their unit; ``count`` of them were taken."""
-
-    median: float
-    lower: float
-    upper: float
-    count: int
-
-
-def spread(values: list[float]) -> Spread:
-    """The quartiles (inclusive method) of one value or more."""
-    if len(values) == 1:
-        return Spread(values[0], values[0], values[0], 1)
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, lower, upper, len(values))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def spread(values: list[float]) -> dict[str, float]:
+    """Quartiles (inclusive method) of one value or more, and how many these are."""
+    lower, median, upper = np.percentile(values, (25, 50, 75)).tolist()
+    return {"median": median, "lower": lower, "upper": upper, "count": len(values)}
 
 
 def time_interleaved(
     steps: Mapping[str, Step],
     repeats: int,
-    device: torch.device,
     prepare: Callable[[], None] = lambda: None,
-    clock: Clock = time.perf_counter,
+    clock: Callable[[], float] = benchmark.timer,
     deadline: float = float("inf"),
 ) -> dict[str, list[float]]:
     """Seconds of each step, taken in rounds: every step once, in order, then all of them again.
 
-    So slow drifts of the machine (heat, neighbours) meet all steps alike. Warm the steps up first.
+    So slow drifts of the machine (heat, neighbours) meet all steps alike. In each round a step runs
+    once to warm up, then on the clock.
 
     Args:
         steps: by name.
         repeats: rounds at most.
-        device: waited for before and after each step.
-        prepare: called before each step, outside the clock.
-        clock: in seconds.
-        deadline: no round but the first starts when the clock has passed this.
+        prepare: called before each run, outside the clock.
+        clock: in seconds; waits for the device.
+        deadline: in seconds of `time.perf_counter`; no round but the first starts after it.
     """
+    timers = {
+        name: benchmark.Timer(
+            "step()",
+            "prepare()",
+            globals={"step": step, "prepare": prepare},
+            timer=clock,
+            num_threads=torch.get_num_threads(),
+        )
+        for name, step in steps.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(repeats):
-        if number and clock() > deadline:
+        if number and time.perf_counter() > deadline:
             break
-        for name, step in steps.items():
-            prepare()
-            synchronize(device)
-            start = clock()
-            step()
-            synchronize(device)
-            seconds[name].append(clock() - start)
+        for name, timer in timers.items():
+            # So short a time asks for single runs.
+            seconds[name] += timer.blocked_autorange(min_run_time=1e-12).raw_times
     return seconds
 
 
@@ -83,20 +94,80 @@ def peak_memory(step: Step, device: torch.device) -> int:
     leave in the process.
     """
     if device.type == "cuda":
-        synchronize(device)
+        torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
-        synchronize(device)
+        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     events = recorded.profiler.kineto_results.events()
-    allocations = [
-        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
-    ]
+    sizes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     current = highest = 0
-    for _, size in sorted(allocations, key=lambda allocation: allocation[0]):
+    for _, size in sorted(sizes, key=lambda allocation: allocation[0]):
         current += size
         highest = max(highest, current)
     return highest
+
+
+def time_by_kind(step: Step, device: torch.device) -> dict[str, float]:
+    """Share of a step's time in each kind of work, 0 to 1.
+
+    On CUDA by kernels; time in which no kernel runs is not in it. On the CPU by operations, where
+    compiled graphs and Python between the operations are what remains.
+    """
+    on_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    with profile(activities=activities) as recorded:
+        step()
+    seconds: Counter[str] = Counter()
+    for event in recorded.key_averages():
+        on_device = event.device_type.name != "CPU"
+        if on_device == on_cuda and not (on_device and event.is_user_annotation):
+            own = event.self_device_time_total if on_device else event.self_cpu_time_total
+            seconds[_kind(event.key.lower())] += own
+    total = sum(seconds.values()) or 1.0
+    return {kind: seconds[kind] / total for kind in KINDS if seconds[kind] > 0}
+
+
+def _kind(name: str) -> str:
+    if re.search(r"^triton_(poi|per|red)", name):
+        return REST
+    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Date, command, commit, hardware, threads and versions."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": _commit(),
+        "device": device.type,
+        "hardware": _hardware(device),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+    }
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    told = torch.cpu.get_capabilities().get("cpu_name")
+    return str(told or platform.processor() or platform.machine())
+
+
+def _commit() -> str:
+    """The git commit of this script, with "+" if files differ from it; empty outside of git."""
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        run = subprocess.run(
+            command, cwd=Path(__file__).parent, check=False, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return ""
+    return run.stdout.strip()

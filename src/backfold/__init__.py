@@ -7,27 +7,50 @@ from backfold.errors import UserError
 from backfold.version import __version__
 
 if TYPE_CHECKING:
-    from backfold.api import Backfold
+    from backfold.api import Backfold, export, load, pretrain, report, score, stats
     from backfold.energy import EnergyModel
     from backfold.evaluation.evaluate import evaluate
-    from backfold.restoration import RestorationResult, restore
+    from backfold.pretext import (
+        Colorization,
+        Denoising,
+        Masking,
+        Mixture,
+        Sorting,
+        SuperResolution,
+    )
+    from backfold.restoration import RestorationResult, restore, training_step
 
 __all__ = [
     "Backfold",
+    "Colorization",
+    "Denoising",
     "EnergyModel",
+    "Masking",
+    "Mixture",
     "RestorationResult",
+    "Sorting",
+    "SuperResolution",
     "UserError",
     "__version__",
     "evaluate",
+    "export",
+    "load",
+    "pretrain",
+    "report",
     "restore",
+    "score",
+    "stats",
+    "training_step",
 ]
+API, PRETEXT, RESTORATION = "backfold.api", "backfold.pretext", "backfold.restoration"
 # Imported when they are used: the command line answers before torch is loaded.
 HOMES = {
-    "Backfold": "backfold.api",
+    **dict.fromkeys(("Backfold", "export", "load", "pretrain", "report", "score", "stats"), API),
+    **dict.fromkeys(("Colorization", "Denoising", "Masking", "Mixture", "Sorting"), PRETEXT),
+    **dict.fromkeys(("RestorationResult", "restore", "training_step"), RESTORATION),
     "EnergyModel": "backfold.energy",
-    "RestorationResult": "backfold.restoration",
+    "SuperResolution": PRETEXT,
     "evaluate": "backfold.evaluation.evaluate",
-    "restore": "backfold.restoration",
 }
 
 

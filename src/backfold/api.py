@@ -1,30 +1,44 @@
-"""A pretrained energy in a few lines: what is plausible, what restores it, what it looks like.
+"""The verbs: what the commands do, as functions that return what was made.
 
-from backfold import Backfold
+import backfold
 
-model = Backfold.load("runs/demo")
-energies = model.energy(images)  # lower is more plausible
-vectors = model.embed(images)
-restored = model.restore(images).restored
+run = backfold.pretrain(data="photos", backbone="vit_small_patch16_224", out="runs/photos")
+rows = backfold.evaluate(run, data="labelled")
+run = backfold.load("runs/photos")
+energies = run.energy(images)  # lower is more plausible
+vectors = run.embed(images)
+restored = run.restore(images).restored
 """
 
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+import pyarrow as pa
 import torch
 from PIL import Image
+from pyarrow import csv, parquet
 from torch import Tensor
 
 from backfold.backbone import check_image_size
+from backfold.cli.inference import ScoreSettings, run_score
 from backfold.data.augmentation import cover
 from backfold.data.decode import as_float, decode, decode_pillow, to_channels
+from backfold.data.formats import MapDataset
+from backfold.data.loading import default_workers
+from backfold.data.open import open_source
+from backfold.data.survey import Survey, survey
 from backfold.embedding import EmbeddingChoice, embed
 from backfold.errors import BrokenImage, UserError
+from backfold.exporting.export import Format, export_run
+from backfold.reporting.report import write_report
 from backfold.restoration import RestorationResult, eval_mode, restore
+from backfold.training import trainer
+from backfold.training.config import IN_MEMORY
+from backfold.training.config_file import config_from_dict
 from backfold.training.pretrained import Pretrained, load_pretrained
 
 Images = Tensor | Sequence[Image.Image | Path | str]
@@ -43,10 +57,11 @@ class Backfold:
 
     Args:
         run: as `load_pretrained` gives it.
+        path: where it was read.
     """
 
-    def __init__(self, run: Pretrained) -> None:
-        self.run = run
+    def __init__(self, run: Pretrained, path: Path) -> None:
+        self.run, self.path = run, path
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
@@ -59,7 +74,7 @@ class Backfold:
         Raises:
             UserError: no checkpoint there, or one that does not fit.
         """
-        return cls(load_pretrained(Path(path))).to(device)
+        return cls(load_pretrained(Path(path)), Path(path)).to(device)
 
     def to(self, device: torch.device | str) -> Self:
         """Move the model; images are moved to it by each call."""
@@ -189,3 +204,93 @@ class Backfold:
             raise UserError(f"{image} is no image: {error}; give image files") from error
         scaled = cover(to_channels(decoded, run.channels), run.image_size)
         return run.statistics.normalize(as_float(scaled[None]))
+
+
+def pretrain(
+    data: str | Path | MapDataset | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callback: trainer.Callback | None = None,
+    **settings: Any,
+) -> Backfold:
+    """Pretrain a backbone; see `backfold.training.config.PretrainConfig` for the settings.
+
+    Args:
+        data: a path or a name as ``--data`` takes it, images as a tensor (images, channels, height,
+            width), or a `torch.utils.data.Dataset` of images; None takes the embedded ones.
+        resume: go on with the run in ``out``; images in memory must be given again.
+        overwrite: replace the run in ``out``.
+        callback: called after every optimizer step with the steps done, the loss (on the device)
+            and what the last part of the batch came to.
+        **settings: of `PretrainConfig`; nested ones as mappings or as their own classes.
+
+    Raises:
+        UserError: bad settings or data, a folder that can't be used, a loss that is not finite.
+    """
+    source = None
+    if not (data is None or isinstance(data, (str, Path))):
+        source = open_source(data, "train")
+        data = source.name + IN_MEMORY
+    values = {**settings, "data": data}
+    config = config_from_dict(
+        {
+            name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            for name, value in values.items()
+        }
+    )
+    trainer.pretrain(config, resume=resume, overwrite=overwrite, source=source, callback=callback)
+    return Backfold.load(config.out)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Backfold:
+    """A run to use; see `Backfold.load`."""
+    return Backfold.load(path, device)
+
+
+def export(
+    run: Backfold | str | Path,
+    format: Format = "timm",
+    out: str | Path = "exported",
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a backbone with a model card; see `backfold.exporting.export.export_run`.
+
+    Returns:
+        The folder.
+    """
+    export_run(_path(run), format, Path(out), overwrite)
+    return Path(out)
+
+
+def score(run: Backfold | str | Path, **settings: Any) -> pa.Table:
+    """Energies and restoration errors of many images; see `backfold.cli.inference.ScoreSettings`.
+
+    Returns:
+        The table that was written: path, energy, and an error for each task.
+    """
+    wanted = ScoreSettings(checkpoint=_path(run), **settings)
+    run_score(wanted)
+    read = csv.read_csv if wanted.out.suffix == ".csv" else parquet.read_table
+    table: pa.Table = read(wanted.out)
+    return table
+
+
+def stats(
+    data: str | Path | MapDataset | None = None,
+    channels: int | None = None,
+    max_images: int | None = None,
+    seed: int = 0,
+) -> Survey:
+    """What a data set looks like; see `backfold.cli.stats.StatsSettings`."""
+    return survey(open_source(data, "train"), channels, max_images, seed, default_workers())
+
+
+def report(run: Backfold | str | Path, out: str | Path | None = None) -> Path:
+    """Write one HTML file on a run; returns its path."""
+    return write_report(_path(run), None if out is None else Path(out))
+
+
+def _path(run: Backfold | str | Path) -> Path:
+    return run.path if isinstance(run, Backfold) else Path(run)

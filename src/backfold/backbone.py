@@ -132,6 +132,14 @@ def use_plain_attention(backbone: nn.Module) -> None:
             module.__dict__["fused_attn"] = False
 
 
+def is_convolutional(backbone: nn.Module) -> bool:
+    """Whether most weights are convolutions'."""
+    convolutions = sum(
+        module.weight.numel() for module in backbone.modules() if isinstance(module, nn.Conv2d)
+    )
+    return 2 * convolutions > sum(parameter.numel() for parameter in backbone.parameters())
+
+
 class _HardSigmoid(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         return F.relu6(inputs + 3.0) / 6.0

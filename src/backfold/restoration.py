@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EnergyFn = Callable[[Tensor], Tensor]
+LossFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 DIVERGENCE_FACTOR = 100.0
 
@@ -127,18 +129,29 @@ def eval_mode(energy_fn: EnergyFn) -> Iterator[None]:
     """Eval mode within; afterwards each part of a module has its own mode again.
 
     Args:
-        energy_fn: a module; for any other callable nothing happens.
+        energy_fn: a module, or a partial or method of one; for other callables nothing happens.
     """
-    modules = list(energy_fn.modules()) if isinstance(energy_fn, nn.Module) else []
+    roots = _modules_behind(energy_fn)
+    modules = [module for root in roots for module in root.modules()]
     modes = [module.training for module in modules]
     try:
-        if isinstance(energy_fn, nn.Module):
-            energy_fn.train()  # timm's LeViT and others drop what they cached of older weights
-            energy_fn.eval()
+        for root in roots:
+            root.train()  # timm's LeViT and others drop what they cached of older weights
+            root.eval()
         yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+
+
+def _modules_behind(function: object) -> list[nn.Module]:
+    if isinstance(function, nn.Module):
+        return [function]
+    if isinstance(function, partial):
+        bound = (function.func, *function.args, *function.keywords.values())
+        return [module for each in bound for module in _modules_behind(each)]
+    owner = getattr(function, "__self__", None)
+    return [owner] if isinstance(owner, nn.Module) else []
 
 
 def _check_restore_input(corrupted: Tensor, num_steps: int) -> None:
@@ -246,19 +259,21 @@ def training_step(
     loss_mask: Tensor,
     step_size: float = 1.0,
     plausibility_weight: float = 0.0,
+    loss: LossFn = restoration_loss,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One restoration step with its loss: (loss, restored images, energies of the images given).
 
+    The ``loss`` is that of (restored, clean, loss_mask), a scalar; `restoration_loss` by default.
     With a ``plausibility_weight`` the loss is `restoration_loss` plus so much `plausibility_loss`,
     for which some of the images must be clean, some corrupted. Only the loss carries a graph. Under
     DistributedDataParallel this whole function belongs inside the wrapped module's forward
     (pytorch #63812).
     """
     restored, energies = restoration_step(energy_fn, images, step_size, create_graph=True)
-    loss = restoration_loss(restored, clean, loss_mask)
+    total = loss(restored, clean, loss_mask)
     if plausibility_weight:
-        loss = loss + plausibility_weight * plausibility_loss(energies, images, clean)
-    return loss, restored.detach(), energies.detach()
+        total = total + plausibility_weight * plausibility_loss(energies, images, clean)
+    return total, restored.detach(), energies.detach()
 
 
 def restoration_losses(

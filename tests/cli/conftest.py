@@ -1,5 +1,7 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -7,7 +9,7 @@ import pytest
 from PIL import Image
 
 from backfold.cli.main import main
-from backfold.data.source import EMBEDDED
+from backfold.data.open import EMBEDDED
 
 # A run that takes a second on grey or colour images of 28 x 28 pixels.
 TINY = [
@@ -19,22 +21,34 @@ TINY = [
 ]  # fmt: skip
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """From Python 3.12 on, forking a process with threads warns; torch has threads and forks."""
+    warning = "ignore:This process .* is multi-threaded:DeprecationWarning"
+    item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+
+
 @pytest.fixture
 def tiny() -> list[str]:
     return list(TINY)
 
 
+def write_images(path: Path, count: int = 60, first: int = 0, labelled: bool = True) -> Path:
+    """Grey images of 28 x 28 pixels in 10 classes, out of the embedded ones."""
+    table = pq.read_table(EMBEDDED / "fashion_mnist_train.parquet").slice(first, count)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table if labelled else table.drop_columns(["label"]), path)
+    return path
+
+
 @pytest.fixture
 def make_parquet(tmp_path) -> Callable[..., Path]:
-    def make(
-        name: str = "images.parquet", count: int = 60, first: int = 0, labelled: bool = True
-    ) -> Path:
-        """Grey images of 28 x 28 pixels in 10 classes, out of the embedded ones."""
-        table = pq.read_table(EMBEDDED / "fashion_mnist_train.parquet").slice(first, count)
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table if labelled else table.drop_columns(["label"]), path)
-        return path
+    def make(name: str = "images.parquet", **kind: Any) -> Path:
+        return write_images(tmp_path / name, **kind)
 
     return make
 
@@ -56,13 +70,20 @@ def make_folder(tmp_path) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture
-def run_folder(tmp_path, make_parquet, tiny, capsys) -> Path:
-    """A finished run on 60 labelled grey images."""
-    folder = tmp_path / "finished"
-    assert main(["pretrain", f"--data={make_parquet()}", f"--out={folder}", *tiny]) == 0
-    capsys.readouterr()
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A finished run on 60 labelled grey images; its data lie beside it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    data = write_images(folder.with_name("images.parquet"))
+    assert main(["pretrain", f"--data={data}", f"--out={folder}", *TINY]) == 0
     return folder
+
+
+@pytest.fixture
+def run_folder(tmp_path, finished, capsys) -> Path:
+    """A copy of the finished run, to change at will."""
+    capsys.readouterr()
+    return shutil.copytree(finished, tmp_path / "finished")
 
 
 @pytest.fixture

@@ -13,20 +13,11 @@ from backfold.cli.main import main
 from backfold.evaluation.results import read_rows
 from backfold.training.run_folder import RunFolder
 
-# From Python 3.12 on, forking a process with threads warns; the evaluation's loaders fork workers.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded:DeprecationWarning"
-)
 QUICK = [
     "--accelerator=cpu", "--labels=all,2", "--draws=2", "--test-images=6", "--num-workers=0",
     "--finetuning.epochs=0", "--finetuning.min-steps=2", "--finetuning.batch-size=8",
     "--finetuning.longer=1", "--rate-factors=[1.0]", "--num-steps=[1]",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
 
 
 @pytest.fixture
@@ -44,16 +35,18 @@ def masked(tmp_path):
     columns = {"image": [], "mask": []}
     for _ in range(6):
         squares = random.integers(0, 2, (2, 3)).repeat(14, 0).repeat(14, 1)
-        ids = np.where(squares, 5, 2).astype(np.uint8)
+        ids = np.where(squares, 5, 2)
         ids[:3] = 9
-        for name, array in (("image", (squares * 180 + 20).astype(np.uint8)), ("mask", ids)):
-            buffer = io.BytesIO()
-            Image.fromarray(array).save(buffer, "PNG")
+        for name, array in (("image", squares * 180 + 20), ("mask", ids)):
+            Image.fromarray(array.astype(np.uint8)).save(buffer := io.BytesIO(), "PNG")
             columns[name].append(buffer.getvalue())
     (tmp_path / "masked").mkdir()
     for part in ("train", "test"):
         pq.write_table(pa.table(columns), tmp_path / "masked" / f"{part}.parquet")
     return tmp_path / "masked"
+
+
+FEW = {"test_images": 6, "num_workers": 0, "accelerator": "cpu"}
 
 
 def evaluate(run_folder, protocols, *arguments):
@@ -86,21 +79,12 @@ def test_every_classifier_has_rows_of_every_contender(run_folder, data, capsys):
     assert all(f"{row.mean:.1f}" in printed for row in rows if " over " not in row.contender)
 
 
-def test_the_function_is_the_command(run_folder, data, tmp_path):
-    assert evaluate(run_folder, "knn,layers", f"--data={data}", f"--out={tmp_path / 'a'}") == 0
-    rows = backfold.evaluate(
-        run_folder, data=data, protocols=["knn", "layers"], labels=["all", "2"], draws=2,
-        num_workers=0, out=tmp_path / "b", accelerator="cpu",
-    )  # fmt: skip
-    assert read_rows(tmp_path / "a" / "evaluation.json") == rows
-    assert read_rows(tmp_path / "b" / "evaluation.json") == rows
-
-
-def test_a_run_that_learned_nothing_did_not_pay(tiny, run_folder, data, tmp_path, capsys):
+def test_a_run_that_learned_nothing_did_not_pay(tiny, finished, data, tmp_path, capsys):
     """Started from a trained backbone and hardly moved: its start has the merit."""
     still = tmp_path / "still"
-    arguments = [*tiny, f"--data={tmp_path / 'images.parquet'}", f"--out={still}", "--max-steps=3"]
-    start = [f"--init={run_folder / 'backbone.safetensors'}", "--optimizer.base-lr=1e-9"]
+    images = finished.with_name("images.parquet")
+    arguments = [*tiny, f"--data={images}", f"--out={still}", "--max-steps=3"]
+    start = [f"--init={finished / 'backbone.safetensors'}", "--optimizer.base-lr=1e-9"]
     assert main(["pretrain", *arguments, *start]) == 0
     assert evaluate(still, "knn,linear", f"--data={data}") == 0
     rows = read_rows(RunFolder(still).evaluation)
@@ -108,10 +92,16 @@ def test_a_run_that_learned_nothing_did_not_pay(tiny, run_folder, data, tmp_path
     assert "Did pretraining pay? No" in capsys.readouterr().out
 
 
-def test_rows_of_other_protocols_and_labels_are_kept(run_folder, data):
+def test_rows_of_other_protocols_and_labels_are_kept_and_a_broken_file_replaced(
+    run_folder, data, capsys, tmp_path
+):
     path = RunFolder(run_folder).evaluation
+    path.write_text("{")
     assert evaluate(run_folder, "knn", f"--data={data}") == 0
+    assert "is replaced" in capsys.readouterr().err
     before = read_rows(path)
+    same = {"data": data, "protocols": ["knn"], "labels": ["all", "2"], "draws": 2}
+    assert backfold.evaluate(run_folder, **same, out=tmp_path / "b", **FEW) == before
     assert evaluate(run_folder, "lowshot", f"--data={data}", "--train-images=100") == 0
     rows = read_rows(path)
     assert rows[: len(before)] == before
@@ -125,14 +115,6 @@ def test_rows_of_other_protocols_and_labels_are_kept(run_folder, data):
         row for row in before if row.case == "all labels"
     ]
     assert len(again) == len(rows)
-
-
-def test_a_broken_file_of_rows_is_replaced(run_folder, data, capsys):
-    path = RunFolder(run_folder).evaluation
-    path.write_text("{")
-    assert evaluate(run_folder, "knn", f"--data={data}") == 0
-    assert {row.protocol for row in read_rows(path)} == {"knn"}
-    assert "is replaced" in capsys.readouterr().err
 
 
 def test_backbones_that_are_not_ours(data, tmp_path, run_folder):
@@ -151,38 +133,31 @@ def test_backbones_that_are_not_ours(data, tmp_path, run_folder):
     assert {row.step for row in named} == {None}
 
 
-def test_energy_is_measured_against_corruptions_and_other_data(run_folder, data, make_parquet):
+def test_restoration_and_energy_need_no_labels(run_folder, make_parquet, capsys):
+    plain = make_parquet("plain.parquet", labelled=False)
     near = make_parquet("clothes.parquet", count=12, first=500)
     far = make_parquet("things/a.parquet", count=12, first=600, labelled=False).parent
-    assert evaluate(run_folder, "energy", f"--data={data}", f"--near={near}", f"--far={far}") == 0
+    others = (f"--near={near}", f"--far={far}")
+    assert evaluate(run_folder, "restoration,energy", f"--data={plain}", *others) == 0
     rows = read_rows(RunFolder(run_folder).evaluation)
-    cases = {row.case for row in rows}
-    assert {f"{task}, severity {n}" for task in ("masking", "denoising") for n in (1, 5)} <= cases
-    assert "one class against the rest" in cases
-    assert sum("clothes" in case or "things" in case for case in cases) == 2
-    assert {"energy", "kNN distance"} <= {row.contender for row in rows}
-
-
-def test_restoration_and_energy_need_no_labels(run_folder, make_parquet, capsys):
-    data = make_parquet("plain.parquet", labelled=False)
-    assert evaluate(run_folder, "restoration,energy", f"--data={data}") == 0
-    rows = [r for r in read_rows(RunFolder(run_folder).evaluation) if r.protocol == "restoration"]
-    assert {row.count for row in rows} == {6}
     assert {(row.data, row.step) for row in rows} == {("plain.parquet", 2)}
-    assert {"energy, 1 step", "identity", "bicubic"} <= {row.contender for row in rows}
+    restored = [row for row in rows if row.protocol == "restoration"]
+    assert {row.count for row in restored} == {6}
+    assert {"energy, 1 step", "identity", "bicubic"} <= {row.contender for row in restored}
     assert "masking, severity 3" in capsys.readouterr().out
+    energy = [row for row in rows if row.protocol == "energy"]
+    cases = {row.case for row in energy}
+    assert {f"{task}, severity {n}" for task in ("masking", "denoising") for n in (1, 5)} <= cases
+    assert sum("clothes" in case or "things" in case for case in cases) == 2
+    assert {"energy", "kNN distance"} <= {row.contender for row in energy}
 
 
-def test_adaptation_compares_both_ways(run_folder, data):
-    assert evaluate(run_folder, "adaptation", f"--data={data}") == 0
+def test_labels_add_an_adaptation_and_a_class_against_the_rest(run_folder, data):
+    assert evaluate(run_folder, "adaptation,energy", f"--data={data}") == 0
     rows = read_rows(RunFolder(run_folder).evaluation)
-    cells = {(row.case, row.contender): row.mean for row in rows if row.metric == "accuracy (%)"}
-    for case in {case for case, _ in cells}:
-        change = cells[case, "restored first"] - cells[case, "as they are"]
-        (given,) = [v for (c, n), v in cells.items() if c == case and n not in (
-            "restored first", "as they are")]  # fmt: skip
-        assert given == pytest.approx(change)
-    assert {"clean", "noise, severity 5"} <= {case for case, _ in cells}
+    cases = {"clean", "noise, severity 5", "one class against the rest"}
+    assert cases <= {row.case for row in rows}
+    assert {"restored first", "as they are"} <= {row.contender for row in rows}
 
 
 def test_segmentation_beside_a_classifier_on_other_data(run_folder, data, masked, tmp_path):
@@ -212,21 +187,22 @@ def test_what_a_protocol_cannot_use_is_refused_before_anything_is_written(
     def refuse(protocols, *parts, more=()):
         refused([*start, f"--protocols={protocols}", *more], *parts)
 
-    refuse("knn,segmentation", "no `mask`", more=[f"--data={data}"])
+    given = f"--data={data}"
+    refuse("knn,segmentation", "no `mask`", more=[given])
     refuse("segmentation", "holds no parquet files with masks", more=[f"--data={make_folder()}"])
     refuse("restoration,adaptation", "has no labels; give a folder", more=[f"--data={plain}"])
-    refuse("knn,energy", "nowhere does not exist", more=[f"--data={data}", "--near=nowhere"])
+    refuse("knn,energy", "nowhere does not exist", more=[given, "--near=nowhere"])
     refuse("knn,segmentaton", "unknown protocol 'segmentaton'; choose from knn, linear")
     refuse("finetune", "batch_size is 1", more=["--finetuning.batch-size=1"])
-    refuse("segmentation", "seeds is 0", more=["--segmentation.seeds=0"])
     refuse("segmentation", "multiples of it",
            more=[f"--data={masked}", "--segmentation.image-size=29"])  # fmt: skip
     refuse("energy", "test_images is 1; give 2 or more", more=["--test-images=1"])
     refuse("finetune", "rate_factors is", "above 0", more=["--rate-factors=[0.0]"])
-    refuse("knn", "labels is '0'", more=["--labels=0"])
+    refuse("knn", "draws is 0; give 1 or more", more=["--draws=0"])
     refuse("knn", "labels is '130%'", more=["--labels=130%"])
-    refuse("knn", "has no embedding layer -7", more=["--embedding.layer=-7", f"--data={data}"])
-    refuse("knn", "fewer than the 50 labels a class", more=["--labels=50", f"--data={data}"])
+    refuse("knn", "has no embedding layer -7", more=["--embedding.layer=-7", given])
+    refuse("knn", "fewer than the 50 labels a class", more=["--labels=50", given])
+    refuse("knn", "can't use accelerator 'abacus'", more=["--accelerator=abacus"])
     assert snapshot(run_folder) == before
     refused(["evaluate", "--checkpoint=no_such_thing"], "no_such_thing is no run's folder")
     refused(["evaluate", "--checkpoint=test_vit", "--protocols=energy"], "a backbone alone")
@@ -239,13 +215,3 @@ def test_settings_that_nothing_uses_are_named(run_folder, data, capsys):
     assert "finetuning has no effect on knn" in log
     assert "labels has no effect" not in log
     assert "seed has no effect" not in log
-
-
-def test_overwriting_a_run_takes_its_rows_and_its_start_away(tiny, run_folder, tmp_path):
-    folder = RunFolder(run_folder)
-    folder.evaluation.write_text("[]")
-    start = folder.initial.read_bytes()
-    arguments = [f"--data={tmp_path / 'images.parquet'}", f"--out={run_folder}", *tiny]
-    assert main(["pretrain", *arguments, "--overwrite", "--seed=5"]) == 0
-    assert not folder.evaluation.exists()
-    assert folder.initial.read_bytes() != start

@@ -11,14 +11,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from backfold.cli.main import main
 from backfold.data.decode import as_float
-from backfold.data.source import open_source
+from backfold.data.open import open_source
 from backfold.training.pretrained import load_pretrained
 from backfold.training.previews import to_display
-
-
-@pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
 
 
 def restoration(run, path, corrupt, num_steps, step_size):
@@ -45,12 +40,12 @@ def restoration(run, path, corrupt, num_steps, step_size):
     return psnr, ssim, energies
 
 
-def test_restore_draws_and_measures(run_folder, tmp_path, capsys):
+def test_restore_draws_and_measures(finished, tmp_path, capsys):
     path = tmp_path / "picture.png"
     random = np.random.default_rng(0).integers(0, 256, (7, 7), dtype=np.uint8)
     Image.fromarray(random).resize((28, 28)).save(path)
     out = tmp_path / "restored"
-    arguments = ["restore", f"--checkpoint={run_folder}", f"--out={out}", "--seed=5", str(path)]
+    arguments = ["restore", f"--checkpoint={finished}", f"--out={out}", "--seed=5", str(path)]
     assert main([*arguments, "--num-steps=3", "--step-size=0.2"]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == f"pictures: {out}"
@@ -60,7 +55,7 @@ def test_restore_draws_and_measures(run_folder, tmp_path, capsys):
     with Image.open(out / "picture.gif") as picture:
         assert picture.n_frames == 4
         assert picture.size == (112, 112)
-    run = load_pretrained(run_folder)
+    run = load_pretrained(finished)
 
     def corrupt(clean):
         return run.config.tasks.masking(clean, torch.Generator().manual_seed(5)).corrupted
@@ -76,27 +71,27 @@ def test_restore_draws_and_measures(run_folder, tmp_path, capsys):
     assert "masking" in printed
 
 
-def test_restore_without_images_takes_the_run_s_own(run_folder, tmp_path, capsys):
+def test_restore_without_images_takes_the_run_s_own(finished, tmp_path, capsys):
     out = tmp_path / "restored"
-    assert main(["restore", f"--checkpoint={run_folder}", f"--out={out}"]) == 0
-    run = load_pretrained(run_folder)
+    assert main(["restore", f"--checkpoint={finished}", f"--out={out}"]) == 0
+    names = {f"image-{round(i * (60 - 1) / 3)}" for i in range(4)}  # spread over the 60
+    assert {file.stem for file in out.iterdir()} == names
+    assert capsys.readouterr().out.count("image-") == 4
+    run = load_pretrained(finished)
     source = open_source(run.config.data, "train")
-    names = [f"image-{round(i * (len(source) - 1) / 3)}" for i in range(4)]
-    assert {file.stem for file in out.iterdir()} == set(names)
     clean = to_display(run.statistics.normalize(as_float(source.read(0))[None]), run.statistics)[0]
     with Image.open(out / "image-0.png") as picture:
         drawn = pil_to_tensor(picture.convert("RGB"))[:, 4:116, 2 * 116 + 4 : 3 * 116]
     assert (drawn - clean * 255).abs().max() <= 1  # rounding
-    assert capsys.readouterr().out.count("image-") == 4
 
 
-def test_restore_with_other_tasks_names_and_steps(run_folder, tmp_path, capsys):
+def test_restore_with_other_tasks_names_and_steps(finished, tmp_path, capsys):
     paths = [tmp_path / "a" / "same.png", tmp_path / "b" / "same.png"]
     for shade, path in enumerate(paths):
         path.parent.mkdir()
         Image.effect_noise((40, 33), 30 + shade).save(path)
     out = tmp_path / "restored"
-    arguments = ["restore", f"--checkpoint={run_folder}", f"--out={out}", *map(str, paths)]
+    arguments = ["restore", f"--checkpoint={finished}", f"--out={out}", *map(str, paths)]
     assert main([*arguments, "--pretext=denoising", "--num-steps=0"]) == 0
     assert "denoising" in capsys.readouterr().out
     assert {file.name for file in out.iterdir()} == {

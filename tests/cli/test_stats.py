@@ -12,7 +12,6 @@ from backfold.cli.main import main
 def _elsewhere(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("COLUMNS", "300")
 
 
 def test_stats_prints_a_table_and_writes_json_if_asked(make_folder, capsys, snapshot, tmp_path):
@@ -50,29 +49,8 @@ def test_a_sample_of_other_channels(make_folder, tmp_path, capsys):
     assert "5 of 20" in capsys.readouterr().out
     found = json.loads(out.read_text())
     assert (found["looked_at"], found["channels"], len(found["mean"])) == (5, 1, 1)
-
-
-def test_embedded_images_need_no_argument(capsys):
     assert main(["stats", "--max-images=50", "--num-workers=0"]) == 0
-    assert "28 to 28" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["--data=nowhere"], ["nowhere does not exist"]),
-        (["--max-images=0"], ["max_images is 0; give 1 or more"]),
-        (["--max-pixels=-1"], ["max_pixels is -1"]),
-        (["--num-workers=-1"], ["num_workers can't be negative"]),
-    ],
-)
-def test_bad_settings_are_refused(refused, arguments, parts):
-    refused(["stats", *arguments], *parts)
-
-
-def test_nothing_readable_is_refused(refused, make_folder):
-    folder = make_folder(count=3, broken=3)
-    refused(["stats", f"--data={folder}", "--num-workers=0"], "none of 3 sampled images")
+    assert "28 to 28" in capsys.readouterr().out  # the embedded images need no argument
 
 
 def test_bombs_are_counted_and_the_limit_can_be_raised(make_folder, capsys):

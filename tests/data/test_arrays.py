@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from backfold.data.arrays import channels_last, check_size, decode_npy, in_range
+from backfold.data.arrays import decode_npy, in_range
 from backfold.data.decode import decode, examine
 from backfold.errors import BrokenImage
 
@@ -26,8 +26,8 @@ def values(shape, dtype, seed=0):
 @pytest.mark.parametrize(
     ("dtype", "scale"),
     [
-        ("uint8", None), ("uint16", 65535), (">u2", 65535), ("int16", 1), ("int32", 1),
-        ("uint32", 1), ("float16", 1), ("float32", 1), ("float64", 1), (">f4", 1),
+        ("uint8", None), ("uint16", 65535), (">u2", 65535), ("int16", 1), ("uint32", 1),
+        ("float16", 1), ("float64", 1), (">f4", 1),
     ],
 )  # fmt: skip
 def test_numpy_files_keep_their_values(dtype, scale):
@@ -46,39 +46,22 @@ def test_numpy_files_keep_their_values(dtype, scale):
         )
 
 
-def test_booleans_span_the_range():
-    array = np.array([[True, False], [False, True]])
-    assert decode(npy(array)).tolist() == [[[255, 0], [0, 255]]]
-
-
 @pytest.mark.parametrize(
-    ("shape", "expected"),
+    ("shape", "is_last"),
     [
-        ((9, 11), (1, 9, 11)),
-        ((9, 11, 1), (1, 9, 11)),
-        ((1, 9, 11), (1, 9, 11)),
-        ((9, 11, 32), (9, 11, 32)),  # 9 is the shorter: it holds the channels
-        ((40, 50, 32), (32, 40, 50)),
-        ((32, 40, 50), (32, 40, 50)),
-        ((7, 9, 7), (7, 7, 9)),  # equally long: the last
+        ((9, 11, 1), True),
+        ((1, 9, 11), False),
+        ((9, 11, 32), False),  # 9 is the shorter: it holds the channels
+        ((40, 50, 32), True),
+        ((7, 9, 7), True),  # equally long: the last
     ],
 )
-def test_the_shorter_end_holds_the_channels(shape, expected):
+def test_the_shorter_end_holds_the_channels(shape, is_last):
     array = values(shape, "uint8")
-    image = decode(npy(array)).numpy()
-    assert image.shape == expected
-    if len(shape) == 2:
-        assert np.array_equal(image[0], array)
-    elif shape[0] < shape[2]:
-        assert np.array_equal(image, array)
-    else:
-        assert np.array_equal(image, np.moveaxis(array, 2, 0))
-
-
-def test_fortran_order_and_other_header_versions():
-    array = np.asfortranarray(values((9, 11, 3), "float32"))
-    assert np.array_equal(decode(npy(array)).numpy(), np.moveaxis(array, 2, 0))
-    assert np.array_equal(decode(npy(array, (2, 0))).numpy(), np.moveaxis(array, 2, 0))
+    expected = np.moveaxis(array, 2, 0) if is_last else array
+    assert np.array_equal(decode(npy(array)).numpy(), expected)
+    assert np.array_equal(decode(npy(np.asfortranarray(array), (2, 0))).numpy(), expected)
+    assert np.array_equal(decode(npy(array[0] > 99)).numpy(), 255 * (array[:1] > 99))
 
 
 class Bomb:
@@ -91,18 +74,14 @@ class Bomb:
     [
         (npy(np.array([Bomb()], dtype=object)), "an array of object"),
         (npy(np.zeros((3, 3), dtype=complex)), "complex128; give integers"),
-        (npy(np.zeros((3, 3), dtype="U4")), "give integers"),
         (npy(np.zeros((3, 3), dtype=[("a", "u1")])), "give integers"),
         (npy(np.zeros((2, 3, 4, 5))), r"shape \(2, 3, 4, 5\); give \(height"),
-        (npy(np.zeros(7)), r"shape \(7,\); give"),
         (npy(np.zeros((0, 3))), "empty, truncated or damaged"),
         (npy(np.zeros((40, 40, 33))), "40 x 40 pixels of 33 channels; give 1 to 32"),
         (npy(np.zeros((3, 3)))[:-1], "empty, truncated or damaged"),
         (npy(np.zeros((3, 3))) + b"x", "empty, truncated or damaged"),
-        (npy(np.zeros((3, 3)))[:20], "no readable NumPy file"),
         (b"\x93NUMPY\x07\x00", "no readable NumPy file"),
         (npy(np.array([[1.0, np.nan]])), "not finite"),
-        (npy(np.array([[1.0, np.inf]])), "not finite"),
         (npy(np.array([[1.0, 1e300]])), "not finite"),
     ],
 )
@@ -126,19 +105,7 @@ def test_large_arrays_are_refused_by_what_they_hold():
         decode(npy(array), max_pixels=2399)
 
 
-def test_sizes_at_the_limits():
-    check_size(10, 10, 4, 100)
-    for size in [(0, 10, 1), (10, 0, 1), (10, 10, 0), (10, 10, 33), (10, 11, 1)]:
-        with pytest.raises(BrokenImage):
-            check_size(*size, 100)
-
-
 def test_bits_in_use_decide_the_range():
     twelve = np.array([[[0], [4095]]], dtype=np.uint16)
     assert in_range(twelve, 12).ravel().tolist() == [0.0, 1.0]
     assert in_range(twelve).ravel()[1] == pytest.approx(4095 / 65535)
-
-
-def test_channels_last_takes_two_or_three_axes():
-    with pytest.raises(BrokenImage):
-        channels_last(np.zeros((1, 2, 3, 4)))

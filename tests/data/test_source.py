@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from backfold.data.folder import FolderSource
-from backfold.data.parquet import ParquetSource
-from backfold.data.source import NoTestSplit, SubsetSource, open_source, stratified_split
+from backfold.data.formats import FolderSource
+from backfold.data.open import open_source
+from backfold.data.source import BrokenFiles, NoTestSplit, SubsetSource, stratified_split
 from backfold.errors import UserError
 
 
@@ -12,9 +12,10 @@ def places(source):
     return [source.describe(index) for index in range(len(source))]
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "validation", "test", "Test"])
+@pytest.mark.parametrize("name", ["val", "validation", "Test"])
 def test_split_folders(tmp_path, make_folder, name):
-    make_folder(tmp_path, ["train/cat/1.png", "train/dog/2.png", f"{name}/dog/3.png", "demo/4.png"])
+    names = ["train/cat/1.png", "train/dog/2.png", f"{name}/dog/3.png", "demo/4.png"]
+    make_folder(tmp_path, names if name == "Test" else [*names, "test/5.png"])
     train = open_source(tmp_path, "train", labelled=True)
     test = open_source(tmp_path, "test", labelled=True)
     assert places(train) == [str(tmp_path / f"train/{end}") for end in ("cat/1.png", "dog/2.png")]
@@ -22,11 +23,6 @@ def test_split_folders(tmp_path, make_folder, name):
     assert train.labels.tolist() == [0, 1]
     assert test.labels.tolist() == [1]  # the number that the train split gave to "dog"
     assert train.class_names == test.class_names == ("cat", "dog")
-
-
-def test_validation_comes_before_test(tmp_path, make_folder):
-    make_folder(tmp_path, ["train/1.png", "val/2.png", "test/3.png"])
-    assert places(open_source(tmp_path, "test", False)) == [str(tmp_path / "val/2.png")]
 
 
 @pytest.mark.parametrize("names", [["1.png", "sub/2.png"], ["train/1.png", "car/2.png"]])
@@ -38,13 +34,12 @@ def test_folders_without_splits(tmp_path, make_folder, names):
     assert issubclass(NoTestSplit, UserError)
 
 
-@pytest.mark.parametrize("below", ["", "data/"])
-def test_split_parquet_files(tmp_path, make_parquet, below):
+def test_split_parquet_files(tmp_path, make_parquet):
+    below = "data/"
     make_parquet(tmp_path / f"{below}train-0.parquet", 3, 0, label=[0, 1, 0])
     make_parquet(tmp_path / f"{below}train-1.parquet", 2, 3, label=[1, 1])
     make_parquet(tmp_path / f"{below}test-0.parquet", 4, 5, label=[0, 1, 1, 1])
     train, test = (open_source(tmp_path, split, labelled=True) for split in ("train", "test"))
-    assert isinstance(train, ParquetSource)
     assert train.labels.tolist() == [0, 1, 0, 1, 1]
     assert test.labels.tolist() == [0, 1, 1, 1]
     assert open_source(tmp_path, "train", labelled=False).labels is None
@@ -55,20 +50,12 @@ def test_parquet_in_split_folders_and_without_splits(tmp_path, make_parquet):
     make_parquet(tmp_path / "a/valid/0.parquet", 2, 3)
     assert len(open_source(tmp_path / "a", "train", False)) == 3
     assert len(open_source(tmp_path / "a", "test", False)) == 2
-    make_parquet(tmp_path / "b/x.parquet", 2)
+    file = make_parquet(tmp_path / "b/x.parquet", 2)
     make_parquet(tmp_path / "b/y.parquet", 2, 2)
-    assert len(open_source(tmp_path / "b", "train", False)) == 4
-    file = tmp_path / "b/x.parquet"
-    assert len(open_source(file, "train", False)) == 2
-    for data in (tmp_path / "b", file):
+    for data, count in ((tmp_path / "b", 4), (file, 2)):
+        assert len(open_source(data, "train", False)) == count
         with pytest.raises(NoTestSplit):
             open_source(data, "test", False)
-
-
-def test_image_files_win_over_parquet_beside_them(tmp_path, make_folder, make_parquet):
-    make_folder(tmp_path, ["1.png", "2.png"])
-    make_parquet(tmp_path / "metadata.parquet", 5)
-    assert isinstance(open_source(tmp_path, "train", False), FolderSource)
 
 
 def test_wrong_paths_are_the_users_error(tmp_path, make_folder):
@@ -104,8 +91,6 @@ def test_stratified_split_keeps_every_class_share():
     train, test = stratified_split(labels, 0.2, seed=3)
     assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(160))
     assert np.bincount(labels[test]).tolist() == [20, 10, 2]
-    assert np.all(np.diff(train) > 0)
-    assert np.all(np.diff(test) > 0)
     again = stratified_split(labels, 0.2, seed=3)
     assert np.array_equal(again[1], test)
     assert not np.array_equal(stratified_split(labels, 0.2, seed=4)[1], test)
@@ -119,10 +104,22 @@ def test_split_of_a_count_and_of_single_image_classes():
     train, test = stratified_split(labels, 0.2, seed=0)
     assert 10 in train
     assert len(train) + len(test) == 21
+    for count, share in ((1, 0.5), (10, 1.5)):
+        with pytest.raises(UserError, match="give more images or another share"):
+            stratified_split(count, share, seed=0)
 
 
-@pytest.mark.parametrize(("labels", "share"), [(1, 0.5), (10, 0.0), (10, 1.5)])
-def test_impossible_splits_are_the_users_error(labels, share):
-    with pytest.raises(UserError, match=r"give more images or another share") as caught:
-        stratified_split(labels, share, seed=0)
-    assert "\n" not in str(caught.value)
+def test_each_file_counts_once():
+    broken = BrokenFiles(allowed=2)
+    assert broken.add(["a: empty", "b: empty", "a: empty"]) == ["a: empty", "b: empty"]
+    assert broken.add(["b: empty"]) == []
+    assert broken.descriptions == ["a: empty", "b: empty"]
+
+
+def test_one_too_many_stops_the_run():
+    broken = BrokenFiles(allowed=2)
+    broken.add(["a: empty", "b: empty"])
+    with pytest.raises(UserError, match="3 images can't be read, 2 are allowed: a: empty; b"):
+        broken.add(["c: empty"])
+    for count, share, allowed in ((1099, 0.01, 10), (5, 0.01, 1), (9, 0.0, 1)):
+        assert BrokenFiles.for_source(range(count), share).allowed == allowed

@@ -1,217 +1,39 @@
+import contextlib
+import functools
+import http.server
 import io
 import itertools
-import pickle
+import json
+import os
+import signal
 import tarfile
+import threading
+import time
 
 import datasets
 import numpy as np
 import pytest
-import torch
 
+from backfold.data import stream as module
 from backfold.data.augmentation import Augmentation
-from backfold.data.decode import decode
-from backfold.data.hugging_face_stream import HuggingFaceStream
-from backfold.data.source import open_source, open_stream
-from backfold.data.stream import StreamItem, StreamSource, TarStream
-from backfold.data.stream_loading import SHARD_FACTOR, plan_stream, stream_loader
+from backfold.data.open import open_source, open_stream
+from backfold.data.stream import SHARD_FACTOR, StreamBatches, hub_stream, tar_stream
 from backfold.errors import UserError
 
 pytestmark = [
+    # From Python 3.12 on, forking a process with threads warns; torch has threads and forks.
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
 ]
 PLAIN = Augmentation(random_crop=False, horizontal_flip=False)
+SHARDS, EACH = 8, 6
+ALL = set(range(SHARDS * EACH))
 
 
-class Numbers(StreamSource):
-    """Shards of one-value images: shard * 16 + position."""
-
-    name = "numbers"
-    max_pixels = 10**6
-
-    def __init__(self, encode, sizes=(8,) * 8, broken=()):
-        self.sizes = sizes
-        self.count = sum(sizes)
-        self.opened = []
-        self.contents = {
-            (shard, position): b"broken"
-            if (shard, position) in broken
-            else encode(np.full((4, 4), (16 * shard + position) % 256, dtype=np.uint8))
-            for shard, size in enumerate(sizes)
-            for position in range(size)
-        }
-
-    @property
-    def shards(self):
-        return len(self.sizes)
-
-    def open_shard(self, shard):
-        self.opened.append(shard)
-        for position in range(self.sizes[shard]):
-            place = f"shard {shard} position {position}"
-            yield StreamItem(shard, position, place, self.contents[shard, position])
-
-
-def load(source, start=0, total=16, num_workers=0, augmentation=PLAIN, batch_size=4, **options):
-    loader = stream_loader(
-        source, (4, 4), 1, augmentation, batch_size, 0, start, total,
-        num_workers=num_workers, buffer=options.pop("buffer", 3), **options,
-    )  # fmt: skip
-    return list(loader)
-
-
-def places(batches):
-    return [[divmod(index, SHARD_FACTOR) for index in batch.indices.tolist()] for batch in batches]
-
-
-def same(left, right):
-    return len(left) == len(right) and all(
-        torch.equal(a.images, b.images)
-        and torch.equal(a.indices, b.indices)
-        and a.broken == b.broken
-        for a, b in zip(left, right, strict=True)
-    )
-
-
-def test_batches_hold_the_images_that_their_indices_say(encode):
-    source = Numbers(encode)
-    for batch, where in zip(load(source), places(load(source)), strict=True):
-        assert batch.images.shape == (4, 1, 4, 4)
-        assert batch.images[:, 0, 0, 0].tolist() == [16 * shard + at for shard, at in where]
-
-
-def test_an_epoch_sees_every_image_once_and_the_next_in_another_order(encode):
-    batches = places(load(Numbers(encode), total=32))
-    epochs = [list(itertools.chain(*batches[first : first + 16])) for first in (0, 16)]
-    for epoch in epochs:
-        assert sorted(epoch) == [(shard, at) for shard in range(8) for at in range(8)]
-    assert epochs[0] != epochs[1]
-    assert epochs[0] != sorted(epochs[0])
-
-
-@pytest.mark.parametrize("num_workers", [1, 2, 3, 4, 8, 11])
-def test_workers_do_not_change_the_bits(encode, num_workers):
-    source = Numbers(encode, sizes=(3,) * 33)
-    assert plan_stream(source, 4, 1).lanes == 8
-    whole = load(source, total=30, augmentation=Augmentation())
-    assert same(load(source, total=30, augmentation=Augmentation(), num_workers=num_workers), whole)
-
-
-@pytest.mark.parametrize(("start", "num_workers"), [(1, 0), (7, 2), (16, 0), (21, 4), (21, 0)])
-def test_resumption_gives_the_tail(encode, start, num_workers):
-    source = Numbers(encode, broken=((3, 1), (6, 6)))
-    whole = load(source, total=24, augmentation=Augmentation())
-    tail = load(source, start, 24, num_workers, Augmentation())
-    assert same(tail, whole[start:])
-
-
-def test_resumption_skips_within_the_epoch_only(encode):
-    source = Numbers(encode)
-    load(source, start=16 * 1000, total=16 * 1000 + 1)
-    assert len(source.opened) <= 2
-
-
-@pytest.mark.parametrize(("sizes", "world_size"), [((8,) * 8, 2), ((8,) * 8, 4), ((64,), 2)])
-def test_ranks_share_each_epoch_without_overlap(encode, sizes, world_size):
-    source = Numbers(encode, sizes) if len(sizes) > 1 else Numbers(encode, (16,) * 1)
-    steps = plan_stream(source, 2, world_size).steps_per_epoch
-    ranks = [
-        places(load(source, total=steps, batch_size=2, rank=rank, world_size=world_size))
-        for rank in range(world_size)
-    ]
-    seen = [set(itertools.chain(*rank)) for rank in ranks]
-    for left, right in itertools.combinations(seen, 2):
-        assert not left & right
-    assert sum(map(len, seen)) == steps * 2 * world_size
-    assert set().union(*seen) <= set(source.contents)
-
-
-def test_uneven_shards_never_stop_an_epoch(encode):
-    source = Numbers(encode, sizes=(1, 2, 3, 16, 4, 1, 2, 3))
-    plan = plan_stream(source, 4, 1)
-    batches = places(load(source, total=40 * plan.steps_per_epoch))
-    assert len(batches) == 40 * plan.steps_per_epoch
-    assert set(itertools.chain(*batches)) == set(source.contents)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "batch", "world", "lanes", "steps"),
-    [
-        ((8,) * 8, 4, 1, 2, 16), ((8,) * 8, 4, 2, 1, 8), ((8,) * 8, 16, 1, 2, 4),
-        ((8,) * 7, 4, 1, 1, 14), ((8,) * 20, 4, 1, 4, 40), ((8,), 4, 4, 1, 0), ((8,), 4, 1, 1, 2),
-        ((8,) * 70, 4, 1, 8, 136), ((8,) * 70, 100, 1, 4, 4), ((1,) * 33, 4, 1, 8, 8),
-    ],
-)  # fmt: skip
-def test_plan(encode, sizes, batch, world, lanes, steps):
-    source = Numbers(encode, sizes)
-    if steps == 0:
-        with pytest.raises(UserError, match="8 images are fewer than one global batch of 16"):
-            plan_stream(source, batch, world)
-        return
-    plan = plan_stream(source, batch, world)
-    assert (plan.lanes, plan.steps_per_epoch) == (lanes, steps)
-
-
-def test_the_buffer_shuffles_within_a_shard(encode):
-    source = Numbers(encode, sizes=(16,))
-    in_order = [(0, at) for at in range(16)]
-    assert list(itertools.chain(*places(load(source, total=4, buffer=1)))) == in_order
-    mixed = list(itertools.chain(*places(load(source, total=4, buffer=8))))
-    assert sorted(mixed) != mixed
-    firsts = {
-        divmod(int(next(iter(loader)).indices[0]), SHARD_FACTOR)[1]
-        for seed in range(60)
-        for loader in [stream_loader(source, (4, 4), 1, PLAIN, 1, seed, 0, 1, buffer=8)]
-    }
-    assert firsts == set(range(8))
-
-
-def test_broken_images_are_told_and_replaced(encode):
-    broken = ((0, 0), (3, 1), (3, 2))
-    batches = load(Numbers(encode, broken=broken))
-    lines = [line for batch in batches for line in batch.broken]
-    assert sorted(lines) == [
-        f"shard {shard} position {at}: not an image in a known format" for shard, at in broken
-    ]
-    seen = set(itertools.chain(*places(batches)))
-    assert seen == {(s, p) for s in range(8) for p in range(8)} - set(broken)
-    for batch, where in zip(batches, places(batches), strict=True):
-        assert batch.images[:, 0, 0, 0].tolist() == [16 * shard + at for shard, at in where]
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_nothing_readable_is_the_users_error(encode, num_workers):
-    source = Numbers(encode, (8,), broken=[(0, at) for at in range(8)])
-    try:
-        load(source, total=2, num_workers=num_workers)
-    except UserError as error:
-        # Without its traceback the loader is let go of at once, and its workers end.
-        message = str(error.with_traceback(None))
-    assert message.startswith("numbers: 4 images in a row can't be read, the last is shard 0 ")
-    assert "\n" not in message
-
-
-def test_the_head_is_held_out(encode):
-    source = Numbers(encode)
-    head = source.head(11)
-    assert len(head) == 11
-    assert head.following == (1, 3)
-    assert source.head(8).following == (1, 0)
-    assert [int(head.read(index)[0, 0, 0]) for index in range(11)] == [*range(8), 16, 17, 18]
-    assert head.describe(9) == "shard 1 position 1"
-    seen = set(itertools.chain(*places(load(source, total=40, head=head))))
-    assert seen == {(s, p) for s in range(8) for p in range(8) if (s, p) >= (1, 3)}
-    plan = plan_stream(source, 4, 1, head)
-    assert (plan.lanes, plan.steps_per_epoch) == (1, 13)
-    for count in (64, 1000):
-        with pytest.raises(UserError, match=f"holds 64 images, and {count} are held out; hold"):
-            source.head(count)
-
-
-def write_tar(path, contents, mode="w:gz"):
+def write_tar(path, contents, mode="w:gz", label=b"cat"):
     with tarfile.open(path, mode) as tar:
         for number, content in enumerate(contents):
-            for name, data in ((f"{number}.png", content), (f"{number}.cls", b"1")):
+            for name, data in ((f"{number}.png", content), (f"{number}.cls", label)):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -220,70 +42,224 @@ def write_tar(path, contents, mode="w:gz"):
 
 @pytest.fixture
 def contents(encode):
+    """Images whose value is their number."""
+    return [encode(np.full((4, 4), number, dtype=np.uint8)) for number in sorted(ALL)]
+
+
+@pytest.fixture
+def make(tmp_path, contents):
+    def make(replaced=None):
+        """Compressed shards; some images are replaced, by their numbers."""
+        kept = [(replaced or {}).get(number, content) for number, content in enumerate(contents)]
+        for shard in range(SHARDS):
+            write_tar(tmp_path / f"{shard}.tar.gz", kept[shard * EACH :][:EACH])
+        return open_stream(f"{tmp_path}/{{0..{SHARDS - 1}}}.tar.gz", count=len(kept))
+
+    return make
+
+
+def load(stream, count, batch_size=4, buffer=3, seed=0, **options):
+    """So many batches, and what it takes to go on behind them."""
+    stream = StreamBatches(
+        stream, (4, 4), 1, PLAIN, batch_size, seed, buffer=buffer, **options
+    )  # fmt: skip
+    batches = stream.batches()
+    with contextlib.closing(batches):
+        return list(itertools.islice(batches, count)), stream.where()
+
+
+def numbers(batches):
+    """The images' numbers, which their pixels and their indices must agree on."""
+    found = []
+    for batch in batches:
+        found += batch.images[:, 0, 0, 0].tolist()
+        places = [divmod(index, SHARD_FACTOR) for index in batch.indices.tolist()]
+        assert [shard * EACH + at for shard, at in places] == found[-len(places) :]
+    return found
+
+
+def lines(batches):
+    return [line for batch in batches for line in batch.broken]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3, 20])
+def test_an_epoch_sees_every_image_once_and_the_next_in_another_order(make, workers):
+    given = numbers(load(make(), 24, num_workers=workers)[0])
+    epochs = [given[:48], given[48:]]
+    assert [set(epoch) for epoch in epochs] == [ALL, ALL]
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != sorted(ALL)
+    assert numbers(load(make(), 12, seed=1, num_workers=workers)[0]) != epochs[0]
+
+
+def test_what_does_not_fill_a_batch_is_kept(make):
+    given = numbers(load(make(), 48, batch_size=5, num_workers=3)[0])
+    assert all(given.count(number) == 5 for number in ALL)  # 48 x 5 images are 5 epochs
+
+
+@pytest.mark.parametrize("world_size", [2, 3])  # 8 shards are 4 for each, or all for each
+def test_ranks_share_each_epoch_without_overlap(make, world_size):
+    share = len(ALL) // world_size
+    options = {"batch_size": 4, "world_size": world_size, "num_workers": 2}
+    ranks = [
+        numbers(load(make(), share // 4, rank=rank, **options)[0]) for rank in range(world_size)
+    ]
+    assert sorted(itertools.chain(*ranks)) == sorted(ALL)
+
+
+@pytest.mark.parametrize(("workers", "done"), [(0, 0), (0, 20), (2, 5), (2, 77)])
+def test_a_resumed_epoch_repeats_nothing_and_lacks_the_buffers_alone(make, workers, done):
+    before, place = load(make(), done, 1, num_workers=workers)
+    after, _ = load(make(), 3 * len(ALL), 1, num_workers=workers, state=place)
+    seen, after = numbers(before)[done - done % len(ALL) :], numbers(after)
+    left = len(ALL) - len(seen) - 3 * max(1, workers)
+    assert len({*seen, *after[:left]}) == len(seen) + left
+    assert set(after[-2 * len(ALL) :]) == ALL
+
+
+def test_another_number_of_workers_begins_the_epoch_anew(make, caplog):
+    _, place = load(make(), 17, num_workers=2)
+    given, _ = load(make(), 12, num_workers=1, state=place)
+    assert "begins anew: it was shared by 1 process(es) with 2 worker(s)" in caplog.text
+    assert set(numbers(given)) == ALL
+    assert json.loads(place)["epoch"] == 1
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone(tmp_path, encode):
     random = np.random.default_rng(0)
-    return [encode(random.integers(0, 256, (6, 7, 3), dtype=np.uint8)) for _ in range(6)]
+    images = [encode(random.integers(0, 256, (9, 9), dtype=np.uint8)) for _ in range(8)]
+    for shard in (0, 1):
+        write_tar(tmp_path / f"{shard}.tgz", images[4 * shard :][:4])
+    seen = []
+    for workers in (0, 2):
+        batches = StreamBatches(
+            open_stream(f"{tmp_path}/*.tgz", count=8), (4, 4), 1, Augmentation(), 2, 0,
+            num_workers=workers,
+        ).batches()  # fmt: skip
+        with contextlib.closing(batches):
+            given = list(itertools.islice(batches, 8))
+        pairs = [(int(i), x) for b in given for i, x in zip(b.indices, b.images, strict=True)]
+        seen.append([dict(pairs[:8]), dict(pairs[8:])])
+    for alone, shared in zip(*seen, strict=True):
+        assert all(alone[index].equal(shared[index]) for index in alone)
+    assert not all(seen[0][0][index].equal(seen[0][1][index]) for index in seen[0][0])
 
 
-def test_compressed_shards_are_streamed(tmp_path, contents):
-    write_tar(tmp_path / "0.tar.gz", contents[:3])
-    write_tar(tmp_path / "1.tar.gz", contents[3:])
-    data = f"{tmp_path}/{{0..1}}.tar.gz"
-    with pytest.raises(UserError, match=r"2 files of kind \.gz; give"):
-        open_source(data, "train")
-    stream = open_stream(data, count=6)
-    assert stream.shards == 2
-    items = [item for shard in range(2) for item in stream.open_shard(shard)]
-    assert [item.content for item in items] == contents
-    assert items[4].place == f"{tmp_path}/1.tar.gz member 1.png"
-    copy = pickle.loads(pickle.dumps(stream))
-    assert next(copy.open_shard(1)).content == contents[3]
-    with pytest.raises(UserError, match="does not say its length; give the image count"):
-        open_stream(data)
+def test_broken_and_deadly_images_are_passed_over_and_told(make, contents, monkeypatch, tmp_path):
+    decode = module.decode
+
+    def decode_or_die(content, *rest):
+        if content == contents[7]:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if content == contents[20]:
+            time.sleep(1000)
+        return decode(content, *rest)
+
+    monkeypatch.setattr(module, "decode", decode_or_die)
+    monkeypatch.setattr(module, "IMAGE_SECONDS", 0.5)
+    batches, _ = load(make({30: b"broken"}), 15, batch_size=3, num_workers=2)
+    assert set(numbers(batches)) == ALL - {7, 20, 30}
+    assert sorted(lines(batches)) == [
+        f"{tmp_path}/1.tar.gz member 1.png: ends the process that decodes it (exit code -11)",
+        f"{tmp_path}/3.tar.gz member 2.png: takes its decoder more than 0.5 seconds",
+        f"{tmp_path}/5.tar.gz member 0.png: not an image in a known format",
+    ]
 
 
-def test_a_command_is_a_stream(tmp_path, contents):
-    path = write_tar(tmp_path / "0.tar", contents, "w")
-    stream = open_stream(f"pipe:cat {path}", count=6)
-    assert [item.content for item in stream.open_shard(0)] == contents
-    with pytest.raises(UserError, match="is elsewhere and is only read as a stream"):
-        open_source(f"pipe:cat {path}", "train")
+@pytest.mark.parametrize("limit", [5, 100])
+def test_nothing_readable_is_the_users_error(make, monkeypatch, limit):
+    monkeypatch.setattr(module, "MAX_REPLACEMENTS", limit)
+    message = f"{limit} images in a row can't" if limit < len(ALL) else "no image can be read"
+    with pytest.raises(UserError, match=f"7 more: {message}") as caught:
+        load(make(dict.fromkeys(ALL, b"broken")), 1, num_workers=1)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_shard_ends_with_a_broken_item(tmp_path, contents):
+def test_the_first_images_are_held_out(make, contents):
+    head, rest = make().hold_out(8)
+    assert [head.content(index) for index in range(len(head))] == contents[:8]
+    assert head.describe(7).endswith("1.tar.gz member 1.png")
+    assert rest.count == 40
+    assert set(numbers(load(rest, 20, num_workers=2)[0])) == ALL - set(range(8))
+    with pytest.raises(UserError, match="holds 48 images, and 48 are held out; hold out fewer"):
+        make().hold_out(48)
+
+
+def test_a_damaged_shard_ends_with_a_broken_row(tmp_path, contents):
     content = write_tar(tmp_path / "0.tar.gz", contents).read_bytes()
     (tmp_path / "0.tar.gz").write_bytes(content[: len(content) * 2 // 3])
-    stream = TarStream([f"{tmp_path}/0.tar.gz", f"{tmp_path}/nowhere.tar.gz"], count=6)
-    items = list(stream.open_shard(0))
-    assert [item.content for item in items[:-1]] == contents[: len(items) - 1]
-    assert items[-1].reason.startswith("the shard ends here")
-    (missing,) = stream.open_shard(1)
-    assert "FileNotFoundError" in missing.reason
+    stream = tar_stream([f"{tmp_path}/0.tar.gz", f"{tmp_path}/nowhere.tar.gz"], count=48)
+    *rows, last = stream.rows([0])
+    assert [row["content"] for row in rows] == contents[: len(rows)]
+    assert last["content"] is None
+    assert last["reason"].startswith("the shard ends here")
+    (missing,) = stream.rows([1])
+    assert "FileNotFoundError" in missing["reason"]
 
 
 def test_members_of_any_promised_size_take_no_memory(tmp_path, contents, monkeypatch):
-    monkeypatch.setattr("backfold.data.stream.LARGEST_MEMBER", len(contents[0]) + 5)
+    monkeypatch.setattr(module, "LARGEST_MEMBER", len(contents[0]) + 5)
     path = write_tar(tmp_path / "0.tar.gz", [contents[0], b"x" * 10_000, contents[0]])
-    items = list(TarStream([str(path)], count=3).open_shard(0))
-    assert [item.content for item in items] == [contents[0], None, contents[0]]
-    assert "bytes" in items[1].reason
+    rows = list(tar_stream([str(path)], count=3).rows([0]))
+    assert [row["content"] for row in rows] == [contents[0], None, contents[0]]
+    assert "bytes" in rows[1]["reason"]
 
 
-def test_what_can_be_opened_is_no_stream(tmp_path, contents):
+def test_what_is_a_stream(tmp_path, contents):
     path = write_tar(tmp_path / "0.tar", contents, "w")
     for data in (None, tmp_path, path, f"{tmp_path}/*.tar", str(tmp_path / "nowhere")):
         assert open_stream(data) is None
+    packed = write_tar(tmp_path / "0.tar.gz", contents)
+    with pytest.raises(UserError, match=r"a single file; give"):
+        open_source(packed, "train")
+    with pytest.raises(UserError, match="does not say its length; give the image count"):
+        open_stream(packed)
+    with pytest.raises(UserError, match="is elsewhere and is only read as a stream"):
+        open_source("https://example.org/0.tar", "train")
+    with pytest.raises(UserError, match=r"can't be opened .*nonsense"):
+        open_stream("nonsense://example.org/0.tar", count=5)
 
 
-def test_a_hugging_face_stream(contents):
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_shards_at_addresses(make, tmp_path):
+    make()
+    handler = functools.partial(Handler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/{{0..7}}.tar.gz"
+        head, rest = open_stream(address, count=48).hold_out(4)  # in this process, and in workers
+        given = numbers(load(rest, 11, num_workers=2)[0])
+        server.shutdown()
+    assert len(head) == 4
+    assert set(given) == ALL - set(range(4))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_set_of_the_hub(contents, workers):
     rows = {"image": [{"bytes": content, "path": None} for content in contents]}
+    rows["image"][9] = None
     made = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
-    stream = HuggingFaceStream(made.to_iterable_dataset(num_shards=3), "x", count=6)
-    assert stream.shards == 3
-    found = [[item.content for item in stream.open_shard(shard)] for shard in range(3)]
-    assert found == [contents[:2], contents[2:4], contents[4:]]
-    whole = load(stream, total=6, batch_size=2)
-    assert same(load(stream, start=4, total=6, batch_size=2, num_workers=1), whole[4:])
-    expected = decode(contents[0])
-    assert stream.head(1).read(0).equal(expected)
+    stream = hub_stream(made.to_iterable_dataset(num_shards=SHARDS), "x", count=48)
+    batches, _ = load(stream, 47, 1, num_workers=workers)
+    assert set(numbers(batches)) == ALL - {9}
+    assert set(lines(batches)) == {"x shard 1 row 3: no image in this row"}
     with pytest.raises(UserError, match="count 0; give"):
-        HuggingFaceStream(made.to_iterable_dataset(), "x", count=0)
+        hub_stream(made.to_iterable_dataset(), "x", count=0)
+
+
+@pytest.mark.parametrize("data", ["pipe:touch {}", "PIPE:touch {}", "{{Pipe:touch {},a://b}}"])
+def test_a_command_is_never_run(tmp_path, data):
+    canary = tmp_path / "canary"
+    text = data.format(canary)
+    for refused in (functools.partial(open_stream, count=5), lambda x: open_source(x, "train")):
+        with pytest.raises(UserError):
+            refused(text)
+    with pytest.raises(UserError, match="pipe: runs a shell command and is not supported"):
+        open_stream(text, count=5)
+    (row,) = tar_stream([text], count=5).rows([0])
+    assert row["content"] is None
+    assert not canary.exists()

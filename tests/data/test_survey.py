@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from backfold.data.python_dataset import DatasetSource
-from backfold.data.source import open_source
+from backfold.data.formats import DatasetSource
+from backfold.data.open import open_source
 from backfold.data.statistics import measure_statistics
 from backfold.data.survey import Survey, survey
 from backfold.errors import UserError
@@ -64,13 +64,12 @@ def test_everything_is_counted(folder, num_workers):
     assert found.statistics.std == pytest.approx(expected.std, rel=1e-12)
 
 
-def test_images_of_unfit_channels_do_not_count(folder, encode):
+def test_images_of_unfit_channels_do_not_count(folder):
     np.save(folder / "j.npy", np.zeros((40, 50, 5), dtype=np.uint8))
     found = survey(open_source(folder, "train"))
     assert (found.unfit_count, found.channel_counts["5"]) == (1, 1)
     one = survey(open_source(folder, "train"), channels=1)
     assert (len(one.mean), one.unfit_count) == (1, 1)
-    del encode
 
 
 def test_a_sample_is_seeded_and_of_its_size(folder):
@@ -79,6 +78,7 @@ def test_a_sample_is_seeded_and_of_its_size(folder):
     assert first == again
     assert (first.images, first.looked_at) == (9, 6)
     assert any(survey(source, 3, 6, seed=seed).mean != first.mean for seed in (2, 3, 4))
+    assert Survey(**json.loads(json.dumps(asdict(first)))) == first  # plain data
 
 
 def test_python_data_sets_are_looked_at_too():
@@ -112,8 +112,3 @@ def test_nothing_to_use_is_the_users_error(tmp_path, encode):
     (tmp_path / "a.png").write_bytes(encode(np.zeros((3, 3, 3), dtype=np.uint8)))
     with pytest.raises(UserError, match="none can be given 5 channels"):
         survey(open_source(tmp_path, "train"), channels=5)
-
-
-def test_a_survey_is_plain_data(folder):
-    found = survey(open_source(folder, "train"))
-    assert Survey(**json.loads(json.dumps(asdict(found)))) == found

@@ -32,16 +32,22 @@ def first(array):
     return (array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)).astype(np.float64)
 
 
+TOP = {u8: 255, u16: 65535}
+
+
+def levels(image, make=u16):
+    """An image's levels as the file holds them."""
+    assert image.dtype == (torch.uint8 if make is u8 else torch.float32)
+    return np.rint(image.double().numpy() * (1 if make is u8 else 65535))
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"compression": "lzw", "predictor": True},
-        {"compression": "zlib"},
         {"compression": "zstd"},
         {"tile": (16, 16)},
         {"byteorder": ">"},
-        {"bigtiff": True},
         {"planarconfig": "separate"},
     ],
 )
@@ -51,39 +57,31 @@ def test_sixteen_bit_colours_keep_their_bits(options):
     stored = np.ascontiguousarray(np.moveaxis(array, 2, 0)) if planar else array
     found = examine(tiff(stored, photometric="rgb", **options))
     assert found.kind == "uint16"
-    assert found.image.dtype == torch.float32
-    assert np.array_equal(np.rint(found.image.double().numpy() * 65535), first(array))
+    assert np.array_equal(levels(found.image), first(array))
 
 
-@pytest.mark.parametrize("count", [2, 5, 7, 12, 32])
+@pytest.mark.parametrize(("count", "make"), [(2, u8), (5, u16), (32, u8)])
 @pytest.mark.parametrize("layout", ["pages", "pages without metadata", "planes", "samples"])
-@pytest.mark.parametrize("make", [u8, u16])
 def test_channels_as_pages_planes_or_samples(count, layout, make):
     array = make(9, 11, count)
-    planes = np.ascontiguousarray(np.moveaxis(array, 2, 0))
-    content = {
-        "pages": lambda: tiff(planes, photometric="minisblack"),
-        "pages without metadata": lambda: tiff(planes, photometric="minisblack", metadata=None),
-        "planes": lambda: tiff(planes, photometric="minisblack", planarconfig="separate"),
-        "samples": lambda: tiff(array, photometric="minisblack", planarconfig="contig"),
-    }[layout]()
-    image = decode(content)
+    options = {
+        "pages": {}, "pages without metadata": {"metadata": None},
+        "planes": {"planarconfig": "separate"}, "samples": {"planarconfig": "contig"},
+    }[layout]  # fmt: skip
+    stored = array if layout == "samples" else np.ascontiguousarray(np.moveaxis(array, 2, 0))
+    image = decode(tiff(stored, photometric="minisblack", **options))
     assert image.shape == (count, 9, 11)
-    scale = 1 if make is u8 else 65535
-    assert image.dtype == (torch.uint8 if make is u8 else torch.float32)
-    assert np.array_equal(np.rint(image.double().numpy() * scale), first(array))
+    assert np.array_equal(levels(image, make), first(array))
 
 
 @pytest.mark.parametrize("options", [{"imagej": True}, {"ome": True, "photometric": "minisblack"}])
 def test_named_axes(options):
     planes = u16(6, 9, 11)
     image = decode(tiff(planes, metadata={"axes": "CYX"}, **options))
-    assert np.array_equal(np.rint(image.double().numpy() * 65535), planes)
+    assert np.array_equal(levels(image), planes)
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float16", "float32", "float64", "int8", "int16", "int32", "uint32"]
-)
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int8", "int16", "uint32"])
 def test_other_numbers_keep_their_values(dtype):
     if np.dtype(dtype).kind == "f":
         array = (RANDOM.standard_normal((9, 11)) * 1000).astype(dtype)
@@ -95,44 +93,26 @@ def test_other_numbers_keep_their_values(dtype):
     np.testing.assert_allclose(image.numpy(), first(array), rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(9, 1), (1, 9), (1, 1)])
-def test_thin_images_keep_their_shape(shape):
-    assert decode(tiff(u16(*shape))).shape == (1, *shape)
-
-
-def test_four_samples_of_which_none_is_alpha_are_four_channels():
-    array = u8(9, 11, 4)
-    found = examine(tiff(array, photometric="rgb", extrasamples=["unspecified"]))
-    assert found.conversions == ()
-    assert np.array_equal(found.image.numpy(), np.moveaxis(array, 2, 0))
-
-
-@pytest.mark.parametrize("make", [u8, u16])
-def test_alpha_is_composited_on_black(make):
-    array = make(9, 11, 4)
-    top = 255 if make is u8 else 65535
-    found = examine(tiff(array, photometric="rgb", extrasamples=["unassalpha"]))
+@pytest.mark.parametrize(
+    ("make", "samples"), [(u8, "unassalpha"), (u16, "unassalpha"), (u16, "assocalpha")]
+)
+def test_alpha_is_composited_on_black(make, samples):
+    array, top = make(9, 11, 4), TOP[make]
+    found = examine(tiff(array, photometric="rgb", extrasamples=[samples]))
     assert found.conversions == ("alpha composited on black",)
-    expected = first(array[..., :3]) * first(array[..., 3:]) / top
-    scale = 1 if make is u8 else top
-    np.testing.assert_allclose(found.image.double().numpy() * scale, expected, atol=0.51)
-
-
-def test_colours_that_alpha_is_multiplied_into_are_on_black_already():
-    array = u16(9, 11, 4)
-    found = examine(tiff(array, photometric="rgb", extrasamples=["assocalpha"]))
-    assert found.conversions == ("alpha composited on black",)
-    expected = first(array[..., :3])
-    assert np.array_equal(np.rint(found.image.double().numpy() * 65535), expected)
+    unknown = examine(tiff(array, photometric="rgb", extrasamples=["unspecified"]))
+    assert np.array_equal(levels(unknown.image, make), first(array))  # four channels
+    # Colours that alpha is multiplied into already are on black.
+    alpha = first(array[..., 3:]) / top if samples == "unassalpha" else 1
+    expected = first(array[..., :3]) * alpha
+    assert np.abs(levels(found.image, make) - expected).max() < 0.51
 
 
 @pytest.mark.parametrize("make", [u8, u16])
 def test_white_at_zero_is_turned_round(make):
     array = make(9, 11)
     image = decode(tiff(array, photometric="miniswhite"))
-    top = 255 if make is u8 else 65535
-    scale = 1 if make is u8 else top
-    assert np.array_equal(np.rint(image.double().numpy() * scale), top - first(array))
+    assert np.array_equal(levels(image, make), TOP[make] - first(array))
 
 
 def test_twelve_bits_span_the_range():
@@ -145,15 +125,14 @@ def test_twelve_bits_span_the_range():
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_of_deep_images(orientation):
     array = u16(4, 6, 3)
-    reference = Image.fromarray((array >> 8).astype(np.uint8))
     exif = Image.Exif()
     exif[0x0112] = orientation
     buffer = io.BytesIO()
-    reference.save(buffer, "PNG", exif=exif)
+    Image.fromarray((array >> 8).astype(np.uint8)).save(buffer, "PNG", exif=exif)
     tag = (274, "H", 1, orientation, True)
     image = decode(tiff(array, photometric="rgb", extratags=[tag]))
     eight = decode(buffer.getvalue())  # turned by another route; see test_decode
-    assert np.array_equal(np.rint(image.double().numpy() * 65535).astype(int) >> 8, eight.numpy())
+    assert np.array_equal(levels(image).astype(int) >> 8, eight.numpy())
 
 
 def test_smaller_pages_after_the_first_are_no_channels():
@@ -162,7 +141,7 @@ def test_smaller_pages_after_the_first_are_no_channels():
     with tifffile.TiffWriter(buffer) as writer:
         writer.write(array, metadata=None)
         writer.write(u16(10, 12), subfiletype=1, metadata=None)
-    assert np.array_equal(np.rint(decode(buffer.getvalue()).double().numpy() * 65535), first(array))
+    assert np.array_equal(levels(decode(buffer.getvalue())), first(array))
 
 
 @pytest.mark.parametrize(
@@ -170,11 +149,14 @@ def test_smaller_pages_after_the_first_are_no_channels():
     [
         (tiff(u8(4, 9, 11, 3), photometric="rgb"), "axes QYXS .* one axis of channels"),
         (tiff(u8(33, 9, 11), photometric="minisblack"), "33 channels; give 1 to 32"),
+        (
+            tiff(u8(1001, 2, 2), photometric="minisblack", metadata=None),
+            r"1001 channels; give|more than 1000",
+        ),
         (tiff(np.array([[np.nan, 1]], dtype=np.float32)), "not finite"),
         (tiff(np.zeros((3, 3), dtype=np.complex64)), "complex64; give integers"),
         (tiff(u16(9, 11, 4), photometric="separated"), "store grey or RGB"),
         (tiff(u16(40, 40))[:-800], "TiffFileError|ValueError|corrupted|truncated|size"),
-        (tiff(u16(9, 9))[:20], "."),
         (b"II*\0", "."),
     ],
 )  # fmt: skip
@@ -194,11 +176,6 @@ def test_bombs_are_refused_before_memory_is_taken():
     assert len(buffer.getvalue()) < 20_000
     with pytest.raises(BrokenImage, match="100000 x 100000 pixels"):
         decode(buffer.getvalue())
-    array = u16(30, 40, 8)
-    content = tiff(array, photometric="minisblack", planarconfig="contig")
-    assert decode(content, max_pixels=2400).shape == (8, 30, 40)
-    with pytest.raises(BrokenImage, match="max_pixels 2399"):
-        decode(content, max_pixels=2399)
 
 
 def test_tiles_far_larger_than_the_image_are_refused():
@@ -215,8 +192,7 @@ def test_tiles_far_larger_than_the_image_are_refused():
         decode(bytes(content))
 
 
-@pytest.mark.parametrize("bigtiff", [False, True])
-@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize(("bigtiff", "byteorder"), [(False, "<"), (True, ">")])
 def test_pages_that_lead_in_a_circle_end(bigtiff, byteorder):
     options = {"metadata": None, "photometric": "minisblack"}
     content = bytearray(tiff(u16(3, 9, 11), bigtiff=bigtiff, byteorder=byteorder, **options))
@@ -231,12 +207,6 @@ def test_pages_that_lead_in_a_circle_end(bigtiff, byteorder):
         decode(bytes(content))
 
 
-def test_too_many_pages_are_refused():
-    options = {"metadata": None, "photometric": "minisblack"}
-    with pytest.raises(BrokenImage, match=r"1001 channels; give|more than 1000"):
-        decode(tiff(u8(1001, 2, 2), **options))
-
-
 def test_files_that_the_metadata_name_are_not_opened(tmp_path, monkeypatch):
     other = tmp_path / "other.ome.tif"
     other.write_bytes(tiff(u16(2, 9, 11), ome=True, photometric="minisblack"))
@@ -245,10 +215,3 @@ def test_files_that_the_metadata_name_are_not_opened(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", lambda *a, **_: opened.append(a) or pytest.fail("opened"))
     assert decode(content).shape == (1, 9, 11)
     assert opened == []
-
-
-def test_damaged_files_say_nothing_on_the_terminal(capfd):
-    for cut in (60, 200, 400):
-        with pytest.raises(BrokenImage):
-            decode(tiff(u16(40, 40, 3), photometric="rgb")[:cut])
-    assert capfd.readouterr() == ("", "")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from backfold.data.source import open_source
+from backfold.data.open import open_source
 from backfold.errors import UserError
 from backfold.evaluation.images import SEEN, Images, Parts, open_parts
 from backfold.evaluation.subject import Subject

@@ -6,7 +6,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
-from backfold.data.source import open_source
+from backfold.data.open import open_source
 from backfold.errors import UserError
 from backfold.evaluation import probes
 from backfold.evaluation.probes import REGULARISATION_GRID, fit_linear_path, knn_predictions

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from backfold.backbone import feature_map
-from backfold.data.source import EMBEDDED
+from backfold.data.open import EMBEDDED
 from backfold.errors import UserError
 from backfold.evaluation.results import BEFORE, PRETRAINED, RANDOM
 from backfold.evaluation.subject import open_subject
-from backfold.exporting.run import export_run
+from backfold.exporting.export import export_run
 from backfold.pretext import Masking
 from backfold.training import run_parts
 from backfold.training.config import PretrainConfig, TaskSettings

@@ -11,30 +11,26 @@ from backfold.training.run_folder import RunFolder, save_checkpoint, write_json
 from backfold.training.setup import build_energy
 
 # timm name, options, image size.
+SWIN = {"embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+VIT = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "vit": (
-        "vit_tiny_patch16_224",
-        {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2},
-        28,
-    ),
+    "vit": ("vit_tiny_patch16_224", VIT, 28),
     "convnext": ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}, 64),
-    "swin": (
-        "swin_tiny_patch4_window7_224",
-        {"embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4},
-        32,
-    ),
+    "swin": ("swin_tiny_patch4_window7_224", SWIN, 32),
     "resnet": ("resnet10t", {}, 32),
 }
 
 
 @pytest.fixture
 def make_run(tmp_path) -> Callable[..., Path]:
-    def make(model: str = "vit", channels: int = 3, name: str = "run") -> Path:
+    folder = RunFolder(tmp_path / "run")
+
+    def make(model: str = "vit", channels: int = 3) -> Path:
         """The folder of a run whose weights are noise, norms and batch norms included."""
         backbone, options, size = MODELS[model]
         config = PretrainConfig(
             data=Path("/home/somebody/pictures"),
-            out=tmp_path / name,
+            out=folder.root,
             backbone=backbone,
             backbone_options=options,
             image_size=size,
@@ -44,8 +40,7 @@ def make_run(tmp_path) -> Callable[..., Path]:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in energy.parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(0.02 * noise)
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
         content = {
             "state": {"step": 7},
             "config": config_to_dict(config),
@@ -55,10 +50,9 @@ def make_run(tmp_path) -> Callable[..., Path]:
             "std": [0.2, 0.25, 0.3][:channels],
             "model": energy.state_dict(),
         }
-        folder = RunFolder(tmp_path / name)
         save_checkpoint(folder.last_checkpoint, content)
         write_json(folder.facts, {"data": "/home/somebody/pictures", "training_images": 123})
-        return tmp_path / name
+        return folder.root
 
     return make
 

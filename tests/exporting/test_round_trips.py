@@ -5,12 +5,11 @@ import json
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors import safe_open
 from torchvision.transforms.v2.functional import to_pil_image
 
 from backfold import Backfold
-from backfold.exporting.run import export_run
+from backfold.exporting.export import export_run
 
 MODELS = ["vit", "convnext", "swin", "resnet"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -33,6 +32,8 @@ def test_timm_loads_the_weights_by_name(make_run, pixels, tmp_path, model, chann
         num_classes=0,
         **config["model_args"],
     ).eval()
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
     images = pixels(3, channels, ours.run.image_size)
     normalised = ours.run.statistics.normalize(images)
     with torch.no_grad():
@@ -48,58 +49,39 @@ def test_timm_loads_the_weights_by_name(make_run, pixels, tmp_path, model, chann
         torch.testing.assert_close(output, ours.embed(images), **CLOSE)
 
 
-def test_timm_loads_the_folder_and_gives_it_a_classifier(make_run, pixels, tmp_path):
-    ours, out = exported(make_run, "timm", tmp_path)
-    images = pixels(2)
-    theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    with torch.no_grad():
-        output = theirs(ours.run.statistics.normalize(images))
-    torch.testing.assert_close(output, ours.embed(images), **CLOSE)
-    classifier = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=5).eval()
-    with torch.no_grad():
-        features = classifier.forward_head(
-            classifier.forward_features(ours.run.statistics.normalize(images)), pre_logits=True
-        )
-    torch.testing.assert_close(features, ours.embed(images), **CLOSE)
-    assert classifier(images).shape == (2, 5)
-
-
-def test_timm_s_own_preprocessing_is_the_run_s(make_run, pixels, tmp_path):
-    ours, out = exported(make_run, "timm", tmp_path)
-    theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(theirs))
-    picture = to_pil_image(pixels(1)[0])
-    with torch.no_grad():
-        output = theirs(transform(picture)[None])
-    torch.testing.assert_close(output, ours.embed([picture]), **CLOSE)
-
-
-@pytest.mark.parametrize("model", ["vit", "swin", "resnet"])
-def test_transformers_loads_the_folder(make_run, pixels, tmp_path, model):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    ours, out = exported(make_run, "huggingface", tmp_path, model)
-    images = pixels(2, size=ours.run.image_size)
-    for loader in (transformers.AutoModel, transformers.TimmWrapperModel):
-        theirs = loader.from_pretrained(out).eval()
-        assert type(theirs).__name__ == "TimmWrapperModel"
-        with torch.no_grad():
-            output = theirs(ours.run.statistics.normalize(images)).pooler_output
-        torch.testing.assert_close(output, ours.embed(images), **CLOSE)
-    theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    with torch.no_grad():
-        output = theirs(ours.run.statistics.normalize(images))
-    torch.testing.assert_close(output, ours.embed(images), **CLOSE)
-
-
-def test_transformers_preprocessing_is_the_run_s(make_run, pixels, tmp_path):
+def test_their_preprocessing_is_the_run_s(make_run, pixels, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     ours, out = exported(make_run, "huggingface", tmp_path)
     picture = to_pil_image(pixels(1)[0])
+    timm_s = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(timm_s))
     processor = transformers.AutoImageProcessor.from_pretrained(out)
     model = transformers.AutoModel.from_pretrained(out).eval()
     with torch.no_grad():
-        output = model(**processor(picture, return_tensors="pt")).pooler_output
-    torch.testing.assert_close(output, ours.embed([picture]), **CLOSE)
+        outputs = (
+            timm_s(transform(picture)[None]),
+            model(**processor(picture, return_tensors="pt")).pooler_output,
+        )
+    for output in outputs:
+        torch.testing.assert_close(output, ours.embed([picture]), **CLOSE)
+
+
+@pytest.mark.parametrize("model", ["vit", "swin", "resnet"])
+def test_transformers_and_timm_load_the_folder(make_run, pixels, tmp_path, model):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    ours, out = exported(make_run, "huggingface", tmp_path, model)
+    images = pixels(2, size=ours.run.image_size)
+    theirs = transformers.AutoModel.from_pretrained(out).eval()
+    assert type(theirs).__name__ == "TimmWrapperModel"
+    with torch.no_grad():
+        output = theirs(ours.run.statistics.normalize(images)).pooler_output
+    torch.testing.assert_close(output, ours.embed(images), **CLOSE)
+    classifier = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=5).eval()
+    with torch.no_grad():
+        last = classifier.forward_features(ours.run.statistics.normalize(images))
+        features = classifier.forward_head(last, pre_logits=True)
+        assert classifier(images).shape == (2, 5)
+    torch.testing.assert_close(features, ours.embed(images), **CLOSE)
 
 
 def load_graph(path):
@@ -134,17 +116,3 @@ def test_graphs_give_the_backbone_s_own_features_and_energies(
         for given, expected in zip(outputs, (ours.embed(images), ours.energy(images)), strict=True):
             scale = 1 + float(expected.abs().max())
             torch.testing.assert_close(given, expected, rtol=0, atol=1e-5 * scale)
-
-
-def test_the_file_says_that_it_is_torch_s(make_run, tmp_path):
-    _, out = exported(make_run, "timm", tmp_path)
-    with safe_open(out / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
-
-
-def test_pillow_images_are_what_files_are(make_run, pixels, tmp_path):
-    ours = Backfold.load(make_run())
-    to_pil_image(pixels(1)[0]).save(tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as picture:
-        given = ours.embed([picture])
-    assert torch.equal(given, ours.embed([tmp_path / "a.png"]))

@@ -1,33 +1,39 @@
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from backfold.data.statistics import ChannelStatistics
+from backfold.embedding import EmbeddingChoice
 from backfold.energy import EnergyModel
 from backfold.errors import BrokenImage
-from backfold.inference.run import make_plan
-from backfold.pretext import Denoising, Masking
-from backfold.training.config import PretrainConfig, TaskSettings
+from backfold.inference.jobs import EmbeddingJob
+from backfold.inference.parts import Parts
+from backfold.training.config import PretrainConfig
 from backfold.training.pretrained import Pretrained
 
 OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
 
 class Pictures:
-    """Images of noise that fill up from black to white with their index; some are broken."""
+    """Images of noise that fill up from black to white with their index; some are broken.
 
-    def __init__(self, count: int, broken: tuple[int, ...] = (), name: str = "pictures") -> None:
-        self.count, self.broken, self.name = count, broken, name
-        self.labels, self.class_names = None, ()
+    Reading the image ``stop`` is interrupted, as by a user.
+    """
+
+    labels, class_names, name = None, (), "pictures"
+
+    def __init__(self, count: int, broken: tuple[int, ...] = (), stop: int | None = None) -> None:
+        self.count, self.broken, self.stop = count, broken, stop
         self.seen: list[int] = []
 
     def __len__(self) -> int:
         return self.count
 
     def read(self, index: int, min_side: int | None = None) -> Tensor:  # noqa: ARG002
+        if index == self.stop:
+            raise KeyboardInterrupt
         self.seen.append(index)
         if index in self.broken:
             raise BrokenImage("torn")
@@ -43,7 +49,7 @@ class Pictures:
 
 
 @pytest.fixture
-def pictures() -> Callable[..., Pictures]:
+def pictures() -> type[Pictures]:
     return Pictures
 
 
@@ -51,10 +57,7 @@ def pictures() -> Callable[..., Pictures]:
 def run() -> Pretrained:
     """A small energy of grey images, as if it were read from a checkpoint."""
     config = PretrainConfig(
-        backbone="vit_tiny_patch16_224",
-        backbone_options=OPTIONS,
-        image_size=28,
-        tasks=TaskSettings(masking=Masking(mask_patch_size=7), denoising=Denoising()),
+        backbone="vit_tiny_patch16_224", backbone_options=OPTIONS, max_broken_share=0.5
     )
     torch.manual_seed(0)
     energy = EnergyModel(config.backbone, image_size=28, channels=1, backbone_options=OPTIONS)
@@ -62,13 +65,13 @@ def run() -> Pretrained:
 
 
 @pytest.fixture
-def plan_of() -> Callable[..., object]:
-    def make(job, source, batch_size=4, part_size=8):
-        return make_plan(job, source, batch_size, part_size)
-
-    return make
+def job(run) -> EmbeddingJob:
+    return EmbeddingJob(run, EmbeddingChoice(), torch.device("cpu"))
 
 
 @pytest.fixture
-def out(tmp_path) -> Path:
-    return tmp_path / "out.parquet"
+def parts_of(job, tmp_path) -> Callable[..., Parts]:
+    def make(source, batch_size=4, part_size=8, out="out.parquet", job=job):
+        return Parts(job, source, tmp_path / out, batch_size, part_size)
+
+    return make

@@ -10,16 +10,12 @@ import torch
 from PIL import Image
 
 from backfold.inference.contact_sheet import extremes, render_contact_sheet
-from backfold.inference.table import make_part
 
 
-def scores(values, first=0):
+def scores(values, first=0, **more):
     indices = range(first, first + len(values))
-    return make_part(
-        list(indices),
-        [f"{index}.png" for index in indices],
-        {"energy": pa.array(values, pa.float32())},
-    )
+    paths = [f"{index}.png" for index in indices]
+    return pa.table({"index": list(indices), "path": paths, "energy": values, **more})
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
@@ -34,41 +30,32 @@ def test_extremes_are_those_of_a_sorted_list(size):
     assert high["index"].to_pylist() == reverse[:9]
 
 
-def test_fewer_images_than_asked_for_are_all_shown():
-    low, high = extremes([scores([3.0, 1.0])], 24)["energy"]
-    assert low["energy"].to_pylist() == [1.0, 3.0]
-    assert high["energy"].to_pylist() == [3.0, 1.0]
-
-
-def test_numbers_that_are_none_come_last():
-    low, high = extremes([scores([float("nan"), 2.0, float("inf"), 1.0])], 2)["energy"]
-    assert low["energy"].to_pylist() == [1.0, 2.0]
-    assert high["energy"].to_pylist() == [float("inf"), 2.0]
+def test_few_images_are_all_shown_and_numbers_that_are_none_come_last():
+    low, high = extremes([scores([3.0, float("nan"), 1.0])], 24)["energy"]
+    assert low["path"].to_pylist() == ["2.png", "0.png", "1.png"]
+    assert high["path"].to_pylist() == ["0.png", "2.png", "1.png"]
 
 
 def test_the_page_shows_the_right_pictures_in_order(run, pictures):
     source = pictures(10)
     energies = [5.0, 1.0, 9.0, 3.0, 7.0, 2.0, 8.0, 4.0, 6.0, 0.0]
-    page = render_contact_sheet([scores(energies)], source, run, "a <b> & c", count=2)
+    table = scores(energies, error_masking=[float(index) for index in range(10)])
+    page = render_contact_sheet([table], source, run, "a <b> & c", count=2)
     assert "a &lt;b&gt; &amp; c" in page
     assert "<b>" not in page
-    assert page.index("most plausible") < page.index("least plausible")
-    assert re.findall(r"<strong>(.*?)</strong>", page) == ["0", "1", "9", "8"]
-    shown = re.findall(r'src="data:image/jpeg;base64,(.*?)" alt="(.*?)"', page)
-    assert [alt for _, alt in shown] == ["9.png", "1.png", "2.png", "6.png"]
-    for content, alt in shown:
-        picture = Image.open(io.BytesIO(base64.b64decode(content))).convert("L")
-        expected = source.pixels(int(alt[0])).float().mean()
-        actual = torch.tensor(list(picture.tobytes())).float().mean()
-        assert abs(actual - expected) < 3
-
-
-def test_every_score_has_two_views(run, pictures):
-    table = scores([1.0, 2.0]).append_column("error_masking", pa.array([2.0, 1.0]))
-    page = render_contact_sheet([table], pictures(2), run, "t")
     assert re.findall(r"<h2>(.*?)</h2>", page) == [
         "Lowest energy: the most plausible images",
         "Highest energy: the least plausible images",
         "Lowest error_masking",
         "Highest error_masking",
     ]
+    assert re.findall(r"<strong>(.*?)</strong>", page) == ["0", "1", "9", "8"] * 2
+    shown = re.findall(r'src="data:image/jpeg;base64,(.*?)" alt="(.*?)"', page)
+    assert [alt for _, alt in shown] == [
+        "9.png", "1.png", "2.png", "6.png", "0.png", "1.png", "9.png", "8.png",
+    ]  # fmt: skip
+    for content, alt in shown:
+        picture = Image.open(io.BytesIO(base64.b64decode(content))).convert("L")
+        expected = source.pixels(int(alt[0])).float().mean()
+        actual = torch.tensor(list(picture.tobytes())).float().mean()
+        assert abs(actual - expected) < 3

@@ -1,165 +1,204 @@
-"""Parts: kept one by one, never mixed, joined in order."""
+"""A whole job: what is read, kept, resumed, left out, joined."""
+
+import io
+import logging
+import os
+import time
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+import torch
+from rich.console import Console
 
 from backfold import UserError
-from backfold.inference.joined import join
-from backfold.inference.table import (
-    Plan,
-    broken_of,
-    check_out,
-    claim_parts,
-    from_bytes,
-    make_part,
-    remove_parts,
-    replacing,
-    to_bytes,
-    with_broken,
+from backfold.data import loading
+from backfold.embedding import embed
+from backfold.inference.parts import check_out, claim, compute, join, local_parts
+
+# From Python 3.12 on, forking a process with threads warns; torch has threads and forks.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
 )
 
-PLAN = Plan({"job": "embed", "seed": 0}, count=10, part_size=4, batch_size=2)
+
+def start(parts, num_workers=0, console=None, **options):
+    engine = partial(local_parts, parts, num_workers=num_workers)
+    return compute(parts, engine, console or Console(quiet=True), **options)
 
 
-def vectors(values: np.ndarray) -> pa.Array:
-    flat = pa.array(values.astype(np.float32).ravel())
-    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+def stop_at(parts, index):
+    parts.source.stop = index
+    with pytest.raises(KeyboardInterrupt):
+        start(parts, overwrite=True)
+    parts.source.stop = None
+    parts.source.seen.clear()
+    assert not parts.out.exists()
 
 
-def part(indices):
-    paths = [f"a/{'ä' * index}.png" for index in indices]
-    values = np.array([[index, index / 2, -index] for index in indices]).reshape(-1, 3)
-    return make_part(list(indices), paths, {"vector": vectors(values)})
+def assert_rows(parts, indices):
+    """Paths and vectors are these images', computed all at once."""
+    run, source, table = parts.job.run, parts.source, pq.read_table(parts.out)
+    images = torch.stack([source.pixels(index) for index in indices]) / 255
+    with torch.no_grad():
+        expected = embed(run.energy.backbone, run.statistics.normalize(images))
+    assert table["path"].to_pylist() == [source.describe(index) for index in indices]
+    torch.testing.assert_close(torch.tensor(table["vector"].to_pylist()), expected)
 
 
-def test_every_image_is_in_one_part():
-    assert len(PLAN) == 3
-    assert [list(PLAN.indices(number)) for number in range(3)] == [
-        [0, 1, 2, 3], [4, 5, 6, 7], [8, 9],
-    ]  # fmt: skip
+@pytest.mark.parametrize("sizes", [(4, 8), (50, 1), (1, 7)])
+def test_rows_are_the_images_in_order_whatever_the_parts(parts_of, pictures, sizes):
+    parts, seen = parts_of(pictures(21), *sizes), []
+    assert start(parts, finish=lambda given: seen.extend(map(len, given.tables()))) == 21
+    assert sum(seen) == 21  # before the parts go
+    assert_rows(parts, range(21))
+    assert [path.name for path in parts.out.parent.iterdir()] == [parts.out.name]
 
 
-def test_what_is_missing_is_known_after_a_stop(tmp_path):
-    out = tmp_path / "v.npz"
-    with claim_parts(out, PLAN, overwrite=False) as parts:
-        parts.write(1, part(PLAN.indices(1)))
-    with claim_parts(out, PLAN, overwrite=False) as parts:
-        assert parts.missing() == [0, 2]
-        assert parts.read(1).equals(part(PLAN.indices(1)))
+def test_broken_images_have_no_row_and_are_named(parts_of, pictures, caplog):
+    parts = parts_of(pictures(17, broken=(0, 6, 7, 16)))
+    with caplog.at_level(logging.INFO, "backfold"):
+        assert start(parts) == 13
+    assert_rows(parts, [index for index in range(17) if index not in parts.source.broken])
+    for index in parts.source.broken:
+        assert f"skipped: dir/{index:03}.png: torn" in caplog.messages
+    assert "4 of 17 images could not be read" in caplog.messages
 
 
-@pytest.mark.parametrize("change", [{"count": 11}, {"facts": {"job": "embed", "seed": 1}}])
-def test_parts_of_another_job_are_refused_or_removed(tmp_path, change):
-    out = tmp_path / "v.npz"
-    with claim_parts(out, PLAN, overwrite=False) as parts:
-        parts.write(0, part(PLAN.indices(0)))
-    other = Plan(**{**vars(PLAN), **change})
-    (name,) = change.get("facts", change).keys() - {"job"}
-    refusal = pytest.raises(UserError, match=rf"differ in {name}\); give --overwrite")
-    with refusal, claim_parts(out, other, overwrite=False):
-        pass
-    with claim_parts(out, PLAN, overwrite=True) as parts:  # equal plans: still there
-        assert parts.missing() == [1, 2]
-    with claim_parts(out, other, overwrite=True) as parts:
-        assert parts.missing() == [0, 1, 2]
+@pytest.mark.parametrize("stop", [None, 8])
+def test_too_many_broken_images_stop_a_job_and_count_after_a_stop(run, parts_of, pictures, stop):
+    run.config.max_broken_share = 0.1
+    parts = parts_of(pictures(16, broken=(2, 9)))
+    if stop is not None:
+        stop_at(parts, stop)
+    with pytest.raises(UserError, match="2 images can't be read, 1 are allowed"):
+        start(parts)
+    assert not parts.out.exists()
 
 
-def test_two_processes_do_not_share_parts(tmp_path):
-    with claim_parts(tmp_path / "v.npz", PLAN, overwrite=False):
-        refusal = pytest.raises(UserError, match=r"v\.npz\.parts is in use by another process")
-        with refusal, claim_parts(tmp_path / "v.npz", PLAN, overwrite=True):
-            pass
+def test_a_stopped_job_goes_on_with_what_is_missing(parts_of, pictures):
+    parts = parts_of(pictures(30))
+    stop_at(parts, 19)
+    assert start(parts) == 30
+    assert parts.source.seen == list(range(16, 30))
+    assert_rows(parts, range(30))
 
 
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
-    (tmp_path / "v.npz.parts").mkdir()
-    refusal = pytest.raises(UserError, match="is no folder of parts; choose another --out")
-    with refusal, claim_parts(tmp_path / "v.npz", PLAN, overwrite=True):
-        pass
-    assert list((tmp_path / "v.npz.parts").iterdir()) == []
+def test_other_weights_images_or_parts_are_another_job(run, parts_of, pictures, monkeypatch):
+    stop_at(parts_of(pictures(16)), 8)
+    renamed = pictures(16)
+    monkeypatch.setattr(renamed, "describe", lambda index: f"other/{index}.png")
+    for other, difference in [
+        (parts_of(renamed), "paths"),
+        (parts_of(pictures(17)), "paths, count"),
+        (parts_of(pictures(16), part_size=4), "part_size"),
+    ]:
+        with pytest.raises(UserError, match=rf"\(they differ in {difference}\); give --overwrite"):
+            start(other)
+    with torch.no_grad():
+        run.energy.head.weight.mul_(1.01)
+    parts = parts_of(pictures(16))
+    with pytest.raises(UserError, match="differ in weights"):
+        start(parts)
+    assert start(parts, overwrite=True) == 16
+    assert parts.source.seen == list(range(16))
 
 
-def test_a_damaged_part_is_named(tmp_path):
-    with claim_parts(tmp_path / "v.npz", PLAN, overwrite=False) as parts:
-        parts.write(0, part(PLAN.indices(0)))
+def test_a_folder_in_use_or_of_somebody_else_and_a_damaged_part_are_refused(parts_of, pictures):
+    parts, foreign = parts_of(pictures(10)), parts_of(pictures(10), out="foreign.csv")
+    with claim(parts, overwrite=False):
+        with pytest.raises(UserError, match=r"out\.parquet\.parts is in use by another process"):
+            start(parts, overwrite=True)
         parts.path(0).write_bytes(b"PAR1 half")
         with pytest.raises(UserError, match=r"part-0000000\.parquet can't be read .*; remove it"):
             parts.read(0)
+    foreign.folder.mkdir()
+    with pytest.raises(UserError, match="is no folder of parts; choose another --out"):
+        start(foreign, overwrite=True)
+    assert list(foreign.folder.iterdir()) == []
 
 
-def test_a_part_remembers_what_was_broken():
-    table = with_broken(part([1, 2]), ["a: torn", "b: “empty”"])
-    assert broken_of(from_bytes(to_bytes(table))) == ["a: torn", "b: “empty”"]
-    assert broken_of(part([1])) == []
+def test_progress_counts_images_on_a_terminal(parts_of, pictures):
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    start(parts_of(pictures(20)), console=console)
+    assert "20/20" in console.file.getvalue()
+
+
+def test_no_parts_no_images_and_no_file_are_refused(parts_of, pictures, tmp_path):
+    for count, part_size, message in ((3, 0, "give 1 or more"), (0, 8, "holds no images")):
+        with pytest.raises(UserError, match=message):
+            parts_of(pictures(count), part_size=part_size)
+    with pytest.raises(UserError, match=" is a folder; choose another --out"):
+        check_out(tmp_path, ("",), (), overwrite=True)
+
+
+def table_of(indices):
+    vectors = np.array([[index, index / 2, -index] for index in indices], dtype=np.float32)
+    columns = {
+        "index": pa.array(list(indices), pa.int64()),
+        "path": pa.array([f"a/{'ä' * index}.png" for index in indices], pa.string()),
+        "energy": pa.array([index / 3 for index in indices], pa.float64()),
+        "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 3),
+    }
+    return pa.table(columns)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".npz", ".csv"])
-def test_joining_keeps_order_and_values(tmp_path, suffix):
-    out = tmp_path / f"v{suffix}"
-    kept = [0, 1, 3, 4, 5, 6, 7, 9]
-    with claim_parts(out, PLAN, overwrite=False) as parts:
-        for number in (2, 0, 1):
-            table = part([index for index in PLAN.indices(number) if index in kept])
-            if suffix == ".csv":
-                energies = pa.array([index / 3 for index in table["index"].to_pylist()])
-                table = table.drop_columns(["vector"]).append_column("energy", energies)
-            parts.write(number, table)
-        assert join(parts, out) == len(kept)
-        remove_parts(parts)
-    assert [path.name for path in tmp_path.iterdir()] == [out.name]
-    expected = part(kept)
+def test_joining_keeps_order_and_values(parts_of, pictures, suffix):
+    parts = parts_of(pictures(10), 1, 3, f"v{suffix}")
+    kept = [0, 1, 6, 7, 9]  # none of part 1
+    unwritten = "vector" if suffix == ".csv" else "energy"
+    parts.folder.mkdir()
+    for number in (2, 0, 3, 1):
+        indices = [batch[0] for batch in parts.batches(number) if batch[0] in kept]
+        pq.write_table(table_of(indices).drop_columns([unwritten]), parts.path(number))
+    assert join(parts) == len(kept)
+    expected = table_of(kept).drop_columns(["index", unwritten])
     if suffix == ".csv":
-        table = pyarrow.csv.read_csv(out)
-        assert table.column_names == ["path", "energy"]
-        assert table["energy"].to_pylist() == [index / 3 for index in kept]
+        assert pyarrow.csv.read_csv(parts.out).equals(expected)
     elif suffix == ".parquet":
-        table = pq.read_table(out)
-        assert table.equals(expected.drop_columns(["index"]))
+        assert pq.read_table(parts.out).equals(expected)
     else:
-        with np.load(out) as arrays:
+        with np.load(parts.out) as arrays:
             assert sorted(arrays) == ["path", "vector"]
             assert arrays["path"].tolist() == expected["path"].to_pylist()
             assert arrays["vector"].dtype == np.float32
             assert arrays["vector"].tolist() == expected["vector"].to_pylist()
 
 
-def test_npz_of_parts_without_rows(tmp_path):
-    out, plan = tmp_path / "v.npz", Plan({}, 2, 1, 1)
-    with claim_parts(out, plan, overwrite=False) as parts:
-        parts.write(0, part([]))
-        parts.write(1, part([1]))
-        assert join(parts, out) == 1
-    with np.load(out) as arrays:
-        assert arrays["vector"].tolist() == [[1.0, 0.5, -1.0]]
+def test_a_file_that_fails_midway_leaves_the_old_one(parts_of, pictures, monkeypatch):
+    parts = parts_of(pictures(4), out="v.csv")
+    parts.out.write_text("old")
 
+    def half():
+        yield table_of([0]).drop_columns(["vector"])
+        raise OSError(28, "No space left on device")
 
-def test_a_file_that_fails_midway_leaves_the_old_one(tmp_path):
-    out = tmp_path / "v.csv"
-    out.write_text("old")
-
-    def write_half():
-        with replacing(out) as file:
-            file.write_text("half of the n")
-            raise OSError(28, "No space left on device")
-
+    monkeypatch.setattr(parts, "tables", half)
     with pytest.raises(UserError, match=r"can't write .*v\.csv: No space"):
-        write_half()
-    assert out.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["v.csv"]
+        join(parts)
+    assert parts.out.read_text() == "old"
+    assert [path.name for path in parts.out.parent.iterdir()] == ["v.csv"]
 
 
-def test_unfit_output_files_are_refused_before_anything_is_computed(tmp_path):
-    (tmp_path / "a.csv").write_text("")
-    (tmp_path / "b.csv").mkdir()
-    with pytest.raises(UserError, match=r"no known format; end it in \.csv or \.npz"):
-        check_out(tmp_path / "a.txt", (".csv", ".npz"), (), overwrite=True)
-    with pytest.raises(UserError, match=r"a\.csv exists; give --overwrite"):
-        check_out(tmp_path / "a.csv", (".csv",), (), overwrite=False)
-    with pytest.raises(UserError, match=r"a\.csv exists; give --overwrite"):
-        check_out(tmp_path / "c.csv", (".csv",), (tmp_path / "a.csv",), overwrite=False)
-    with pytest.raises(UserError, match=r"b\.csv is a folder"):
-        check_out(tmp_path / "b.csv", (".csv",), (), overwrite=True)
-    check_out(tmp_path / "a.csv", (".csv",), (), overwrite=True)
+@pytest.mark.parametrize("fates", [{5: "crash", 16: "crash"}, {5: "hang", 16: "crash"}])
+def test_a_deadly_image_costs_its_row_and_is_named(parts_of, pictures, caplog, monkeypatch, fates):
+    monkeypatch.setattr(loading, "IMAGE_SECONDS", 0.5)
+
+    class Deadly(pictures):
+        def read(self, index, min_side=None):
+            if fates.get(index) == "crash":
+                os._exit(3)
+            if fates.get(index) == "hang":
+                time.sleep(1000)
+            return super().read(index, min_side)
+
+    parts = parts_of(Deadly(17, broken=(4,)))  # the last image is a part of its own
+    with caplog.at_level(logging.INFO, "backfold"):
+        assert start(parts, num_workers=2) == 14
+    assert_rows(parts, [index for index in range(17) if index not in (4, 5, 16)])
+    named = [line.split(": ")[1] for line in caplog.messages if line.startswith("skipped: ")]
+    assert sorted(named) == ["dir/004.png", "dir/005.png", "dir/016.png"]

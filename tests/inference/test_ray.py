@@ -13,12 +13,9 @@ from PIL import Image
 from rich.console import Console
 
 from backfold import UserError
-from backfold.data.folder import FolderSource
-from backfold.embedding import EmbeddingChoice
-from backfold.inference.jobs import EmbeddingJob, ScoringJob
-from backfold.inference.local import local_parts
-from backfold.inference.ray_engine import ray_parts
-from backfold.inference.run import compute
+from backfold.data.formats import FolderSource
+from backfold.inference.jobs import ScoringJob
+from backfold.inference.parts import compute, local_parts, ray_parts
 from backfold.pretext import Masking
 
 ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "backfold[ray]"')
@@ -27,7 +24,7 @@ pytestmark = [
     # Ray leaves sockets and processes to the system, and forks beside threads.
     pytest.mark.filterwarnings("ignore"),
 ]
-CPU = torch.device("cpu")
+CLOSE = {"rtol": 1.3e-6, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,77 +49,61 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def rows(engine, job, source, plan, out):
-    count = compute(
-        source, plan, partial(engine, job, source, plan), out, Console(quiet=True),
-        max_broken_share=0.5,
-    )  # fmt: skip
-    table = pq.read_table(out)
+def rows(engine, parts, **options):
+    count = compute(parts, partial(engine, parts, **options), Console(quiet=True), overwrite=True)
+    table = pq.read_table(parts.out)
     assert len(table) == count
     return table
 
 
-def assert_equal_rows(given, expected):
-    assert given.schema == expected.schema
-    assert given["path"].to_pylist() == expected["path"].to_pylist()
-    for name in given.column_names[1:]:
-        torch.testing.assert_close(
-            torch.tensor(given[name].to_pylist()), torch.tensor(expected[name].to_pylist())
-        )
-
-
-def test_two_ray_workers_give_the_rows_of_one_process(run, folder, plan_of, tmp_path):
-    source = FolderSource(folder)
-    tasks = {"masking": Masking(mask_patch_size=7)}
-    job = ScoringJob(run, tasks, 1, 1.0, 0, CPU)
-    plan = plan_of(job, source, 3, 3)
-    here = rows(local_parts, job, source, plan, tmp_path / "local.parquet")
-    there = rows(partial(ray_parts, actors=2), job, source, plan, tmp_path / "ray.parquet")
+def test_two_ray_workers_give_the_rows_of_one_process(run, folder, parts_of):
+    job = ScoringJob(run, {"masking": Masking(mask_patch_size=7)}, 1, 1.0, 0, torch.device("cpu"))
+    parts = parts_of(FolderSource(folder), 3, 3, job=job)
+    here, there = rows(local_parts, parts), rows(ray_parts, parts, actors=2)
     assert len(here) == 20
-    assert_equal_rows(there, here)
+    assert there.schema == here.schema
+    assert there["path"].equals(here["path"])
+    for name in ("energy", "error_masking"):
+        np.testing.assert_allclose(there[name], here[name], **CLOSE)
 
 
-def test_a_killed_worker_loses_no_row(run, folder, plan_of, tmp_path):
+@pytest.mark.parametrize("whole_actor", [True, False])
+def test_a_killed_worker_loses_no_row_and_a_crashing_decoder_that_of_its_image(
+    folder, parts_of, tmp_path, whole_actor
+):
     marker = tmp_path / "killed"
 
     # A local class travels to Ray's workers by value; they can't import this module.
     class Deadly(FolderSource):
+        def __setstate__(self, state):  # in Ray's worker, whose child loads
+            self.__dict__.update(state, actor=os.getpid())
+
         def read(self, index, *rest):
+            if index == 13 and not whole_actor:
+                os._exit(3)
             if index == 13 and not marker.exists():
                 marker.touch()
-                os.kill(os.getppid(), signal.SIGKILL)  # Ray's worker, whose child loads
+                os.kill(self.actor, signal.SIGKILL)
             return super().read(index, *rest)
 
-    job = EmbeddingJob(run, EmbeddingChoice(), CPU)
-    plan = plan_of(job, FolderSource(folder), 3, 3)
-    expected = rows(local_parts, job, FolderSource(folder), plan, tmp_path / "local.parquet")
-    given = rows(partial(ray_parts, actors=2), job, Deadly(folder), plan, tmp_path / "ray.parquet")
-    assert marker.exists()
-    assert_equal_rows(given, expected)
+    given = rows(ray_parts, parts_of(Deadly(folder), 3, 3), actors=2)
+    lost = (5, 21) if whole_actor else (5, 13, 21)
+    here = rows(local_parts, parts_of(FolderSource(folder), 3, 3))
+    expected = dict(zip(here["path"].to_pylist(), here["vector"].to_pylist(), strict=True))
+    paths = given["path"].to_pylist()
+    vectors = [expected[path] for path in paths]
+    np.testing.assert_allclose(given["vector"].to_pylist(), vectors, **CLOSE)
+    names = [Path(path).name for path in paths]
+    assert names == [f"{number:02}.png" for number in range(22) if number not in lost]
+    assert marker.exists() == whole_actor
 
 
-def test_an_image_that_crashes_its_decoder_costs_its_row_alone(run, folder, plan_of, tmp_path):
-    class Deadly(FolderSource):
-        def read(self, index, *rest):
-            if index == 13:
-                os._exit(3)
-            return super().read(index, *rest)
-
-    job = EmbeddingJob(run, EmbeddingChoice(), CPU)
-    plan = plan_of(job, FolderSource(folder), 3, 3)
-    given = rows(partial(ray_parts, actors=1), job, Deadly(folder), plan, tmp_path / "ray.parquet")
-    names = [Path(path).name for path in given["path"].to_pylist()]
-    assert names == [f"{number:02}.png" for number in range(22) if number not in (5, 13, 21)]
-
-
-def test_a_mistake_comes_back_in_one_line(run, folder, plan_of):
+def test_a_mistake_comes_back_in_one_line(folder, parts_of):
     class Unfit(FolderSource):
         def read(self, index, *_):
             raise UserError(f"image {index} has 5 channels; give others")
 
-    job = EmbeddingJob(run, EmbeddingChoice(), CPU)
-    source = Unfit(folder)
-    plan = plan_of(job, source, 3, 3)
+    parts = parts_of(Unfit(folder), 3, 3)
     with pytest.raises(UserError, match=r"image \d+ has 5 channels; give others$") as caught:
-        list(ray_parts(job, source, plan, [0, 1], actors=1))
+        list(ray_parts(parts, [0, 1], actors=1))
     assert len(str(caught.value).splitlines()) == 1

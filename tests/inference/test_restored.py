@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from backfold.data.folder import FolderSource
-from backfold.data.loading import evaluation_loader
+from backfold.data.formats import FolderSource
+from backfold.data.loading import evaluation_batches
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
 from backfold.inference.restored import read_images
@@ -42,19 +42,12 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_file_is_what_the_loader_makes_of_it(folder, channels):
-    run = run_of(channels)
-    paths = sorted(folder.iterdir())
-    for path in paths:
-        alone = folder / path.stem
-        alone.mkdir()
-        path.rename(alone / path.name)
-        (batch,) = evaluation_loader(FolderSource(alone), SIZE, channels, 1)
-        given = read_images([alone / path.name], run)
-        assert given.shape == (1, channels, *SIZE)
-        assert torch.equal(given, run.statistics.normalize(batch.images)), path.name
-    together = read_images([folder / path.stem / path.name for path in paths], run)
-    (batch,) = evaluation_loader(FolderSource(folder), SIZE, channels, len(paths))
-    assert torch.equal(together, run.statistics.normalize(batch.images))
+    run, paths = run_of(channels), sorted(folder.iterdir())
+    for size in (1, len(paths)):
+        for batch in evaluation_batches(FolderSource(folder), SIZE, channels, size):
+            given = read_images([paths[index] for index in batch.indices.tolist()], run)
+            assert given.shape == (size, channels, *SIZE)
+            assert torch.equal(given, run.statistics.normalize(batch.images))
 
 
 def test_what_is_no_image_of_the_run_is_refused_by_name(folder):
@@ -64,8 +57,7 @@ def test_what_is_no_image_of_the_run_is_refused_by_name(folder):
         ("two.npy", r"two\.npy: an image of 2 channels can't be given 3; set --channels"),
         ("torn.png", r"torn\.png is no image: "),
         ("gone.png", r"can't read .*gone\.png: No such file"),
+        ("e-deep.png", r"e-deep\.png is no image: .*1000"),
     ]:
         with pytest.raises(UserError, match=message):
-            read_images([folder / name], run_of(3))
-    with pytest.raises(UserError, match=r"e-deep\.png is no image: .*1000"):
-        read_images([folder / "e-deep.png"], run_of(3, max_pixels=1000))
+            read_images([folder / name], run_of(3, max_pixels=1000))

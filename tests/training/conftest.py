@@ -1,17 +1,14 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
+from forked_runs import Forge, Runner
 from rich.console import Console
+from tiny_run import tiny_config, write_images
 
-from backfold.data.source import EMBEDDED
-from backfold.pretext import Masking, Sorting
-from backfold.training.config import PretrainConfig, TaskSettings
-from backfold.training.optimizer import OptimizerSettings
-
-TINY_VIT = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
+from backfold.training.config import PretrainConfig
+from backfold.training.config_file import config_to_dict
 
 
 @pytest.fixture
@@ -22,10 +19,7 @@ def quiet() -> Console:
 @pytest.fixture
 def make_parquet(tmp_path) -> Callable[..., Path]:
     def make(count: int, first: int = 0, name: str = "images.parquet") -> Path:
-        """Labelled grey images of 28 x 28 pixels, out of the embedded ones."""
-        table = pq.read_table(EMBEDDED / "fashion_mnist_train.parquet")
-        pq.write_table(table.slice(first, count), tmp_path / name)
-        return tmp_path / name
+        return write_images(tmp_path / name, count, first)
 
     return make
 
@@ -34,27 +28,38 @@ def make_parquet(tmp_path) -> Callable[..., Path]:
 def tiny(tmp_path, make_parquet) -> Callable[..., PretrainConfig]:
     def make(**changes: Any) -> PretrainConfig:
         """Settings of a run that takes a second; data of 80 images unless they are given."""
-        settings: dict[str, Any] = {
-            "out": tmp_path / "run",
-            "backbone": "vit_tiny_patch16_224",
-            "backbone_options": dict(TINY_VIT),
-            "image_size": 28,
-            "batch_size": 8,
-            "max_steps": 3,
-            "held_out": 8,
-            "tasks": TaskSettings(
-                masking=Masking(mask_patch_size=7), sorting=Sorting(sorting_patch_size=7)
-            ),
-            "optimizer": OptimizerSettings(base_lr=0.05, warmup_epochs=0.1),
-            "accelerator": "cpu",
-            "devices": 1,
-            "precision": "32-true",
-            "num_workers": 0,
-            "watch_labels": False,
-            **changes,
-        }
-        if "data" not in settings:
-            settings["data"] = make_parquet(80)
-        return PretrainConfig(**settings)
+        data = changes.pop("data", None) or make_parquet(80)
+        return tiny_config(**{"data": data, "out": tmp_path / "run", **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def forge() -> Iterator[Forge]:
+    with Forge() as forge:
+        yield forge
+
+
+@pytest.fixture
+def runner(forge, tiny, tmp_path) -> Callable[..., Runner]:
+    def make(name: str = "stopped", **changes: Any) -> Runner:
+        """A run of 12 steps in a process of its own, of which 9 are an epoch."""
+        settings = {"max_steps": 12, "checkpoint_minutes": 0, **changes}
+        return Runner(forge, config_to_dict(tiny(out=tmp_path / name, **settings)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def made_once() -> list[Runner]:
+    """The run that nothing stopped, once it was made."""
+    return []
+
+
+@pytest.fixture
+def unbroken(runner, made_once) -> Runner:
+    if not made_once:
+        whole = runner("whole")
+        assert whole.start().code == 0, whole.said
+        made_once.append(whole)
+    return made_once[0]

@@ -20,15 +20,22 @@ import traceback
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
+from torch.utils.data import get_worker_info
 
+# The commands are loaded when they are used; here each fork would load them again.
+from backfold.cli import commands  # noqa: F401
+from backfold.cli.main import main
+from backfold.data.formats import ParquetSource
+from backfold.training import recorder, trainer
+from backfold.training.meter import Meter
 from backfold.training.run_folder import RunFolder, load_checkpoint
+from backfold.training.stepper import Stepper
 
 LIMIT = 120.0  # seconds after which a run counts as hanging
 FOREVER = 10 * LIMIT
-TORN, AFTER = "torn ", "written "
 
 
 @dataclass
@@ -37,12 +44,12 @@ class Request:
 
     Attributes:
         argv: arguments of ``backfold``.
-        err: file that its standard error is appended to.
+        err: file that its output is appended to.
         moment: pattern of the event at which something happens: ``step`` and ``stepped`` (before
             and after an optimizer step), ``batch`` (before waiting for one), ``warm-up``,
-            ``watch``, ``preview``; and for every file NAME that is written to a temporary name and
-            renamed, ``write NAME`` (before the renaming), ``torn NAME`` (as before, and the
-            temporary file is cut in half: a kill amid writing) and ``written NAME``.
+            ``watch``; and for every file NAME that is renamed from a temporary name, ``write NAME``
+            (before it), ``torn NAME`` (before it, and half of it is cut off: a kill amid writing)
+            and ``written NAME``.
         count: how often the event must have happened, from 1.
         hold: seconds that the run stays in this moment, unless a signal ends it.
         signals: (seconds to wait, number, whether the process's group gets it) one after the other.
@@ -64,8 +71,7 @@ class Request:
     env: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The exit code (negative: the signal that killed it), and whether the moment came."""
 
     code: int
@@ -94,7 +100,7 @@ class Forge:
         """Start it, send its signals, wait for its end."""
         self._process.stdin.write(json.dumps(asdict(request)) + "\n")
         self._process.stdin.flush()
-        return Outcome(**json.loads(self._process.stdout.readline()))
+        return Outcome(*json.loads(self._process.stdout.readline()))
 
 
 class Runner:
@@ -120,7 +126,7 @@ class Runner:
 
     @property
     def step(self) -> int:
-        """Of the last completed checkpoint."""
+        """Of the last checkpoint."""
         return load_checkpoint(self.folder.last_checkpoint)["state"]["step"]
 
     @property
@@ -131,8 +137,6 @@ class Runner:
 
 def serve() -> None:
     """Fork a run for every line on the standard input."""
-    from backfold.cli.main import main
-
     # Collecting garbage would copy all pages that parent and child share.
     gc.collect()
     gc.freeze()
@@ -142,11 +146,11 @@ def serve() -> None:
         pid = os.fork()
         if pid == 0:
             os.close(reader)
-            run(request, writer, main)
+            run(request, writer)
         os.close(writer)
         outcome = supervise(pid, reader, request)
         os.close(reader)
-        print(json.dumps(asdict(outcome)), flush=True)
+        print(json.dumps(outcome), flush=True)
 
 
 def supervise(pid: int, reader: int, request: Request) -> Outcome:
@@ -168,16 +172,16 @@ def supervise(pid: int, reader: int, request: Request) -> Outcome:
     raise TimeoutError(f"{request} hangs")
 
 
-def run(request: Request, writer: int, main: Any) -> NoReturn:
+def run(request: Request, writer: int) -> NoReturn:
     """The run itself, in the forked process."""
     os.setpgid(0, 0)
     os.environ.update(request.env)
-    redirect(os.open(os.devnull, os.O_RDONLY), 0)
-    redirect(os.open(request.err, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(request.err, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
     # Whoever runs the tests in the background of a script has it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    install(Moment(request, writer), request)
+    install(Moment(request, writer), request.image_seconds)
     try:
         code = main(request.argv)
     except BaseException:
@@ -189,12 +193,6 @@ def run(request: Request, writer: int, main: Any) -> NoReturn:
     os._exit(code)
 
 
-def redirect(source: int, target: int) -> None:
-    """Let ``target`` be the open file ``source``."""
-    os.dup2(source, target)
-    os.close(source)
-
-
 class Moment:
     """Counts events, and acts when the chosen one is due."""
 
@@ -203,12 +201,12 @@ class Moment:
 
     def __call__(self, event: str, path: Any = None) -> None:
         """An event happens."""
-        if not fnmatch(event, self._request.moment):
+        if not event or not fnmatch(event, self._request.moment):
             return
         self._seen += 1
         if self._seen != self._request.count:
             return
-        if event.startswith(TORN):
+        if event.startswith("torn "):
             os.truncate(path, os.path.getsize(path) // 2)  # noqa: PTH202
         if self._request.full:
             fill_disk(Path(self._request.full))
@@ -217,58 +215,50 @@ class Moment:
         os.write(self._writer, b"!")
         time.sleep(self._request.hold)
 
+    def told_by(self, owner: Any, name: str, before: str = "", after: str = "") -> None:
+        """Let a function tell of its start and its end."""
+        function = getattr(owner, name)
 
-def install(happens: Moment, request: Request) -> None:
-    """Tell ``happens`` of every event."""
-    from torch.utils.data import get_worker_info
-
-    from backfold.data.parquet import ParquetSource
-    from backfold.training import recorder, trainer
-    from backfold.training.meter import Meter
-    from backfold.training.stepper import Stepper
-
-    def announced(function: Any, before: str = "", after: str = "") -> Any:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if before:
-                happens(before)
+            self(before)
             result = function(*args, **kwargs)
-            if after:
-                happens(after)
+            self(after)
             return result
 
-        return call
+        setattr(owner, name, call)
 
-    rename = os.replace
+
+def install(happens: Moment, image_seconds: float) -> None:
+    """Tell ``happens`` of every event."""
+    trainer.LOG_EVERY = 1
+    happens.told_by(trainer, "warm_up", "warm-up")
+    happens.told_by(recorder, "watch", "watch")
+    happens.told_by(Stepper, "__call__", "step", "stepped")
+    happens.told_by(Meter, "before_batch", "batch")
+    rename, read = os.replace, ParquetSource.read
 
     def replace(source: Any, target: Any) -> None:
         name = os.path.basename(target)  # noqa: PTH119
         happens(f"write {name}", source)
-        happens(f"{TORN}{name}", source)
+        happens(f"torn {name}", source)
         rename(source, target)
-        happens(f"{AFTER}{name}", target)
-
-    read, wait = ParquetSource.read, Meter.before_batch
-
-    # Workers that train are forked behind the first ``batch``; those before it read the start.
-    training = [False]
+        happens(f"written {name}", target)
 
     def slow(*args: Any) -> Any:
-        if get_worker_info() is not None and training[0]:
-            time.sleep(request.image_seconds)
+        if get_worker_info() is not None and training:
+            time.sleep(image_seconds)
         return read(*args)
 
+    # Workers that train are forked behind the first ``batch``; those before it read the start.
+    training: list[bool] = []
+    wait = Meter.before_batch
+
     def before_batch(meter: Any) -> None:
-        training[0] = True
-        happens("batch")
+        training.append(True)
         wait(meter)
 
     os.replace = replace
-    trainer.LOG_EVERY = 1
-    trainer.warm_up = announced(trainer.warm_up, "warm-up")
-    recorder.watch = announced(recorder.watch, "watch")
-    recorder.write_preview = announced(recorder.write_preview, "preview")
-    Stepper.__call__ = announced(Stepper.__call__, "step", "stepped")
     Meter.before_batch = before_batch
     ParquetSource.read = slow
 

@@ -1,6 +1,7 @@
 """The compiled step against the eager one."""
 
 import logging
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,19 +12,11 @@ from backfold.training.compiled import CompiledStep, gradient_distance
 from backfold.training.stepper import RestorationTraining
 
 VIT = (
-    "vit_tiny_patch16_224",
-    {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2},
-    16,
-)
+    "vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}, 16,
+)  # fmt: skip
 SWIN = (
     "swin_tiny_patch4_window7_224",
-    {
-        "depths": (2,),
-        "embed_dim": 16,
-        "num_heads": (2,),
-        "window_size": 4,
-        "drop_path_rate": 0.0,
-    },
+    {"depths": (2,), "embed_dim": 16, "num_heads": (2,), "window_size": 4, "drop_path_rate": 0.0},
     32,
 )
 CONVNEXT = ("convnext_atto", {"depths": (1, 0, 0, 0), "dims": (8, 8, 8, 8)}, 32)
@@ -49,47 +42,46 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-# Turning to the C++ compiler takes half a minute for each.
-@pytest.mark.parametrize("case", [VIT, SWIN, CONVNEXT], ids=["vit", "swin", "convnext"])
-def test_compiled_gradients_equal_eager_ones(case):
+# The C++ compiler takes half a minute: one backbone shows that its code is right, and for the
+# others tracing the graph is what may fail.
+@pytest.mark.parametrize(
+    ("case", "backend"), [(VIT, "inductor"), (SWIN, "aot_eager"), (CONVNEXT, "aot_eager")],
+    ids=["vit", "swin", "convnext"],
+)  # fmt: skip
+def test_compiled_gradients_equal_eager_ones(case, backend):
     energy, size = make(case)
-    training = RestorationTraining(energy, 1.0, compiled=True)
+    eager = RestorationTraining(energy, 1.0).restore
+    compiled = CompiledStep(eager, backend=backend)
     parameters = dict(energy.named_parameters())
-    for seed in (0, 1, 2):
-        inputs = draw(4, size, seed)
-        losses = [lambda i=inputs: training(*i)[0], lambda i=inputs: training.restore(*i)[0]]
+    for seed in (0, 1):
+        inputs = (*draw(4, size, seed), None)
+        losses = [lambda i=inputs, step=step: step(*i)[0] for step in (compiled, eager)]
         assert gradient_distance(parameters, *losses)[0] < 1e-4
-        compiled, eager = (step(*inputs) for step in (training, training.restore))
-        for ours, expected in zip(compiled, eager, strict=True):
+        for ours, expected in zip(compiled(*inputs), eager(*inputs), strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    assert training.compiled.is_compiled
+    assert compiled.is_compiled
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_nothing_is_compiled_again_after_each_shape_was_seen_once():
+@pytest.mark.parametrize("sparse", [False, True])
+def test_nothing_is_compiled_again_after_each_shape_was_seen_once(sparse):
     energy, size = make(VIT)
-    step = CompiledStep(RestorationTraining(energy, 1.0).restore, backend="aot_eager")
+    eager = RestorationTraining(energy, 1.0).restore
+    step = CompiledStep(eager, backend="aot_eager")
     for epoch in range(3):
         energy.train()
-        for count in (6, 6, 4):  # the last micro-batch is smaller
-            step(*draw(count, size, epoch), None)[0].backward()
+        for count in (6, 4):  # the last micro-batch is smaller
+            generator = torch.Generator().manual_seed(epoch)
+            tokens = torch.rand(count, 16, generator=generator).argsort(dim=1)
+            running = tokens[:, :8].sort(dim=1).values if sparse else None
+            inputs = (*draw(count, size, epoch), running)
+            losses = [lambda i=inputs, f=f: f(*i)[0] for f in (step, eager)]
+            assert gradient_distance(dict(energy.named_parameters()), *losses)[0] < 1e-4
         assert counters["stats"]["unique_graphs"] == 2
         energy.eval()  # as at every look at the held-out images
         with torch.no_grad():
             energy(draw(2, size, epoch)[0])
     assert step.is_compiled
-
-
-def test_sparse_steps_compile_once():
-    energy, size = make(VIT)
-    training = RestorationTraining(energy, 1.0)
-    step = CompiledStep(training.restore, backend="aot_eager")
-    for seed in range(3):
-        tokens = torch.rand(4, 16, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
-        inputs = (*draw(4, size, seed), tokens[:, :8].sort(dim=1).values)
-        losses = [lambda i=inputs: step(*i)[0], lambda i=inputs: training.restore(*i)[0]]
-        assert gradient_distance(dict(energy.named_parameters()), *losses)[0] < 1e-4
-    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_step_that_can_t_be_compiled_runs_eagerly_and_says_why_once(caplog):
@@ -114,15 +106,8 @@ def test_a_step_that_can_t_be_compiled_runs_eagerly_and_says_why_once(caplog):
 
 
 def test_running_out_of_memory_is_no_failure_of_the_compiler():
-    def step(images, clean, loss_mask, tokens, second=None):  # noqa: ARG001
-        return images.sum(), images, clean
-
-    compiled = CompiledStep(step)
-
-    def exhausted(*_):
-        raise torch.OutOfMemoryError("no memory")
-
-    compiled.compiled = exhausted
+    compiled = CompiledStep(lambda *_: None)
+    compiled.compiled = Mock(side_effect=torch.OutOfMemoryError("no memory"))
     with pytest.raises(torch.OutOfMemoryError):
         compiled(*draw(2, 8, 0), None)
     assert compiled.is_compiled
@@ -136,16 +121,8 @@ def test_gradient_distance_is_the_worst_parameter_s_and_leaves_no_gradients():
         return lambda: loud_share * loud.sum() + 0.1 * quiet_share * quiet.sum()
 
     exact = bent(1.0, 1.0)
-    assert gradient_distance(parameters, bent(1.1, 1.0), exact) == (
-        pytest.approx(0.1, rel=1e-4), "loud")  # fmt: skip
-    assert gradient_distance(parameters, bent(1.0, 1.5), exact) == (
-        pytest.approx(0.5, rel=1e-4), "quiet")  # fmt: skip
+    for step, share, name in ((bent(1.1, 1.0), 0.1, "loud"), (bent(1.0, 1.5), 0.5, "quiet")):
+        found = gradient_distance(parameters, step, exact)
+        assert found == (pytest.approx(share, rel=1e-4), name)
     assert loud.grad is None
-    tiny = {"loud": loud, "quiet": quiet}
-    quiet.data.fill_(1.0)
-    distance, _ = gradient_distance(
-        tiny, lambda: loud.sum() + 2e-6 * quiet.sum(), lambda: loud.sum() + 1e-6 * quiet.sum()
-    )
-    assert distance < 1e-4  # bf16 would know it no better
-    missing = loud.sum
-    assert gradient_distance(parameters, missing, exact) == (float("inf"), "quiet")
+    assert gradient_distance(parameters, loud.sum, exact) == (float("inf"), "quiet")

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from backfold.data.source import open_source
+from backfold.data.open import open_source
 from backfold.training import setup
 from backfold.training.run_folder import RunFolder
 from backfold.training.trainer import pretrain

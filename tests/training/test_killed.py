@@ -1,16 +1,14 @@
-"""Runs killed with SIGKILL at chosen and at random moments, and resumed until they end."""
+"""Runs ended by SIGKILL or a full disk at chosen and at random moments, resumed until they end."""
 
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
-from forked_runs import FOREVER, Forge, Runner
+from forked_runs import FOREVER
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import assert_same_run, rows
 
 from backfold.data.augmentation import Augmentation
-from backfold.training.config_file import config_to_dict
 
 STEPS = 12  # of which 9 are an epoch
 KILL = [(0.0, signal.SIGKILL, False)]
@@ -21,101 +19,61 @@ RANDOM = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def forge():
-    with Forge() as forge:
-        yield forge
-
-
-@pytest.fixture
-def runner(forge, tiny):
-    def make(out: Path, **changes) -> Runner:
-        settings = {"max_steps": STEPS, "checkpoint_minutes": 0, **changes}
-        return Runner(forge, config_to_dict(tiny(out=out, **settings)))
-
-    return make
-
-
-def losses_by_step(folder):
-    """The steps in TensorBoard's events."""
-    events = EventAccumulator(str(folder.tensorboard)).Reload()
-    return [event.step for event in events.Scalars("train/loss")]
-
-
-def assert_nothing_lost(whole, folder):
-    assert_same_run(whole, folder)
-    assert [int(row["step"]) for row in rows(folder)] == list(range(1, STEPS + 1))
-    assert losses_by_step(folder) == list(range(1, STEPS + 1))
-    assert not list(folder.root.rglob("*.tmp"))
-
-
-@pytest.fixture(scope="module")
-def unbroken():
-    """Runs that were never killed, by their settings."""
-    return {}
-
-
-def run_unbroken(unbroken, runner, root, name, changes):
-    if name not in unbroken:
-        whole = runner(root / "whole", **changes)
-        assert whole.start().code == 0, whole.said
-        unbroken[name] = whole.folder
-    return unbroken[name]
+def assert_nothing_lost(whole, run):
+    assert_same_run(whole.folder, run.folder)
+    events = EventAccumulator(str(run.folder.tensorboard)).Reload()
+    for steps in (
+        [int(row["step"]) for row in rows(run.folder)],
+        [event.step for event in events.Scalars("train/loss")],
+    ):
+        assert steps == list(range(1, STEPS + 1))
+    assert not list(run.folder.root.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize(
     ("moment", "count", "completed"),
     [
         pytest.param("warm-up", 1, None, id="warming up"),
-        pytest.param("watch", 1, None, id="first look"),
         pytest.param("torn step-*.ckpt", 1, None, id="first checkpoint"),
         pytest.param("write last.ckpt", 1, None, id="first checkpoint, still unnamed"),
         pytest.param("step", 1, 0, id="first step"),
         pytest.param("stepped", 5, 4, id="after a step"),
         pytest.param("torn step-*.ckpt", 6, 4, id="writing a checkpoint"),
         pytest.param("torn last.ckpt", 6, 4, id="naming a checkpoint"),
-        pytest.param("written last.ckpt", 6, 5, id="behind a checkpoint"),
         pytest.param("batch", 10, 9, id="between epochs"),
         pytest.param("watch", 2, 8, id="evaluating"),
         pytest.param("torn *.png", 2, 8, id="drawing"),
         pytest.param("written last.ckpt", 10, 9, id="behind the best checkpoint"),
         pytest.param("torn best.ckpt", 2, None, id="writing the best checkpoint"),
-        pytest.param("written last.ckpt", STEPS + 1, STEPS, id="behind the last checkpoint"),
-        pytest.param("torn health.json", STEPS + 1, None, id="last health"),
         pytest.param("torn run.json", STEPS + 1, None, id="last facts"),
         pytest.param("torn backbone.safetensors", 1, STEPS, id="exporting"),
     ],
 )
-def test_a_run_killed_at_this_moment_goes_on(runner, unbroken, tmp_path, moment, count, completed):
-    whole = run_unbroken(unbroken, runner, tmp_path, "plain", {})
-    killed = runner(tmp_path / "killed")
+def test_a_run_killed_at_this_moment_goes_on(runner, unbroken, moment, count, completed):
+    killed = runner()
     outcome = killed.start(moment=moment, count=count, hold=FOREVER, signals=KILL)
-    assert (outcome.code, outcome.reached) == (-signal.SIGKILL, True), killed.said
-    if completed is not None:
-        assert killed.step == completed
+    assert outcome == (-signal.SIGKILL, True), killed.said
+    assert completed is None or killed.step == completed
     assert killed.resume().code == 0, killed.said
-    if completed is not None:
-        assert f"resuming at step {completed} of" in killed.said
-    assert_nothing_lost(whole, killed.folder)
+    assert completed is None or f"resuming at step {completed} of" in killed.said
+    assert moment != "warm-up" or "no checkpoint yet" in killed.said
+    assert_nothing_lost(unbroken, killed)
 
 
-def test_a_run_killed_before_it_wrote_anything_starts_anew(runner, unbroken, tmp_path):
-    whole = run_unbroken(unbroken, runner, tmp_path, "plain", {})
-    killed = runner(tmp_path / "killed")
-    for moment in ("torn config.yaml", "write config.yaml"):
-        outcome = killed.start(moment=moment, hold=FOREVER, signals=KILL)
-        assert (outcome.code, outcome.reached) == (-signal.SIGKILL, True), killed.said
+def test_a_run_killed_before_it_wrote_anything_starts_anew(runner, unbroken):
+    killed = runner()
+    outcome = killed.start(moment="torn config.yaml", hold=FOREVER, signals=KILL)
+    assert outcome == (-signal.SIGKILL, True), killed.said
     assert killed.start().code == 0, killed.said
-    assert_nothing_lost(whole, killed.folder)
+    assert_nothing_lost(unbroken, killed)
 
 
-def test_steps_behind_no_checkpoint_are_taken_and_told_once_more(runner, unbroken, tmp_path):
-    whole = run_unbroken(unbroken, runner, tmp_path, "plain", {})
-    killed = runner(tmp_path / "killed", checkpoint_minutes=1000.0)
+def test_steps_behind_no_checkpoint_are_taken_and_told_once_more(runner, unbroken):
+    killed = runner(checkpoint_minutes=1000.0)
     outcome = killed.start(moment="stepped", count=5, hold=FOREVER, signals=KILL)
     assert (outcome.code, killed.step) == (-signal.SIGKILL, 0), killed.said
     assert killed.resume().code == 0, killed.said
-    assert_nothing_lost(whole, killed.folder)
+    assert_nothing_lost(unbroken, killed)
 
 
 def kill_until_done(run, seed, kills):
@@ -154,14 +112,49 @@ def draw(random):
 @pytest.mark.parametrize(
     ("seed", "changes"),
     [
-        pytest.param(1, RANDOM, id="crops, drop path"),
         pytest.param(2, RANDOM | {"pretext": "mixture", "num_workers": 2}, id="mixture, 2 workers"),
         pytest.param(3, RANDOM | {"checkpoint_minutes": 0.002}, id="checkpoints by the clock"),
     ],
 )
-def test_a_run_killed_at_random_moments_ends_in_the_same_bits(runner, tmp_path, seed, changes):
-    whole = runner(tmp_path / "whole", **changes)
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(runner, seed, changes):
+    whole, killed = runner("whole", **changes), runner("killed", **changes)
     assert whole.start().code == 0, whole.said
-    killed = runner(tmp_path / "killed", **changes)
-    assert kill_until_done(killed, seed, kills=8) >= 4
-    assert_nothing_lost(whole.folder, killed.folder)
+    assert kill_until_done(killed, seed, kills=6) >= 3
+    assert_nothing_lost(whole, killed)
+
+
+@pytest.mark.parametrize(
+    ("moment", "count", "step", "workers"),
+    [
+        pytest.param("step", 5, 4, 0, id="in a step"),
+        pytest.param("step", 5, 4, 2, id="in a step, beside workers"),
+        pytest.param("written last.ckpt", 6, 5, 0, id="behind a checkpoint"),
+        pytest.param("watch", 2, 8, 0, id="evaluating"),
+        pytest.param("written last.ckpt", STEPS + 1, STEPS, 2, id="at the end"),
+    ],
+)
+def test_a_full_disk_stops_the_run_behind_its_last_checkpoint(
+    runner, unbroken, moment, count, step, workers
+):
+    run = runner(num_workers=workers)
+    outcome = run.start(moment=moment, count=count, full=str(run.folder.root))
+    assert outcome == (2, True), run.said
+    (error,) = (line for line in run.said.splitlines() if "No space left" in line)
+    assert error.startswith("backfold: error: ")
+    assert "free space or choose another --out" in error
+    assert "Traceback" not in run.said
+    assert "Logging error" not in run.said
+    assert run.step == step
+    assert run.resume().code == 0, run.said
+    assert_same_run(unbroken.folder, run.folder)
+
+
+def test_a_checkpoint_beyond_the_largest_file_stops_the_run(runner):
+    """A limit of the system, such as a quota's, in the midst of writing."""
+    run = runner()
+    assert run.start(moment="step", count=5, largest_file=20_000).code == 2, run.said
+    assert "File too large; free space" in run.said.splitlines()[-1]
+    assert "Traceback" not in run.said
+    assert run.step == 4
+    assert not list(run.folder.root.rglob("*.tmp"))
+    assert run.resume().code == 0, run.said

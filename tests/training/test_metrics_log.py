@@ -1,11 +1,93 @@
-import csv
+"""Speed, gains and waiting while a run trains, and the rows that keep them."""
 
+import csv
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
+from backfold.pretext import Corruption
+from backfold.training.meter import Meter, Restored
 from backfold.training.metrics_log import COLUMNS, MetricsLog
 from backfold.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is moved."""
+    face = SimpleNamespace(now=1000.0)
+    fake = SimpleNamespace(monotonic=lambda: face.now)
+    monkeypatch.setattr("backfold.training.meter.time", fake)
+    return face
+
+
+def take_step(meter, clock, waiting, working, images=8):
+    meter.before_batch()
+    clock.now += waiting
+    meter.before_step(images)
+    clock.now += working
+
+
+def test_speed_and_share_of_waiting(clock):
+    meter = Meter(0.0)
+    take_step(meter, clock, waiting=1.0, working=3.0)
+    take_step(meter, clock, waiting=0.0, working=4.0)
+    assert meter.read() == pytest.approx((16 / 8, 1 / 8))
+    assert meter.seconds() == pytest.approx(8.0)
+
+
+def test_pauses_count_neither_as_training_nor_as_waiting(clock):
+    meter = Meter(50.0)  # a resumed run goes on counting
+    take_step(meter, clock, waiting=1.0, working=1.0)
+    meter.read()  # and a reading starts anew
+    meter.pause()
+    clock.now += 100.0
+    meter.resume()
+    take_step(meter, clock, waiting=1.0, working=3.0)
+    assert meter.read() == pytest.approx((2.0, 0.25))
+    assert meter.seconds() == pytest.approx(56.0)
+
+
+def test_waiting_is_long_above_a_fifth_of_twenty_steps_behind_the_first_reading(clock):
+    def waits_long(meter, waiting, steps):
+        for _ in range(steps):
+            take_step(meter, clock, waiting, working=1.0)
+        meter.read()
+        return meter.long_wait()
+
+    meter = Meter(0.0)
+    assert waits_long(meter, 9.0, 100) is None  # workers start
+    assert waits_long(meter, 1.0, 19) is None
+    assert waits_long(meter, 1.0, 1) == pytest.approx(0.5)
+    assert waits_long(meter, 0.24, 20) is None
+    assert waits_long(meter, 0.26, 20) == pytest.approx(0.26 / 1.26)
+
+
+def test_gains_count_only_where_the_loss_does_and_not_images_that_were_left_clean():
+    generator = torch.Generator().manual_seed(0)
+    clean, corrupted, restored = torch.randn(3, 4, 2, 6, 6, generator=generator)
+    corrupted[1] = clean[1]  # as a mixture does
+    mask = torch.rand(4, 1, 6, 6, generator=generator) < 0.5
+    std = torch.tensor([0.2, 0.3])
+    last = Restored(clean, Corruption(corrupted, mask), restored)
+
+    def psnr(images, index):
+        pixels = np.where(mask[index].numpy(), images[index].numpy(), clean[index].numpy())
+        scale = std.numpy()[:, None, None]
+        return peak_signal_noise_ratio(clean[index].numpy() * scale, pixels * scale, data_range=1)
+
+    gains = [psnr(restored, index) - psnr(corrupted, index) for index in (0, 2, 3)]
+    assert last.psnr_gain_db(std) == pytest.approx(np.mean(gains), abs=1e-4)
+
+    def energy(images, _):
+        return images.sum(dim=(1, 2, 3))
+
+    gaps = (energy(corrupted, None) - energy(clean, None))[[0, 2, 3]]
+    assert last.energy_gap(energy) == pytest.approx(gaps.mean().item(), rel=1e-5)
 
 
 def row(step, loss=0.5):
@@ -34,33 +116,18 @@ def test_rows_are_there_at_once(folder):
     assert folder.metrics.read_text() == ",".join(COLUMNS) + "\n"
     log.add(row(1, loss=1 / 3))
     assert read(folder) == [dict.fromkeys(COLUMNS, "0.25") | {"step": "1", "loss": "0.333333"}]
-    events = EventAccumulator(str(folder.tensorboard)).Reload()
-    assert [event.step for event in events.Scalars("train/energy_gap")] == [1]
+    assert (
+        "train/energy_gap" in EventAccumulator(str(folder.tensorboard)).Reload().Tags()["scalars"]
+    )
     log.close()
 
 
-def test_large_steps_are_written_whole(folder):
-    write(folder, 0, [12345678])
-    assert read(folder)[0]["step"] == "12345678"
-
-
-def test_a_resumed_run_keeps_the_rows_up_to_its_checkpoint(folder):
-    write(folder, 0, [1, 2, 3, 4, 5], loss=0.5)
-    write(folder, 3, [4, 5, 6], loss=0.75)
-    found = [(int(line["step"]), float(line["loss"])) for line in read(folder)]
-    assert found == [(1, 0.5), (2, 0.5), (3, 0.5), (4, 0.75), (5, 0.75), (6, 0.75)]
-
-
-def test_half_a_row_is_dropped(folder):
-    write(folder, 0, [1, 2, 3])
+def test_half_a_row_is_dropped_and_starting_anew_drops_all(folder):
+    write(folder, 0, [1, 2, 12345678])
     text = folder.metrics.read_text()
     folder.metrics.write_text(text[: text.rindex("0.25,0.25")])
-    write(folder, 2, [3])
-    assert [int(line["step"]) for line in read(folder)] == [1, 2, 3]
-
-
-def test_starting_anew_drops_all_rows(folder):
-    write(folder, 0, [1, 2])
+    write(folder, 2, [12345679])
+    assert [int(line["step"]) for line in read(folder)] == [1, 2, 12345679]
     write(folder, 0, [1])
     assert [int(line["step"]) for line in read(folder)] == [1]
 
@@ -75,7 +142,7 @@ def test_tensorboard_reads_logs_of_one_second_in_their_order(folder, monkeypatch
     assert found == [(1, 0.0), (2, 1.0), (3, 2.0), (4, 3.0), (5, 3.0)]
 
 
-def test_tensorboard_has_each_step_once(folder):
+def test_a_resumed_run_s_steps_are_there_once(folder):
     entry = {
         "step": 2, "psnr_gain_db": 1.5, "energy_gap": 2.0, "auroc": 0.9, "rank_me": 7.0,
         "knn": None, "tasks": {"masking": {"auroc": 0.9}},
@@ -87,9 +154,9 @@ def test_tensorboard_has_each_step_once(folder):
     log.close()
     write(folder, 2, [3, 4], loss=9.0)
     events = EventAccumulator(str(folder.tensorboard)).Reload()
-    losses = {event.step: event.value for event in events.Scalars("train/loss")}
-    assert losses == {1: 1.0, 2: 2.0, 3: 9.0, 4: 9.0}
-    assert len(events.Scalars("train/loss")) == 4
+    expected = [(1, 1.0), (2, 2.0), (3, 9.0), (4, 9.0)]
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == expected
+    assert [(int(line["step"]), float(line["loss"])) for line in read(folder)] == expected
     assert [event.value for event in events.Scalars("held_out/psnr_gain_db")] == [1.5]
     assert "held_out/knn" not in events.Tags()["scalars"]
     assert events.Scalars("held_out_masking/auroc")[0].value == pytest.approx(0.9)

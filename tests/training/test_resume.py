@@ -2,20 +2,16 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 from backfold.cli.main import main
+from backfold.pretext import ExcerptSettings, Masking, Sorting
 from backfold.training import setup, trainer
-from backfold.training.config_file import config_to_dict
+from backfold.training.config import TaskSettings
 from backfold.training.run_folder import RunFolder, load_checkpoint
 from backfold.training.stepper import Stepper
 from backfold.training.trainer import pretrain
@@ -67,44 +63,66 @@ def assert_equal(left, right, place=""):
         assert left == right or (left != left and right != right), place
 
 
+def content(folder):
+    """All that a run leaves but times and paths."""
+    last = load_checkpoint(folder.last_checkpoint)
+    kept = ("model", "optimizer", "history", "energies", "mean", "std")
+    return {name: last[name] for name in kept} | {
+        "state": {name: last["state"][name] for name in ("step", "best_gain_db")},
+        "best": load_checkpoint(folder.best_checkpoint)["model"],
+        "backbone": load_file(folder.backbone),
+        "rows": rows(folder),
+        "health": json.loads(folder.health.read_text()),
+    }
+
+
 def assert_same_run(left, right):
-    assert_equal(load_file(left.backbone), load_file(right.backbone))
-    contents = [load_checkpoint(folder.last_checkpoint) for folder in (left, right)]
-    for name in ("model", "optimizer", "history", "energies", "mean", "std"):
-        assert_equal(contents[0][name], contents[1][name], name)
-    states = [content["state"] for content in contents]
-    assert states[0]["step"] == states[1]["step"]
-    assert states[0]["best_gain_db"] == states[1]["best_gain_db"]
-    best = [load_checkpoint(folder.best_checkpoint)["model"] for folder in (left, right)]
-    assert_equal(*best)
-    assert rows(left) == rows(right)
-    health = [json.loads(folder.health.read_text()) for folder in (left, right)]
-    assert_equal(*health)
+    assert_equal(content(left), content(right))
 
 
-MIXED = {"pretext": "mixture"}
-DROPPED = {"backbone_options": {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2,
-                                "drop_path_rate": 0.5, "proj_drop_rate": 0.2}}  # fmt: skip
-STEPS = {"micro_batch": 4, "num_steps": 2}
+def break_off(monkeypatch, config, stop, **how):
+    """A run that dies in the middle of this step; its folder."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        with pytest.raises(StopError):
+            pretrain(config, console=Console(quiet=True), **how)
+    return RunFolder(config.out)
+
+
+VIT = {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2}
+DROPPED = {
+    "backbone_options": {**VIT, "drop_path_rate": 0.5, "proj_drop_rate": 0.2},
+    "micro_batch": 4,
+    "num_steps": 2,
+}
 RESNET = {
-    "backbone": "resnet10t",
-    "backbone_options": {"channels": [8, 16, 24, 32]},
-    "image_size": 32,
+    "backbone": "resnet10t", "backbone_options": {"channels": [8, 16, 24, 32]}, "image_size": 32,
     "max_steps": 3,
+}  # fmt: skip
+MASKING = Masking(mask_patch_size=7)
+HALF = {
+    "pretext": "mixture",
+    "tasks": TaskSettings(
+        masking=MASKING, sorting=Sorting(7), mixture={"masking": 1.0, "sorting": 1.0},
+        excerpt=ExcerptSettings(0.5, 7),
+    ),
+    "max_steps": 5,
+}  # fmt: skip
+SECOND_HEAD = {
+    "tasks": TaskSettings(masking=Masking(mask_patch_size=7, normalised_share=0.5)),
+    "max_steps": 5,
 }
 
 
 @pytest.mark.parametrize(
     ("stop", "changes"),
     [
-        pytest.param(5, {}, id="mid-epoch"),
-        pytest.param(9, {}, id="at an epoch's end"),
-        pytest.param(0, {}, id="first step"),
-        pytest.param(10, MIXED, id="mixture"),
-        pytest.param(10, MIXED | {"num_workers": 2}, id="workers"),
-        pytest.param(10, DROPPED | STEPS, id="dropout, parts, two steps"),
+        pytest.param(10, {"pretext": "mixture", "num_workers": 2}, id="mixture, workers"),
+        pytest.param(10, DROPPED, id="dropout, parts, two steps"),
         pytest.param(1, RESNET, id="batch norm"),
         pytest.param(10, {"checkpoint_minutes": 10.0}, id="checkpoints at looks only"),
+        pytest.param(3, HALF, id="half of the squares"),
+        pytest.param(3, SECOND_HEAD, id="second head"),
     ],
 )
 def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
@@ -113,99 +131,28 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
     monkeypatch.setattr(trainer, "LOG_EVERY", 1)
     settings = {"max_steps": 12, "checkpoint_minutes": 0, **changes}
     whole = pretrain(tiny(out=tmp_path / "whole", **settings), console=quiet)
-    broken = RunFolder(tmp_path / "broken")
-    with monkeypatch.context() as patch:
-        stop_at(patch, stop)
-        with pytest.raises(StopError):
-            pretrain(tiny(out=broken.root, **settings), console=quiet)
-    saved = load_checkpoint(broken.last_checkpoint)["state"]["step"]
+    broken = break_off(monkeypatch, tiny(out=tmp_path / "broken", **settings), stop)
+    middle = load_checkpoint(broken.last_checkpoint)
+    saved = middle["state"]["step"]
     assert saved == (stop if settings["checkpoint_minutes"] == 0 else 9)
     assert not broken.backbone.exists()
     assert main(["pretrain", "--resume", "--out", str(broken.root)]) == 0
     assert f"resuming at step {saved} of" in capsys.readouterr().err
     assert_same_run(whole, broken)
-    steps = [int(row["step"]) for row in rows(broken)]
-    assert steps == list(range(1, settings["max_steps"] + 1))
+    assert [int(row["step"]) for row in rows(broken)] == list(range(1, settings["max_steps"] + 1))
+    if changes is SECOND_HEAD:
+        last = load_checkpoint(broken.last_checkpoint)["model"]
+        assert not torch.equal(middle["model"]["second_head.weight"], last["second_head.weight"])
 
 
-def test_resuming_twice_and_when_done(tiny, quiet, monkeypatch, tmp_path):
+def test_resuming_twice_and_when_done_measures_nothing_again(tiny, quiet, monkeypatch, tmp_path):
     monkeypatch.setattr(trainer, "LOG_EVERY", 1)
     settings = {"max_steps": 12, "checkpoint_minutes": 0}
     whole = pretrain(tiny(out=tmp_path / "whole", **settings), console=quiet)
     config = tiny(out=tmp_path / "broken", **settings)
-    folder = RunFolder(config.out)
-    for stop in (3, 8):
-        with monkeypatch.context() as patch:
-            stop_at(patch, stop)
-            with pytest.raises(StopError):
-                pretrain(config, resume=stop > 3, console=quiet)
+    break_off(monkeypatch, config, 0)
+    monkeypatch.setattr(setup, "survey", lambda *_, **__: pytest.fail("normalisation measured"))
+    folder = break_off(monkeypatch, config, 9, resume=True)  # an epoch has 9 steps
     for _ in range(2):
         assert main(["pretrain", "--resume", "--out", str(config.out)]) == 0
         assert_same_run(whole, folder)
-
-
-def test_a_resumed_run_keeps_its_normalisation_whatever_is_measured_in_between(
-    tiny, quiet, monkeypatch, tmp_path
-):
-    monkeypatch.chdir(tmp_path)
-    config = tiny(checkpoint_minutes=0, max_steps=6)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        with pytest.raises(StopError):
-            pretrain(config, console=quiet)
-    folder = RunFolder(config.out)
-    before = load_checkpoint(folder.last_checkpoint)
-    assert main(["stats", f"--data={config.data}", "--max-images=20", "--num-workers=0"]) == 0
-    monkeypatch.setattr(setup, "survey", lambda *_, **__: pytest.fail("measured again"))
-    assert main(["pretrain", "--resume", "--out", str(config.out)]) == 0
-    after = load_checkpoint(folder.last_checkpoint)
-    facts = json.loads(folder.facts.read_text())
-    for name in ("mean", "std"):
-        assert before[name] == after[name] == facts[name]
-
-
-def test_a_run_without_a_checkpoint_starts_over(tiny, quiet, tmp_path, capsys):
-    whole = pretrain(tiny(out=tmp_path / "whole"), console=quiet)
-    config = tiny(out=tmp_path / "broken")
-    config.out.mkdir()
-    RunFolder(config.out).config.write_text(yaml.safe_dump(config_to_dict(config)))
-    assert main(["pretrain", "--resume", "--out", str(config.out)]) == 0
-    assert "no checkpoint yet" in capsys.readouterr().err
-    assert_same_run(whole, RunFolder(config.out))
-
-
-def steps_saved(folder):
-    return json.loads(folder.facts.read_text())["steps"] if folder.facts.exists() else 0
-
-
-def wait_for(condition, process, seconds=120.0):
-    start = time.monotonic()
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() - start < seconds
-        time.sleep(0.02)
-
-
-@pytest.mark.slow
-def test_a_killed_process_s_run_goes_on(tiny, quiet, tmp_path):
-    settings = {"max_steps": 150, "epochs": 1000, "watch_every": 5.0}
-    whole = pretrain(tiny(out=tmp_path / "whole", **settings), console=quiet)
-    killed = RunFolder(tmp_path / "killed")
-    config = tmp_path / "settings.yaml"
-    config.write_text(
-        yaml.safe_dump(config_to_dict(tiny(out=killed.root, checkpoint_minutes=0.001, **settings)))
-    )
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with subprocess.Popen(
-        [sys.executable, "-m", "backfold.cli.main", "pretrain", f"--config={config}"],
-        env={**os.environ, **threads},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
-        wait_for(lambda: steps_saved(killed) > 0, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.read(), process.stderr.read()
-    assert 0 < load_checkpoint(killed.last_checkpoint)["state"]["step"] < 150
-    assert main(["pretrain", "--resume", "--out", str(killed.root)]) == 0
-    assert_same_run(whole, killed)

@@ -3,76 +3,53 @@
 import signal
 
 import pytest
-from forked_runs import FOREVER, Forge, Runner
+from forked_runs import FOREVER
 from test_resume import assert_same_run, rows
 
-from backfold.training.config_file import config_to_dict
-
 STEPS = 12
-TWO_WORKERS = {"num_workers": 2, "prefetch": 1}
-
-
-@pytest.fixture(scope="module")
-def forge():
-    with Forge() as forge:
-        yield forge
+SLOW_WORKERS = {"num_workers": 2, "prefetch": 1}
+TERM = (0.0, signal.SIGTERM, False)
 
 
 @pytest.fixture
-def runner(forge, tiny, tmp_path):
-    def make(name, **changes):
-        # Checkpoints only where the held-out images are looked at: after steps 0, 9 and 12.
-        settings = {"max_steps": STEPS, "checkpoint_minutes": 1000.0, **changes}
-        return Runner(forge, config_to_dict(tiny(out=tmp_path / name, **settings)))
+def run(runner):
+    # Checkpoints only where the held-out images are looked at: after steps 0, 9 and 12.
+    return runner(checkpoint_minutes=1000.0)
 
-    return make
+
+@pytest.fixture
+def goes_on(unbroken):
+    def check(run):
+        assert run.resume().code == 0, run.said
+        assert_same_run(unbroken.folder, run.folder)
+        assert [int(row["step"]) for row in rows(run.folder)] == list(range(1, STEPS + 1))
+
+    return check
 
 
 def last_line(run):
     return run.said.splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def unbroken():
-    """The run that no signal stopped, once it was made."""
-    return []
-
-
-@pytest.fixture
-def goes_on(runner, unbroken):
-    def check(run):
-        assert run.resume().code == 0, run.said
-        if not unbroken:
-            whole = runner("whole")
-            assert whole.start().code == 0, whole.said
-            unbroken.append(whole.folder)
-        assert_same_run(unbroken[0], run.folder)
-        assert [int(row["step"]) for row in rows(run.folder)] == list(range(1, STEPS + 1))
-
-    return check
-
-
-@pytest.mark.parametrize("to_group", [False, True], ids=["process", "group"])
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
-)
-@pytest.mark.parametrize(
-    ("changes", "seconds"),
+    ("number", "code", "to_group", "waiting"),
     [
-        pytest.param({}, 0.0, id="in a step"),
+        pytest.param(signal.SIGTERM, 143, True, False, id="SIGTERM in a step"),
+        pytest.param(signal.SIGINT, 130, False, False, id="Ctrl-C in a step"),
         # Of each batch's 8 images a worker takes 1.2 seconds: the signal finds the run waiting.
-        pytest.param(TWO_WORKERS, 0.15, id="waiting for workers"),
+        pytest.param(signal.SIGTERM, 143, False, True, id="SIGTERM waiting for workers"),
+        pytest.param(signal.SIGINT, 130, True, True, id="Ctrl-C waiting for workers, to all"),
     ],
 )
 def test_a_signal_stops_the_run_behind_a_checkpoint(
-    runner, goes_on, number, code, to_group, changes, seconds
+    runner, goes_on, number, code, to_group, waiting
 ):
-    run = runner("stopped", **changes)
+    run = runner(checkpoint_minutes=1000.0, **(SLOW_WORKERS if waiting else {}))
     outcome = run.start(
-        moment="batch" if changes else "step",
+        moment="batch" if waiting else "step",
         count=4,
-        signals=[(0.3 if changes else 0.0, number, to_group)],
-        image_seconds=seconds,
+        signals=[(0.3 if waiting else 0.0, number, to_group)],
+        image_seconds=0.15 if waiting else 0.0,
     )
     assert outcome.code == code, run.said
     assert "Traceback" not in run.said
@@ -84,41 +61,25 @@ def test_a_signal_stops_the_run_behind_a_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("moment", "count", "steps"),
+    ("moment", "count", "steps", "code"),
     [
         # Whether or not another step is taken: nothing that was done is lost.
-        pytest.param("watch", 1, {0, 1}, id="first look"),
-        pytest.param("watch", 2, {9}, id="look"),
-        pytest.param("write last.ckpt", 2, {9, 10}, id="checkpoint"),
+        pytest.param("watch", 1, {0, 1}, 143, id="first look"),
+        pytest.param("watch", 2, {9}, 143, id="look"),
+        pytest.param("write last.ckpt", 2, {9, 10}, 143, id="checkpoint"),
+        pytest.param("step", STEPS, {STEPS}, 0, id="last step"),
     ],
 )
-def test_what_is_going_on_is_finished(runner, goes_on, moment, count, steps):
-    run = runner("stopped")
-    term = [(0.0, signal.SIGTERM, False)]
-    outcome = run.start(moment=moment, count=count, hold=0.5, signals=term)
-    assert outcome.code == 143, run.said
+def test_what_is_going_on_is_finished(run, goes_on, moment, count, steps, code):
+    # A scheduler signals every process, and a launcher passes on what it got.
+    signals = [TERM, (0.1, signal.SIGTERM, True), (0.1, signal.SIGTERM, True)]
+    outcome = run.start(moment=moment, count=count, hold=0.5, signals=signals)
+    assert outcome.code == code, run.said
     assert run.step in steps
     goes_on(run)
 
 
-def test_a_signal_before_the_first_step_stops_the_run(runner, goes_on):
-    run = runner("stopped")
-    outcome = run.start(moment="warm-up", hold=FOREVER, signals=[(0.0, signal.SIGTERM, False)])
-    assert outcome.code == 143, run.said
-    assert "SIGTERM" in last_line(run)
-    assert "Traceback" not in run.said
-    goes_on(run)
-
-
-def test_a_signal_in_the_last_step_changes_nothing(runner, goes_on):
-    run = runner("stopped")
-    outcome = run.start(moment="step", count=STEPS, signals=[(0.0, signal.SIGTERM, False)])
-    assert outcome.code == 0, run.said
-    goes_on(run)
-
-
-def test_a_second_ctrl_c_leaves_at_once(runner, goes_on):
-    run = runner("stopped")
+def test_a_second_ctrl_c_leaves_at_once(run, goes_on):
     first, second = (0.3, signal.SIGINT, True), (3.0, signal.SIGINT, True)
     # The step never ends: were the second one only noted, too, the run would hang. It comes late,
     # as two that a busy machine delivers together are one.
@@ -131,22 +92,11 @@ def test_a_second_ctrl_c_leaves_at_once(runner, goes_on):
 
 
 def test_a_run_stops_that_waits_for_an_image_that_never_comes(runner, goes_on):
-    run = runner("stopped", **TWO_WORKERS)
+    run = runner(checkpoint_minutes=1000.0, **SLOW_WORKERS)
     term = (0.3, signal.SIGTERM, True)
     outcome = run.start(moment="batch", count=1, signals=[term], image_seconds=3600.0)
     assert outcome.code == 143, run.said
     assert "SIGTERM at step 0 of" in last_line(run)
-    goes_on(run)
-
-
-def test_a_repeated_sigterm_changes_nothing(runner, goes_on):
-    """A scheduler signals every process; a launcher passes on what it got."""
-    run = runner("stopped")
-    term = (0.1, signal.SIGTERM, True)
-    outcome = run.start(moment="step", count=4, hold=1.0, signals=[term, term, term])
-    assert outcome.code == 143, run.said
-    assert "which is saved" in last_line(run)
-    assert run.step == 4
     goes_on(run)
 
 
@@ -168,52 +118,35 @@ def slurm(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "asked"),
+    ("number", "code", "answer"),
     [
-        pytest.param(signal.SIGTERM, 143, ["requeue 4711"], id="SIGTERM"),
-        pytest.param(signal.SIGUSR1, 128 + signal.SIGUSR1, ["requeue 4711"], id="SIGUSR1"),
-        pytest.param(signal.SIGINT, 130, [], id="Ctrl-C"),
+        pytest.param(signal.SIGUSR1, 128 + signal.SIGUSR1, 0, id="SIGUSR1"),
+        pytest.param(signal.SIGTERM, 143, 1, id="SIGTERM, refused"),
+        pytest.param(signal.SIGINT, 130, None, id="Ctrl-C"),
     ],
 )
-def test_a_preempted_run_queues_itself_again(runner, goes_on, slurm, number, code, asked):
+def test_a_preempted_run_queues_itself_again(run, slurm, number, code, answer):
     environment, calls = slurm
-    run = runner("stopped")
-    outcome = run.start(moment="step", count=4, signals=[(0.0, number, False)], env=environment())
+    env = environment(answer or 0)
+    outcome = run.start(moment="step", count=4, signals=[(0.0, number, False)], env=env)
+    asked = [] if answer is None else ["requeue 4711"]
     assert (outcome.code, calls()) == (code, asked), run.said
-    assert ("queued the job again" in last_line(run)) == bool(asked)
+    assert ("queued the job again" in last_line(run)) == (answer == 0)
+    assert ("did not requeue job 4711: told: requeue 4711" in run.said) == (answer == 1)
     assert 3 < run.step < 9
-    goes_on(run)
 
 
-def test_a_refused_requeue_is_told(runner, goes_on, slurm):
+def test_a_job_stopped_before_its_first_step_is_queued_again_and_starts_over(run, goes_on, slurm):
     environment, calls = slurm
-    run = runner("stopped")
-    outcome = run.start(
-        moment="step", count=4, signals=[(0.0, signal.SIGTERM, False)], env=environment(1)
-    )
-    assert (outcome.code, calls()) == (143, ["requeue 4711"])
-    assert "queued the job again" not in last_line(run)
-    assert "did not requeue job 4711: told: requeue 4711" in run.said
-    goes_on(run)
-
-
-def test_a_job_stopped_before_its_first_step_is_queued_again(runner, slurm):
-    environment, calls = slurm
-    run = runner("stopped")
-    outcome = run.start(
-        moment="warm-up",
-        hold=FOREVER,
-        signals=[(0.0, signal.SIGTERM, False)],
-        env=environment(),
-    )
+    outcome = run.start(moment="warm-up", hold=FOREVER, signals=[TERM], env=environment())
     assert (outcome.code, calls()) == (143, ["requeue 4711"]), run.said
+    assert "Traceback" not in run.said
+    goes_on(run)
 
 
-def test_a_requeued_job_goes_on_with_the_command_that_started_it(runner, goes_on, slurm):
+def test_a_requeued_job_goes_on_with_the_command_that_started_it(run, goes_on, slurm):
     environment, _ = slurm
-    run = runner("stopped")
-    term = [(0.0, signal.SIGTERM, False)]
-    assert run.start(moment="step", count=4, signals=term, env=environment()).code == 143
+    assert run.start(moment="step", count=4, signals=[TERM], env=environment()).code == 143
     again = run.start(env=environment() | {"SLURM_RESTART_COUNT": "1"})
     assert again.code == 0, run.said
     assert f"resuming at step 4 of {STEPS}" in run.said

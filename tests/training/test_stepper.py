@@ -1,36 +1,44 @@
-import math
+"""What a step computes, and what is decided before the first one."""
+
+import logging
+import re
 
 import pytest
 import torch
 from lightning.fabric import Fabric
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from backfold.data.source import open_source
+from backfold.data.open import open_source
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
 from backfold.pretext import Denoising, Masking, Mixture
+from backfold.training import warm_up as module
+from backfold.training.compiled import CompiledStep
 from backfold.training.config import PretrainConfig
-from backfold.training.optimizer import OptimizerSettings
+from backfold.training.optimizer import OptimizerSettings, freeze_unreachable
 from backfold.training.stepper import Stepper, split_sizes, step_seed
+from backfold.training.warm_up import find_micro_batch, warm_up
 
 STATISTICS = ChannelStatistics((0.3,), (0.35,))
 MASKING = Masking(mask_patch_size=7)
+EXHAUSTED = torch.OutOfMemoryError("CUDA out of memory")
+OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
-def make(task=MASKING, energy=None, total_steps=100, **changes):
+def make(task=MASKING, options=(), **changes):
     """A stepper on a tiny ViT for grey images of 28 x 28 pixels."""
     torch.manual_seed(0)
-    options = {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    if energy is None:
-        energy = EnergyModel(
-            "vit_tiny_patch16_224", image_size=28, channels=1, backbone_options=options
-        )
+    energy = EnergyModel(
+        "vit_tiny_patch16_224",
+        image_size=28,
+        channels=1,
+        backbone_options={**OPTIONS, **dict(options)},
+    )
+    freeze_unreachable(energy, torch.randn(2, 1, 28, 28))
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     settings = {"optimizer": OptimizerSettings(max_gradient_norm=0.0), **changes}
     config = PretrainConfig(batch_size=16, **settings)
-    stepper = Stepper(config, energy, task, STATISTICS, fabric, total_steps, steps_per_epoch=10)
-    return energy, stepper
+    return energy, Stepper(config, energy, task, STATISTICS, fabric, 100, 10)
 
 
 @pytest.fixture(scope="module")
@@ -51,30 +59,20 @@ def assert_close(left, right, tolerance):
         assert difference <= tolerance * left[name].norm() + 1e-7, (name, difference)
 
 
-@pytest.mark.parametrize("local_batch", [1, 2, 7, 33, 256])
-def test_parts_are_the_fewest_and_as_equal_as_possible(local_batch):
-    for largest in range(1, local_batch + 2):
-        sizes = split_sizes(local_batch, largest)
-        assert sum(sizes) == local_batch
-        assert max(sizes) <= largest
-        assert max(sizes) - min(sizes) <= 1
-        assert len(sizes) == math.ceil(local_batch / largest)
-
-
-@pytest.mark.parametrize("num_steps", [1, 2])
-def test_parts_of_a_batch_give_the_whole_batch_s_gradient(pictures, num_steps):
-    whole, step_whole = make(num_steps=num_steps)
-    parts, step_parts = make(num_steps=num_steps, micro_batch=4)
+def test_parts_of_a_batch_are_as_equal_as_possible_and_give_its_gradient(pictures):
+    assert split_sizes(16, 7) == [6, 5, 5]
+    whole, step_whole = make(num_steps=2)
+    parts, step_parts = make(num_steps=2, micro_batch=7)
     loss_whole, norm_whole, _ = step_whole(pictures, 0)
     loss_parts, norm_parts, last = step_parts(pictures, 0)
     assert float(loss_parts) == pytest.approx(float(loss_whole), rel=1e-5)
     assert float(norm_parts) == pytest.approx(float(norm_whole), rel=1e-4)
     assert_close(gradients(whole), gradients(parts), 1e-4)
-    assert len(last.clean) == 4
+    assert len(last.clean) == 5
 
 
-def reference_loss(energy, clean, corrupted, mask, num_steps, step_size):
-    """Sum over the steps, each masked mean of each image, written out."""
+def reference(energy, clean, corrupted, mask, num_steps, step_size):
+    """The mean over the steps of each image's masked mean, and the restored images, written out."""
     total, points = 0.0, corrupted
     for _ in range(num_steps):
         points = points.detach().requires_grad_()
@@ -85,7 +83,7 @@ def reference_loss(energy, clean, corrupted, mask, num_steps, step_size):
         smooth = torch.where(distance < 1, distance**2 / 2, distance - 0.5)
         per_image = [s[m.expand_as(s)].mean() for s, m in zip(smooth, mask, strict=True)]
         total = total + sum(per_image) / len(per_image) / num_steps
-    return total
+    return total, points.detach()
 
 
 @pytest.mark.parametrize("task", [MASKING, Mixture((MASKING, Denoising()), (1.0, 2.0))])
@@ -97,30 +95,19 @@ def test_loss_and_gradient_equal_a_written_out_reference(pictures, task):
     clean = (pictures - 0.3) / 0.35
     seed = step_seed(5, 7, 0)
     corruption = task(clean, torch.Generator().manual_seed(seed))
-    expected = reference_loss(twin, clean, corruption.corrupted, corruption.loss_mask, 3, 0.4)
+    given = (clean, corruption.corrupted, corruption.loss_mask)
+    expected, restored = reference(twin, *given, num_steps=3, step_size=0.4)
     expected.backward()
     assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
     assert_close(gradients(twin), gradients(energy), 1e-4)
     squares = sum(float(p.grad.square().sum()) for p in twin.parameters() if p.grad is not None)
     assert float(norm) == pytest.approx(squares**0.5, rel=1e-4)
     assert torch.equal(last.corruption.corrupted, corruption.corrupted)
+    torch.testing.assert_close(last.restored, restored, rtol=1e-4, atol=1e-5)
+    assert not last.restored.requires_grad
     with torch.no_grad():
         gap = float((energy(corruption.corrupted) - energy(clean)).mean())
     assert last.energy_gap(energy) == pytest.approx(gap, rel=1e-4)
-
-
-def test_the_restored_images_are_those_of_the_last_step(pictures):
-    energy, step = make(num_steps=2, step_size=0.3)
-    twin, _ = make()
-    twin.load_state_dict(energy.state_dict())
-    _, _, last = step(pictures, 0)
-    points = last.corruption.corrupted
-    for _ in range(2):
-        points = points.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(twin(points).sum(), points)
-        points = points - 0.3 * gradient
-    torch.testing.assert_close(last.restored, points, rtol=1e-4, atol=1e-5)
-    assert not last.restored.requires_grad
 
 
 def test_gradients_are_scaled_down_to_the_norm_asked_for(pictures):
@@ -133,46 +120,134 @@ def test_gradients_are_scaled_down_to_the_norm_asked_for(pictures):
     assert_close(scaled, gradients(bound), 1e-3)
 
 
-def test_the_rate_is_the_schedule_s_at_that_step(pictures):
-    energy, step = make(optimizer=OptimizerSettings(base_lr=0.016, warmup_epochs=1.0))
-    peak = 0.016 * 16 / 256
-    rates = []
-    for number in (0, 5, 10, 55):
-        step(pictures, number)
-        rates.append(step.optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([peak * 0.001, peak * 0.5005, peak, peak / 2], rel=1e-6)
-    assert energy.training
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """Traces as always, but makes no C++."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        "backfold.training.stepper.CompiledStep",
+        lambda step, **_: CompiledStep(step, backend="aot_eager"),
+    )
+    yield
+    torch._dynamo.reset()
 
 
-def test_what_is_random_depends_on_seed_step_and_rank_alone(pictures):
-    _, step = make(seed=1)
-    first = step(pictures, 4)[2].corruption
-    torch.manual_seed(99)
-    _, again = make(seed=1)
-    assert torch.equal(again(pictures, 4)[2].corruption.loss_mask, first.loss_mask)
-    assert not torch.equal(again(pictures, 5)[2].corruption.loss_mask, first.loss_mask)
-    _, other = make(seed=2)
-    assert not torch.equal(other(pictures, 4)[2].corruption.loss_mask, first.loss_mask)
-    seeds = {step_seed(a, b, c) for a in range(4) for b in range(4) for c in range(4)}
-    assert len(seeds) == 64
-    assert all(0 <= seed < 2**63 for seed in seeds)
+@pytest.mark.usefixtures("quick_compiler")
+def test_weights_gradients_and_random_numbers_stay_as_they_are(pictures):
+    energy, stepper = make(compile=True, micro_batch="auto", options={"proj_drop_rate": 0.3})
+    weights = {name: value.clone() for name, value in energy.state_dict().items()}
+    state = torch.get_rng_state()
+    warm_up(stepper, pictures, steps_left=10, decisions={})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in energy.parameters())
+    for name, value in energy.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    assert stepper.micro_batch == 16
 
 
-def test_dropout_depends_on_the_step_alone(pictures):
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(1, 4, 7, 7), nn.GELU(), nn.Dropout(0.5))
-    losses = []
-    for before in (1, 2):
-        energy = EnergyModel(backbone, image_size=28, channels=1)
-        _, step = make(energy=energy, optimizer=OptimizerSettings(base_lr=1e-12))
-        torch.manual_seed(before)
-        losses.append([float(step(pictures, number)[0]) for number in (3, 4)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+@pytest.mark.usefixtures("quick_compiler")
+def test_auto_compiles_long_runs_only(pictures, monkeypatch):
+    monkeypatch.setattr(module, "_seconds", lambda _, images: 0.5 * len(images))
+    for steps_left, compile_, compiled in (
+        (70, "auto", False),
+        (80, "auto", True),
+        (80, False, False),
+    ):
+        _, stepper = make(compile=compile_)
+        warm_up(stepper, pictures, steps_left, {})  # of 8 seconds each
+        assert (stepper.restoration.compiled is not None) == compiled
 
 
-@pytest.mark.parametrize("num_steps", [1, 2])
-def test_training_lowers_the_loss_on_a_fixed_set(pictures, num_steps):
-    optimizer = OptimizerSettings(base_lr=0.08, warmup_epochs=0.5)
-    _, step = make(num_steps=num_steps, optimizer=optimizer, total_steps=60)
-    losses = [float(step(pictures, number)[0]) for number in range(60)]
-    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+@pytest.mark.usefixtures("quick_compiler")
+def test_what_was_decided_before_is_not_measured_again(pictures, monkeypatch):
+    monkeypatch.setattr(module, "find_micro_batch", lambda *_: pytest.fail("measured"))
+    decisions = {"micro_batch": 5, "compiled": True}
+    _, stepper = make(micro_batch="auto")
+    warm_up(stepper, pictures, steps_left=1, decisions=decisions)
+    assert stepper.micro_batch == 5
+    assert stepper.restoration.compiled.is_compiled
+    assert decisions == {"micro_batch": 5, "compiled": True}
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])  # the comparison is made without
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_compiled_step_with_another_gradient_is_not_used(
+    pictures, monkeypatch, caplog, is_wrong, dropout
+):
+    energy, stepper = make(compile=True, options={"proj_drop_rate": dropout})
+    energy.train()
+    if is_wrong:
+        plain = stepper.restoration.restore
+        made = CompiledStep(plain, backend="aot_eager")
+        made.compiled = lambda *given: (1.01 * plain(*given)[0], *plain(*given)[1:])
+        monkeypatch.setattr("backfold.training.stepper.CompiledStep", lambda *_, **__: made)
+    with caplog.at_level(logging.INFO, logger="backfold"):
+        warm_up(stepper, pictures, steps_left=10, decisions={})
+    (message,) = caplog.messages
+    refused = re.search(r"its gradient of backbone\S+ is 0.01 from the eager one", message)
+    assert bool(refused) == is_wrong
+    assert message.startswith("compiled the step") != is_wrong
+    assert stepper.restoration.compiled.is_compiled != is_wrong
+    assert energy.backbone.blocks[0].training
+
+
+@pytest.mark.parametrize(("num_steps", "micro_batch"), [(1, None), (3, 6)])
+def test_the_finite_difference_step_has_the_exact_step_s_gradient(
+    pictures, num_steps, micro_batch, caplog
+):
+    settings = {"num_steps": num_steps, "micro_batch": micro_batch}
+    task = Masking(mask_patch_size=7, fill="noise")
+    exact, step_exact = make(task, **settings)
+    other, step_other = make(task, derivative="finite-difference", **settings)
+    with caplog.at_level(logging.INFO, logger="backfold"):
+        warm_up(step_other, pictures, steps_left=10, decisions={})
+    assert any("finite-difference step: displacement" in r.message for r in caplog.records)
+    loss_exact, norm_exact, restored = step_exact(pictures, 0)
+    loss_other, norm_other, restored_other = step_other(pictures, 0)
+    assert float(loss_other) == pytest.approx(float(loss_exact), rel=1e-5)
+    assert float(norm_other) == pytest.approx(float(norm_exact), rel=1e-3)
+    flat = [torch.cat([g.flatten() for g in gradients(e).values()]) for e in (exact, other)]
+    assert (flat[1] - flat[0]).norm() < 1e-3 * flat[0].norm()
+    torch.testing.assert_close(restored_other.restored, restored.restored, rtol=1e-4, atol=1e-4)
+
+
+def runs_out_above(limit, monkeypatch, stepper, error):
+    """Let restoring more images than this at once fail; returns the sizes that are tried."""
+    tried, original = [], stepper.restore_part
+
+    def restore_part(part, last_part):
+        tried.append(len(part.clean))
+        if len(part.clean) > limit:
+            raise error
+        return original(part, last_part)
+
+    monkeypatch.setattr(stepper, "restore_part", restore_part)
+    return tried
+
+
+def test_a_micro_batch_is_halved_until_two_steps_fit(pictures, monkeypatch):
+    energy, stepper = make(micro_batch="auto")
+    tried, reserved, empty = runs_out_above(4, monkeypatch, stepper, EXHAUSTED), [], torch.empty
+
+    def reserve(*size, **options):
+        reserved.append(size)
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", reserve)
+    assert find_micro_batch(stepper, pictures[:15]) == 4
+    assert tried == [15, 8, 4, 4]
+    trained = sum(p.numel() for p in energy.parameters() if p.requires_grad)
+    assert (8 * trained,) in reserved  # AdamW's moments, in float32
+    assert all(parameter.grad is None for parameter in energy.parameters())
+
+
+@pytest.mark.parametrize(("limit", "error"), [(0, EXHAUSTED), (8, RuntimeError("something else"))])
+def test_other_errors_and_an_image_that_does_not_fit_end_the_search(
+    pictures, monkeypatch, limit, error
+):
+    _, stepper = make(micro_batch="auto")
+    tried = runs_out_above(limit, monkeypatch, stepper, error)
+    with pytest.raises(type(error), match=str(error)):
+        find_micro_batch(stepper, pictures)
+    assert tried[-1] == (16 if limit else 1)

@@ -3,22 +3,21 @@
 torchrun --standalone --nproc-per-node 2 two_processes.py FOLDER
 """
 
-import copy
 import os
 import sys
 import warnings
 import zlib
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from lightning.fabric import Fabric
 from rich.console import Console
+from tiny_run import TINY_VIT, tiny_config, write_images
 
-from backfold.data.source import EMBEDDED
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
@@ -34,47 +33,30 @@ from backfold.pretext import (
 )
 from backfold.pretext.corruption import RunningSquares
 from backfold.training.compiled import CompiledStep
-from backfold.training.config import PretrainConfig, TaskSettings
+from backfold.training.config import PretrainConfig
 from backfold.training.distribution import make_fabric
 from backfold.training.optimizer import OptimizerSettings, freeze_unreachable
-from backfold.training.run_folder import RunFolder
 from backfold.training.stepper import Stepper
 from backfold.training.trainer import pretrain
 
-VIT = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
 STATISTICS = ChannelStatistics((0.5, 0.4, 0.3), (0.3, 0.3, 0.2))
 MASKING = Masking(mask_patch_size=7)
 SORTING = Sorting(sorting_patch_size=7)
 STEPS, BATCH = 3, 8
 MOST_TORN = 10  # of 12 torn images: more than any process meets, and fewer than both do
-
-
-@dataclass(frozen=True)
-class Case:
-    """A task and the settings under which it trains."""
-
-    task: PretextTask
-    settings: dict[str, Any] = field(default_factory=dict)
-    compiled: bool = False
-
-
-CASES = {
-    "masking": Case(MASKING),
-    "sorting": Case(SORTING),
-    "superresolution": Case(SuperResolution()),
-    "denoising": Case(Denoising()),
-    "colorization": Case(Colorization()),
-    "mixture": Case(Mixture((MASKING, SORTING, Denoising(), Colorization()), (1, 1, 1, 1))),
-    "accumulation": Case(MASKING, {"micro_batch": 3}),
-    "K = 2": Case(MASKING, {"num_steps": 2, "step_size": 0.5}),
-    "K = 2 and accumulation": Case(SORTING, {"num_steps": 2, "micro_batch": 2}),
-    "sparse": Case(Masking(mask_patch_size=7, mask_ratio=0.75, hidden_share=1 / 3)),
-    "finite difference": Case(
+CASES: dict[str, tuple[PretextTask, dict[str, Any]]] = {
+    "masking": (MASKING, {}),
+    "mixture": (
+        Mixture((MASKING, SORTING, Denoising(), SuperResolution(), Colorization()), (1,) * 5), {}
+    ),
+    "K = 2 and accumulation": (SORTING, {"num_steps": 2, "micro_batch": 3}),
+    "sparse": (Masking(mask_patch_size=7, mask_ratio=0.75, hidden_share=1 / 3), {}),
+    "finite difference": (
         Masking(mask_patch_size=7, fill="noise"), {"derivative": "finite-difference"}
     ),
-    "compiled": Case(MASKING, compiled=True),
-    "sharded optimizer": Case(MASKING, {"shard_optimizer": True}),
-}
+    "compiled": (MASKING, {}),
+    "sharded optimizer": (MASKING, {"shard_optimizer": True}),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,26 +88,26 @@ def pictures(step: int) -> torch.Tensor:
     return images.clamp(0, 1)
 
 
-def make_stepper(case: Case, fabric: Fabric) -> Stepper:
+def make_stepper(name: str, fabric: Fabric, **changes: Any) -> Stepper:
     """A stepper on a tiny ViT in float64."""
     torch.manual_seed(0)
-    energy = EnergyModel("vit_tiny_patch16_224", image_size=28, backbone_options=VIT).double()
+    energy = EnergyModel("vit_tiny_patch16_224", image_size=28, backbone_options=TINY_VIT).double()
     freeze_unreachable(energy, torch.randn(2, 3, 28, 28, dtype=torch.float64))
-    config = PretrainConfig(
-        batch_size=BATCH, optimizer=OptimizerSettings(base_lr=0.1, warmup_epochs=0), **case.settings
-    )
-    stepper = Stepper(config, energy, EachAlone(case.task), STATISTICS, fabric, 10, 5)
-    if case.compiled and fabric.world_size > 1:
+    task, settings = CASES[name]
+    optimizer = OptimizerSettings(base_lr=0.1, warmup_epochs=0)
+    config = PretrainConfig(batch_size=BATCH, optimizer=optimizer, **{**settings, **changes})
+    stepper = Stepper(config, energy, EachAlone(task), STATISTICS, fabric, 10, 5)
+    if name == "compiled" and fabric.world_size > 1:
         assert stepper.restoration is not None
         step = CompiledStep(stepper.restoration.restore, backend="aot_eager")
         stepper.restoration.compiled = step
     return stepper
 
 
-def take_steps(stepper: Stepper, first: int = 0, last: int = STEPS) -> dict[str, Any]:
+def take_steps(stepper: Stepper) -> dict[str, Any]:
     """Train on this process's share of each batch; returns losses, norms and the weights."""
     fabric, losses, norms = stepper.fabric, [], []
-    for step in range(first, last):
+    for step in range(STEPS):
         share = pictures(step).chunk(fabric.world_size)[fabric.global_rank]
         loss, norm, _ = stepper(share, step)
         losses.append(float(loss))
@@ -139,45 +121,17 @@ def take_steps(stepper: Stepper, first: int = 0, last: int = STEPS) -> dict[str,
     }
 
 
-def resumed(fabric: Fabric, shard: bool, state: dict[str, Any] | None) -> dict[str, Any]:
-    """Two steps, and one more in a new stepper; with a state, only that one from the state."""
-    case = Case(MASKING, {"shard_optimizer": shard})
-    if state is None:
-        stepper = make_stepper(case, fabric)
-        state = {"model": take_steps(stepper, 0, 2)["weights"]}
-        state["optimizer"] = fabric.broadcast(stepper.optimizer.state_dict())
-    again = make_stepper(case, fabric)
-    again.energy.load_state_dict(state["model"])
-    # A sharded optimizer drops what is not its own from the state that it is given.
-    again.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-    return {"state": state, "weights": take_steps(again, 2, 3)["weights"]}
-
-
-def run_config(folder: Path, **changes: Any) -> PretrainConfig:
+def run_config(folder: Path, torn_every: int = 0, **changes: Any) -> PretrainConfig:
     """A whole run of a second, on as many processes as there are."""
-    data = folder / "images.parquet"
+    data = folder / f"torn-{torn_every}.parquet"
     if not data.exists() and int(os.environ.get("RANK", "0")) == 0:
-        table = pq.read_table(EMBEDDED / "fashion_mnist_train.parquet").slice(0, 80)
-        pq.write_table(table, data)
-    settings: dict[str, Any] = {
-        "data": data, "backbone": "vit_tiny_patch16_224", "backbone_options": dict(VIT),
-        "image_size": 28, "batch_size": 8, "max_steps": 4, "held_out": 8, "seed": 3,
-        "tasks": TaskSettings(masking=MASKING, sorting=SORTING), "accelerator": "cpu",
-        "optimizer": OptimizerSettings(base_lr=0.05, warmup_epochs=0.1),
-        "precision": "32-true", "num_workers": 0, "watch_labels": False, **changes,
-    }  # fmt: skip
-    return PretrainConfig(**settings)
+        write_images(data, torn_every=torn_every)
+    return tiny_config(**{"data": data, "devices": "auto", "max_steps": 4, "seed": 3, **changes})
 
 
 def torn_config(folder: Path, **changes: Any) -> PretrainConfig:
     """An epoch on images of which every seventh can't be read."""
-    data = folder / "torn.parquet"
-    if not data.exists() and int(os.environ.get("RANK", "0")) == 0:
-        rows = pq.read_table(EMBEDDED / "fashion_mnist_train.parquet").slice(0, 80).to_pylist()
-        for row in rows[::7]:
-            row["image"] = b"torn"
-        pq.write_table(pa.Table.from_pylist(rows), data)
-    return run_config(folder, data=data, max_steps=9, **changes)
+    return run_config(folder, torn_every=7, max_steps=9, **changes)
 
 
 class RunEndedError(Exception):
@@ -187,9 +141,7 @@ class RunEndedError(Exception):
 def whole_run(config: PretrainConfig, stop_at: int | None = None, **options: Any) -> dict[str, Any]:
     """`pretrain`, and what this process saw, computed and wrote in it."""
     seen: list[torch.Tensor] = []
-    losses: list[float] = []
-    gains: list[float] = []
-    gaps: list[float] = []
+    measured: dict[str, list[float]] = {"loss": [], "psnr_gain_db": [], "energy_gap": []}
     original = Stepper.__call__
 
     def step(self: Stepper, images: torch.Tensor, number: int) -> Any:
@@ -197,21 +149,16 @@ def whole_run(config: PretrainConfig, stop_at: int | None = None, **options: Any
             raise RunEndedError
         result = original(self, images, number)
         seen.append(images)
-        losses.append(float(result[0]))
-        gains.append(result[2].psnr_gain_db(torch.tensor(self.statistics.std)))
-        gaps.append(result[2].energy_gap(self.energy))
+        measured["loss"].append(float(result[0]))
+        std = torch.tensor(self.statistics.std)
+        measured["psnr_gain_db"].append(result[2].psnr_gain_db(std))
+        measured["energy_gap"].append(result[2].energy_gap(self.energy))
         return result
 
-    Stepper.__call__ = step  # type: ignore[method-assign]
     before = len(WRITTEN)
-    try:
+    with patch.object(Stepper, "__call__", step), suppress(RunEndedError):
         pretrain(config, console=Console(quiet=True), **options)
-    except RunEndedError:
-        assert stop_at is not None
-    finally:
-        Stepper.__call__ = original  # type: ignore[method-assign]
     inside = [path for path in WRITTEN[before:] if path.startswith(str(config.out))]
-    measured = {"loss": losses, "psnr_gain_db": gains, "energy_gap": gaps}
     return {"images": torch.stack(seen), "measured": measured, "written": inside}
 
 
@@ -237,12 +184,7 @@ def main(folder: Path) -> None:
     torn = torn_config(folder, out=folder / "torn", max_broken_share=0.5)
     fabric = make_fabric(first)
     fabric.barrier()
-    results: dict[str, Any] = {
-        name: take_steps(make_stepper(case, fabric)) for name, case in CASES.items()
-    }
-    results["resumed"] = resumed(fabric, shard=True, state=None)
-    state = results["resumed"]["state"]
-    results["resumed unsharded"] = resumed(fabric, shard=False, state=state)
+    results: dict[str, Any] = {name: take_steps(make_stepper(name, fabric)) for name in CASES}
     results["run"] = whole_run(first)
     sharded = run_config(folder, out=folder / "sharded", shard_optimizer=True, checkpoint_minutes=0)
     whole_run(sharded, stop_at=2)
@@ -256,7 +198,6 @@ def main(folder: Path) -> None:
     results["processes"] = (fabric.world_size, fabric.global_rank)
     results["ddp"] = type(fabric.strategy).__name__
     torch.save(results, folder / f"rank-{fabric.global_rank}.pt")
-    assert RunFolder(first.out).config.exists()
 
 
 if __name__ == "__main__":

@@ -1,27 +1,17 @@
-"""What each command does, as functions of its typed settings."""
+"""What the other commands do, as functions of their settings; each imports what it uses."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from backfold.cli.evaluation import print_tables, print_verdict
 from backfold.errors import UserError
-from backfold.evaluation.evaluate import EvaluateSettings, evaluate_each
-from backfold.inference.restored import (
-    RestoredImage,
-    distinct_names,
-    read_images,
-    restore_images,
-    sample_images,
-)
-from backfold.reporting.report import write_report
-from backfold.training.config import PretrainConfig, build_tasks
-from backfold.training.pretrained import load_pretrained
-from backfold.training.progress import is_first_process, log_to, terminal
 from backfold.training.run_folder import DEMO_RUN, RunFolder
-from backfold.training.trainer import pretrain
+
+if TYPE_CHECKING:
+    from backfold.training.config import PretrainConfig
 
 SAMPLED_IMAGES = 4
 
@@ -63,8 +53,11 @@ class ReportSettings:
     out: Path | None = None
 
 
-def run_pretrain(config: PretrainConfig, resume: bool, overwrite: bool, command: str) -> None:
+def run_pretrain(config: "PretrainConfig", resume: bool, overwrite: bool, command: str) -> None:
     """`backfold pretrain`."""
+    from backfold.training.progress import is_first_process
+    from backfold.training.trainer import pretrain
+
     pretrain(config, resume=resume, overwrite=overwrite, command=command)
     if is_first_process():
         print(f"run: {config.out}")
@@ -72,67 +65,70 @@ def run_pretrain(config: PretrainConfig, resume: bool, overwrite: bool, command:
 
 def run_restore(settings: RestoreSettings) -> None:
     """`backfold restore`: writes the pictures, prints the numbers."""
+    from backfold.inference import restored
+    from backfold.training.config import build_tasks
+    from backfold.training.pretrained import load_pretrained
+
     if settings.num_steps < 0:
         raise UserError(f"num_steps is {settings.num_steps}; give 0 or more")
     run = load_pretrained(settings.checkpoint)
-    config = run.config
     if settings.pretext is not None:
-        config.pretext = settings.pretext
-    tasks = build_tasks(config, run.channels)
+        run.config.pretext = settings.pretext
+    name, task = next(iter(build_tasks(run.config, run.channels).items()))
     if settings.images:
-        names, clean = distinct_names(settings.images), read_images(settings.images, run)
+        names = restored.distinct_names(settings.images)
+        clean = restored.read_images(settings.images, run)
     else:
-        names, clean = sample_images(run, SAMPLED_IMAGES)
-    restored = restore_images(
-        run,
-        names,
-        clean,
-        next(iter(tasks.values())),
-        settings.out,
-        num_steps=settings.num_steps,
-        step_size=config.step_size if settings.step_size is None else settings.step_size,
+        names, clean = restored.sample_images(run, SAMPLED_IMAGES)
+    step_size = run.config.step_size if settings.step_size is None else settings.step_size
+    images = restored.restore_images(
+        run, names, clean, task, settings.out, num_steps=settings.num_steps, step_size=step_size,
         seed=settings.seed,
-    )
-    Console().print(_restored_table(restored, next(iter(tasks))))
-    print(f"pictures: {settings.out}")
-
-
-def _restored_table(rows: list[RestoredImage], task: str) -> Table:
-    table = Table(title=f"{task}: corrupted -> restored")
-    troubled = any(row.message != "ok" for row in rows)
-    table.add_column("image")
+    )  # fmt: skip
+    table = Table("image", title=f"{name}: corrupted -> restored")
     for heading in ("PSNR (dB)", "SSIM", "energy", "if clean"):
         table.add_column(heading, justify="right", no_wrap=True)
+    troubled = any(image.diverged for image in images)
     if troubled:
         table.add_column("status")
-    for row in rows:
+    for image in images:
+        status = "diverged: lower --step-size" if image.diverged else "ok"
         table.add_row(
-            row.name,
-            f"{row.psnr_db[0]:.2f} -> {row.psnr_db[1]:.2f}",
-            f"{row.ssim[0]:.3f} -> {row.ssim[1]:.3f}",
-            f"{row.energies[0]:.4g} -> {row.energies[1]:.4g}",
-            f"{row.clean_energy:.4g}",
-            *([row.message] if troubled else []),
+            image.name,
+            "{:.2f} -> {:.2f}".format(*image.psnr_db),
+            "{:.3f} -> {:.3f}".format(*image.ssim),
+            "{:.4g} -> {:.4g}".format(*image.energies),
+            f"{image.clean_energy:.4g}",
+            *([status] if troubled else []),
         )
-    return table
+    Console().print(table)
+    print(f"pictures: {settings.out}")
 
 
 def run_report(settings: ReportSettings) -> None:
     """`backfold report`: writes one HTML file."""
+    from backfold.reporting.report import write_report
+
     print(f"report: {write_report(settings.run, settings.out)}")
 
 
-def run_demo(config: PretrainConfig, command: str) -> None:
+def run_demo(config: "PretrainConfig", command: str) -> None:
     """`backfold demo`: pretrain, evaluate, report; the table and the report's path come last."""
+    from backfold.cli.evaluation import print_tables, print_verdict
+    from backfold.evaluation.evaluate import EvaluateSettings, evaluate_each
+    from backfold.reporting.report import write_report
+    from backfold.training.progress import is_first_process, log_to, terminal
+    from backfold.training.trainer import pretrain
+
     console = terminal()
     pretrain(config, overwrite=True, command=command, console=console)
     if not is_first_process():
         return
     with log_to(RunFolder(config.out).log, console):
         settings = EvaluateSettings(checkpoint=config.out, protocols="knn,linear,layers")
-        found = list(evaluate_each(settings))
+        rows = [row for part in evaluate_each(settings) for row in part]
     report = write_report(config.out)
-    rows = [row for part in found for row in part if row.protocol != "layers"]
-    print_tables(Console(), rows)
-    print_verdict(Console(), rows)
+    shown = [row for row in rows if row.protocol != "layers"]
+    print_tables(Console(), shown)
+    print_verdict(Console(), shown)
     print(f"report: {report}")

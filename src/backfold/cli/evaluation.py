@@ -36,8 +36,8 @@ def print_tables(console: Console, rows: Iterable[Row]) -> None:
     for protocol, members in groupby(ordered, lambda row: row.protocol):
         found = list(members)
         for content in tables_of(found, SHOWN_SEVERITY):
-            table = Table(title=f"{PROTOCOLS[protocol].title}: {content.caption}")
-            table.add_column(content.headings[0])
+            title = f"{PROTOCOLS[protocol].title}: {content.caption}"
+            table = Table(content.headings[0], title=title)
             for heading in content.headings[1:]:
                 table.add_column(heading, justify="right")
             for cells in content.rows:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from backfold.exporting.run import Format, export_run
+from backfold.exporting.export import Format, export_run
 from backfold.training.progress import log_to, terminal
 from backfold.training.run_folder import DEMO_RUN
 

@@ -10,22 +10,18 @@ import torch
 from rich.console import Console
 
 from backfold.data.loading import default_workers
-from backfold.data.source import ImageSource, Split, open_source
+from backfold.data.open import open_source
+from backfold.data.source import Split
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
 from backfold.inference.contact_sheet import render_contact_sheet
 from backfold.inference.jobs import EmbeddingJob, Job, ScoringJob
-from backfold.inference.local import local_parts
-from backfold.inference.ray_engine import ray_parts
-from backfold.inference.run import Engine, compute, make_plan
-from backfold.inference.table import Parts, check_out
+from backfold.inference.parts import Engine, Parts, check_out, compute, local_parts, ray_parts
 from backfold.training.config import IDENTITY, build_tasks
 from backfold.training.distribution import choose_device
-from backfold.training.pretrained import Pretrained, load_pretrained
+from backfold.training.pretrained import load_pretrained
 from backfold.training.progress import log_to, terminal
 from backfold.training.run_folder import DEMO_RUN, write_atomically
-
-EngineName = Literal["local", "ray"]
 
 
 @dataclass
@@ -51,7 +47,7 @@ class InferenceSettings:
     batch_size: int = 64
     part_size: int = 1024
     num_workers: int | None = None
-    engine: EngineName = "local"
+    engine: Literal["local", "ray"] = "local"
     accelerator: str = "auto"
     overwrite: bool = False
 
@@ -95,9 +91,9 @@ def run_embed(settings: EmbedSettings) -> None:
     check_out(settings.out, (".parquet", ".npz"), (), settings.overwrite)
     console = terminal()
     with log_to(None, console):
-        run, source = _open(settings)
+        run = load_pretrained(settings.checkpoint)
         job = EmbeddingJob(run, settings.embedding, _device(settings))
-        count = _compute(settings, settings.out, job, source, console)
+        count = _compute(settings, job, console)
     print(f"{count} vectors: {settings.out}")
 
 
@@ -107,73 +103,49 @@ def run_score(settings: ScoreSettings) -> None:
     check_out(settings.out, (".parquet", ".csv"), (sheet,), settings.overwrite)
     if settings.num_steps is not None and settings.num_steps < 0:
         raise UserError(f"num_steps is {settings.num_steps}; give 0 or more")
+
+    def draw(parts: Parts) -> None:
+        title = f"{parts.source.name}, scored by {settings.checkpoint}"
+        page = render_contact_sheet(parts.tables(), parts.source, run, title)
+        write_atomically(sheet, page.encode())
+
     console = terminal()
     with log_to(None, console):
-        run, source = _open(settings)
+        run = load_pretrained(settings.checkpoint)
         config = run.config
         if settings.pretext is not None:
             config.pretext = settings.pretext
         tasks = build_tasks(config, run.channels)
         tasks.pop(IDENTITY, None)  # it corrupts nothing
-        job = ScoringJob(
-            run,
-            tasks,
-            config.num_steps if settings.num_steps is None else settings.num_steps,
-            config.step_size if settings.step_size is None else settings.step_size,
-            settings.seed,
-            _device(settings),
-        )
-
-        def draw(parts: Parts) -> None:
-            title = f"{source.name}, scored by {settings.checkpoint}"
-            page = render_contact_sheet(parts.tables(), source, run, title)
-            write_atomically(sheet, page.encode())
-
-        count = _compute(settings, settings.out, job, source, console, draw)
+        num_steps = config.num_steps if settings.num_steps is None else settings.num_steps
+        step_size = config.step_size if settings.step_size is None else settings.step_size
+        job = ScoringJob(run, tasks, num_steps, step_size, settings.seed, _device(settings))
+        count = _compute(settings, job, console, draw)
     print(f"{count} scores: {settings.out}")
     print(f"contact sheet: {sheet}")
 
 
-def _open(settings: InferenceSettings) -> tuple[Pretrained, ImageSource]:
-    run = load_pretrained(settings.checkpoint)
-    data = settings.data or run.config.data
-    return run, open_source(data, settings.split, max_pixels=run.config.max_pixels)
-
-
 def _device(settings: InferenceSettings) -> torch.device:
-    if settings.engine == "ray":
-        # The machine that starts a Ray job may have other hardware than the cluster.
-        return torch.device("cuda" if _gpus(settings) else "cpu")
-    return choose_device(settings.accelerator)
-
-
-def _gpus(settings: InferenceSettings) -> int:
-    return int(settings.accelerator in ("cuda", "gpu"))
+    if settings.engine == "local":
+        return choose_device(settings.accelerator)
+    # The machine that starts a Ray job may have other hardware than the cluster.
+    return torch.device("cuda" if settings.accelerator in ("cuda", "gpu") else "cpu")
 
 
 def _compute(
-    settings: InferenceSettings,
-    out: Path,
+    settings: EmbedSettings | ScoreSettings,
     job: Job,
-    source: ImageSource,
     console: Console,
     finish: Callable[[Parts], None] | None = None,
 ) -> int:
-    plan = make_plan(job, source, settings.batch_size, settings.part_size)
-    workers = settings.num_workers
+    config, workers = job.run.config, settings.num_workers
+    source = open_source(settings.data or config.data, settings.split, max_pixels=config.max_pixels)
+    parts = Parts(job, source, settings.out, settings.batch_size, settings.part_size)
     if settings.engine == "ray":
         actors = 2 if workers is None else max(1, workers)
-        engine: Engine = partial(ray_parts, job, source, plan, actors=actors, gpus=_gpus(settings))
+        gpus = int(job.device.type == "cuda")
+        engine: Engine = partial(ray_parts, parts, actors=actors, gpus=gpus)
     else:
         workers = default_workers() if workers is None else workers
-        engine = partial(local_parts, job, source, plan, num_workers=workers)
-    return compute(
-        source,
-        plan,
-        engine,
-        out,
-        console,
-        max_broken_share=job.run.config.max_broken_share,
-        overwrite=settings.overwrite,
-        finish=finish,
-    )
+        engine = partial(local_parts, parts, num_workers=workers)
+    return compute(parts, engine, console, overwrite=settings.overwrite, finish=finish)

@@ -154,6 +154,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"backfold: {stop}", file=sys.stderr)
         # Launchers take another process's failure for a reason to kill the first.
         return stop.exit_code if is_first_process() else 0
+    except (RuntimeError, MemoryError) as error:
+        from backfold.memory import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        return _fail(UserError("out of memory; give fewer images at once, or --accelerator cpu"))
     except KeyboardInterrupt:
         hint = COMMANDS[command].go_on if command else "run it again"
         print(f"backfold: interrupted; {hint}", file=sys.stderr)

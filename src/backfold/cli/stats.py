@@ -6,12 +6,12 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from backfold.data.arrays import MAX_PIXELS
 from backfold.data.loading import default_workers
-from backfold.data.source import open_source
+from backfold.data.open import open_source
 from backfold.data.survey import Survey, survey
 from backfold.errors import UserError
 from backfold.training.progress import log_to, terminal
@@ -53,20 +53,19 @@ class StatsSettings:
 
 def run_stats(settings: StatsSettings) -> None:
     """`backfold stats`: prints a table, and writes JSON where a file is named."""
-    console = terminal()
+    console, limit = terminal(), settings.max_images
     source = open_source(settings.data, "train", max_pixels=settings.max_pixels)
     workers = default_workers() if settings.num_workers is None else settings.num_workers
-    total = min(len(source), settings.max_images or len(source))
-    with log_to(None, console), _bar(console) as bar:
-        task = bar.add_task("images", total=total)
+    bar = Progress(
+        "images", MofNCompleteColumn(), BarColumn(bar_width=None), TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    task = bar.add_task("", total=min(len(source), limit or len(source)))
+    with log_to(None, console), bar:
         found = survey(
-            source,
-            settings.channels,
-            settings.max_images,
-            settings.seed,
-            workers,
+            source, settings.channels, limit, settings.seed, workers,
             lambda done: bar.update(task, completed=done),
-        )
+        )  # fmt: skip
     if settings.out is not None:
         write_json(settings.out, asdict(found))
     Console().print(render_survey(found))
@@ -74,39 +73,26 @@ def run_stats(settings: StatsSettings) -> None:
         print(f"stats: {settings.out}")
 
 
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("images"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=None),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
 def render_survey(found: Survey) -> Table:
     """The survey as a table of two columns."""
     table = Table(title=escape(found.name), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
-    looked = f"{found.looked_at} of {found.images}" if found.looked_at < found.images else ""
+    part = f"{found.looked_at} of " if found.looked_at < found.images else ""
+    duplicates = [" = ".join(group) for group in found.duplicates]
     rows = {
-        "images": looked or str(found.images),
+        "images": f"{part}{found.images}",
         "broken": _listed(found.broken_count, found.broken),
         "formats": _counts(found.formats),
         "values": f"{_counts(found.kinds)}, from {found.lowest:.6g} to {found.highest:.6g}",
         "channels": _counts(found.channel_counts),
-        "can't be given these channels": str(found.unfit_count) if found.unfit_count else "",
-        "height": _spread(found.height),
-        "width": _spread(found.width),
+        "can't be given these channels": str(found.unfit_count or ""),
+        "height": "{0} to {2}, median {1} pixels".format(*found.height),
+        "width": "{0} to {2}, median {1} pixels".format(*found.width),
         "in reading": _counts(found.conversions),
-        "duplicates": _listed(
-            found.duplicate_count, [" = ".join(group) for group in found.duplicates]
-        ),
-        f"mean of {found.channels} channel(s)": _numbers(found.mean),
-        "deviation": _numbers(found.std),
+        "duplicates": _listed(found.duplicate_count, duplicates),
+        f"mean of {found.channels} channel(s)": "  ".join(f"{each:.5g}" for each in found.mean),
+        "deviation": "  ".join(f"{each:.5g}" for each in found.std),
     }
     for name, value in rows.items():
         if value:
@@ -116,14 +102,6 @@ def render_survey(found: Survey) -> Table:
 
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in counts.items())
-
-
-def _spread(values: list[int]) -> str:
-    return f"{values[0]} to {values[2]}, median {values[1]} pixels"
-
-
-def _numbers(values: list[float]) -> str:
-    return "  ".join(f"{value:.5g}" for value in values)
 
 
 def _listed(count: int, names: list[str]) -> str:

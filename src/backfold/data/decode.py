@@ -6,6 +6,9 @@ TIFF.
 """
 
 import io
+import logging
+import math
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +18,15 @@ import imagecodecs
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from tifffile import (
+    EXTRASAMPLE,
+    PHOTOMETRIC,
+    PLANARCONFIG,
+    SAMPLEFORMAT,
+    TiffFile,
+    TiffPage,
+    TiffPageSeries,
+)
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -29,24 +41,31 @@ from backfold.data.arrays import (
     on_black,
     to_tensor,
 )
-from backfold.data.tiff import ORIENTATION, TIFF_MAGIC, decode_tiff
 from backfold.errors import BrokenImage, UserError
-
-__all__ = [
-    "BrokenImage",
-    "Decoded",
-    "as_float",
-    "decode",
-    "decode_pillow",
-    "examine",
-    "to_channels",
-]
 
 # Pillow's other decoders are old, rare, or call other programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+ORIENTATION = 274
+MOST_PAGES = 1000  # channels, thumbnails and the levels of a pyramid
+ALPHA = {EXTRASAMPLE.UNASSALPHA, EXTRASAMPLE.ASSOCALPHA}
+# What Pillow reads without loss when it has 8 bits and no channels but the usual ones.
+PILLOW_SAMPLES = {
+    PHOTOMETRIC.MINISWHITE: 1,
+    PHOTOMETRIC.MINISBLACK: 1,
+    PHOTOMETRIC.RGB: 3,
+    PHOTOMETRIC.PALETTE: 1,
+    PHOTOMETRIC.SEPARATED: 4,
+    PHOTOMETRIC.YCBCR: 3,
+    PHOTOMETRIC.CIELAB: 3,
+}
+PLAIN = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB)
 TURNED = "turned as EXIF says"
 _OPENING = threading.Lock()
+# Each damaged file is counted and described by us; tifffile would log it on the terminal too.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
+logging.getLogger("tifffile").propagate = False
 
 
 @dataclass(frozen=True)
@@ -72,8 +91,8 @@ def decode(content: bytes, min_side: int | None = None, max_pixels: int = MAX_PI
     uint8, or float32 where the file has more than 8 bits: 16 bits without sign lie in [0, 1] (65535
     is 1); floating-point numbers and all other integers keep their values, whatever these are.
     Photographs have 1 (grey) or 3 channels; alpha is composited on black; palettes, CMYK and other
-    colour spaces become RGB. TIFF and NumPy files have 1 to 32 channels; see `decode_tiff` and
-    `decode_npy`. Of an animation the first frame counts.
+    colour spaces become RGB. TIFF files, whose first series of equal pages counts, and NumPy files
+    (see `decode_npy`) have 1 to 32 channels. Of an animation the first frame counts.
 
     Args:
         content: the file's bytes.
@@ -95,10 +114,9 @@ def examine(content: bytes, min_side: int | None = None, max_pixels: int = MAX_P
             array = decode_npy(content, max_pixels)
             return Decoded(to_tensor(in_range(array)), "NPY", str(array.dtype))
         if content.startswith(TIFF_MAGIC):
-            tiff = decode_tiff(content, max_pixels)
+            tiff = _decode_tiff(content, max_pixels)
             if tiff is not None:
-                array, turned = _upright(tiff.array, tiff.orientation)
-                return Decoded(to_tensor(array), "TIFF", tiff.kind, (*tiff.conversions, *turned))
+                return tiff
         with _open_pillow(content) as image:
             check_size(image.height, image.width, 1, max_pixels)
             if content.startswith(PNG_MAGIC) and content[24] == 16:
@@ -178,6 +196,95 @@ def _decode_deep_png(content: bytes, image: Image.Image) -> Decoded:
     # Asking Pillow for the tag decodes the pixels once more where it comes after them.
     values, turned = _upright(values, _orientation(image) if b"eXIf" in content else 1)
     return Decoded(to_tensor(values), "PNG", "uint16", (*conversions, *turned))
+
+
+def _decode_tiff(content: bytes, max_pixels: int) -> Decoded | None:
+    """What Pillow would lose bits or channels of; None where it loses nothing."""
+    _check_pages(content)
+    # Another file that the metadata name is never opened.
+    with TiffFile(io.BytesIO(content), _multifile=False) as file:
+        series = file.series[0]
+        page = series.keyframe
+        if not isinstance(page, TiffPage) or _pillow_reads(series, page):
+            return None
+        if page.photometric not in PLAIN:
+            raise BrokenImage(
+                f"colours of kind {page.photometric} in {page.bitspersample} bits; "
+                "store grey or RGB"
+            )
+        array, conversions = _values(_read_series(series, max_pixels), page)
+        tag = page.tags.valueof(ORIENTATION, 1)
+        array, turned = _upright(array, tag if tag in range(1, 9) else 1)
+        return Decoded(to_tensor(array), "TIFF", str(series.dtype), (*conversions, *turned))
+
+
+def _check_pages(content: bytes) -> None:
+    """Refuse a chain of pages that leads back, which tifffile would follow for minutes."""
+    order = "<" if content.startswith(b"II") else ">"
+    big = content[2:4] in (b"+\0", b"\0+")
+    count, offset, entry = ("Q", "Q", 20) if big else ("H", "I", 12)
+    seen: set[int] = set()
+    try:
+        (place,) = struct.unpack_from(order + offset, content, 8 if big else 4)
+        while place:
+            if place in seen or len(seen) == MOST_PAGES:
+                raise BrokenImage(f"pages that lead back, or more than {MOST_PAGES} of them")
+            seen.add(place)
+            (entries,) = struct.unpack_from(order + count, content, place)
+            after = place + struct.calcsize(order + count) + entry * entries
+            (place,) = struct.unpack_from(order + offset, content, after)
+    except struct.error:
+        return  # the chain ends too early: what there is of it may still be an image
+
+
+def _pillow_reads(series: TiffPageSeries, page: TiffPage) -> bool:
+    extra = tuple(page.extrasamples)
+    return (
+        len(series) == 1
+        and page.sampleformat == SAMPLEFORMAT.UINT
+        and page.bitspersample in (1, 2, 4, 8)
+        and page.photometric in PILLOW_SAMPLES
+        and page.samplesperpixel == PILLOW_SAMPLES[PHOTOMETRIC(page.photometric)] + len(extra)
+        and extra in ((), *((kind,) for kind in ALPHA))
+        and (page.samplesperpixel == 1 or page.planarconfig == PLANARCONFIG.CONTIG)
+    )
+
+
+def _read_series(series: TiffPageSeries, max_pixels: int) -> Pixels:
+    lengths = dict(zip(series.axes, series.shape, strict=True))
+    others = [axis for axis in series.axes if axis not in "YX"]
+    if not {"Y", "X"} <= set(lengths) or len(others) > 1:
+        raise BrokenImage(
+            f"axes {series.axes} of {series.shape}; give height, width and one axis of channels"
+        )
+    channels = lengths[others[0]] if others else 1
+    check_size(lengths["Y"], lengths["X"], channels, max_pixels)
+    # One tile or strip may be far larger than the image that it holds a corner of.
+    segment = math.prod(series.keyframe.chunks)
+    if segment > 4 * max_pixels:
+        raise BrokenImage(f"tiles or strips of {segment} values; write the file anew")
+    array = np.asarray(series.asarray(maxworkers=1))
+    order = [series.axes.index(axis) for axis in ("Y", "X", *others)]
+    return array.transpose(order).reshape(lengths["Y"], lengths["X"], channels)
+
+
+def _values(array: Pixels, page: TiffPage) -> tuple[Pixels, tuple[str, ...]]:
+    conversions = []
+    if page.photometric == PHOTOMETRIC.MINISWHITE and array.dtype.kind in "bu":
+        top = True if array.dtype.kind == "b" else 2**page.bitspersample - 1
+        array = np.bitwise_xor(array, array.dtype.type(top))
+        conversions.append("white at zero turned round")
+    values = in_range(array, page.bitspersample)
+    alpha = [number for number, kind in enumerate(page.extrasamples) if kind in ALPHA]
+    if not alpha or page.planarconfig == PLANARCONFIG.SEPARATE:
+        return values, tuple(conversions)
+    conversions.append(ALPHA_ON_BLACK)
+    position = array.shape[2] - len(page.extrasamples) + alpha[0]
+    colours = np.delete(values, position, axis=2)
+    if page.extrasamples[alpha[0]] == EXTRASAMPLE.ASSOCALPHA:  # multiplied already
+        return colours, tuple(conversions)
+    joined = np.concatenate([colours, values[..., position : position + 1]], axis=2)
+    return on_black(joined), tuple(conversions)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -20,8 +20,8 @@ WAYS = (
 
 
 def is_remote(data: str) -> bool:
-    """Whether the text names a place on the network or a command."""
-    return "://" in data or data.startswith("pipe:")
+    """Whether the text names a place on the network."""
+    return "://" in data
 
 
 def is_pattern(data: object) -> bool:
@@ -29,12 +29,26 @@ def is_pattern(data: object) -> bool:
     return any(sign in str(data) for sign in PATTERN_SIGNS)
 
 
+def refuse_command(data: object) -> None:
+    """Refuse ``pipe:COMMAND``, which the webdataset library would run.
+
+    Raises:
+        UserError: it is one.
+    """
+    if str(data).strip().lower().startswith("pipe:"):
+        raise UserError(
+            f"{data}: pipe: runs a shell command and is not supported; download, or give https:// "
+            "addresses"
+        )
+
+
 def refuse_missing(data: str) -> None:
     """Refuse what is neither there nor a pattern, an address or a name on the hub.
 
     Raises:
-        UserError: the path does not exist.
+        UserError: the path does not exist, or is a command.
     """
+    refuse_command(data)
     if not (Path(data).exists() or is_remote(data) or is_pattern(data) or HUB_NAME.fullmatch(data)):
         raise UserError(f"{data} does not exist; {WAYS}")
 
@@ -79,6 +93,21 @@ def read_file(path: Path) -> bytes:
         raise BrokenImage(error.strerror or type(error).__name__) from error
 
 
+def expand_braces(pattern: str) -> list[str]:
+    """The names that brace ranges as ``{000..012}`` stand for.
+
+    Raises:
+        UserError: unbalanced braces, or a command among the names.
+    """
+    try:
+        names = list(braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"{pattern!r} has unbalanced braces; write {{000..012}}") from error
+    for name in names:
+        refuse_command(name)
+    return names
+
+
 def expand_pattern(pattern: str) -> list[Path]:
     """The files that a pattern names: brace ranges as ``{000..012}``, then ``*``, ``?``, ``[..]``.
 
@@ -87,12 +116,8 @@ def expand_pattern(pattern: str) -> list[Path]:
     Raises:
         UserError: a name without wildcards that does not exist, or no file at all.
     """
-    try:
-        names = list(braceexpand(pattern))
-    except ValueError as error:
-        raise UserError(f"{pattern!r} has unbalanced braces; write {{000..012}}") from error
     files: list[Path] = []
-    for name in names:
+    for name in expand_braces(pattern):
         if Path(name).is_file():
             files.append(Path(name))
             continue

@@ -3,18 +3,19 @@
 Imported where it is needed: ``datasets`` takes most of a second to import.
 """
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import fsspec
-import huggingface_hub
 import numpy as np
 
 from backfold.data.arrays import MAX_PIXELS
-from backfold.data.encoded import EncodedSource
 from backfold.data.files import read_file
+from backfold.data.formats import numbered
+from backfold.data.source import EncodedSource
 from backfold.errors import BrokenImage, UserError
 
 IMAGE_COLUMNS = ("image", "img")
@@ -42,7 +43,7 @@ class HuggingFaceSource(EncodedSource):
         self,
         dataset: datasets.Dataset,
         name: str,
-        folders: Sequence[Path] = (),
+        folders: Iterable[Path] = (),
         labelled: bool = False,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
@@ -56,9 +57,9 @@ class HuggingFaceSource(EncodedSource):
             labels = np.array(dataset[label][:], dtype=object)
             if all(isinstance(value, int) and value >= 0 for value in labels):
                 self.labels = labels.astype(np.int64)
-                self.class_names = class_names(dataset.features, label) or tuple(
-                    str(number) for number in range(int(self.labels.max()) + 1)
-                )
+                kind = dataset.features[label]
+                names = kind.names if isinstance(kind, datasets.ClassLabel) else None
+                self.class_names = tuple(names or numbered(self.labels))
         self._images = undecoded(dataset, column).select_columns([column])
         self._column = column
 
@@ -131,12 +132,6 @@ def label_column(features: datasets.Features) -> str | None:
     return next((key for key in LABEL_COLUMNS if key in features), None)
 
 
-def class_names(features: datasets.Features, label: str) -> tuple[str, ...]:
-    """The classes' names; empty where there are none."""
-    kind = features[label]
-    return tuple(kind.names or ()) if isinstance(kind, datasets.ClassLabel) else ()
-
-
 def load_saved(folder: Path) -> dict[str, datasets.Dataset]:
     """What ``save_to_disk`` wrote, by split; the only split of a single data set is "".
 
@@ -204,13 +199,4 @@ def download(builder: datasets.DatasetBuilder) -> dict[str, datasets.Dataset]:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 200 else text[:200] + "..."
-
-
-def cache_folders() -> list[Path]:
-    """Where the library keeps what it downloaded."""
-    return [
-        Path(datasets.config.HF_DATASETS_CACHE),
-        Path(huggingface_hub.constants.HF_HUB_CACHE),
-    ]
+    return textwrap.shorten(str(error), 200) or type(error).__name__

@@ -2,14 +2,13 @@
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -20,9 +19,9 @@ from torchvision.transforms.v2 import functional as TF
 from backfold.data.augmentation import ImageSize
 from backfold.data.decode import to_channels
 from backfold.data.files import expand_pattern, find_files, is_pattern
-from backfold.data.loading import LoadingError, batch_loader, stack_images
-from backfold.data.parquet import ParquetSource
-from backfold.data.split import stratified_split
+from backfold.data.formats import ParquetSource, encoded_column, read_parquet
+from backfold.data.loading import LoadingError, batch_loader, stack_images, watched
+from backfold.data.source import stratified_split
 from backfold.errors import BrokenImage, UserError
 
 VOID = 255  # in masks: a pixel of no class
@@ -127,9 +126,11 @@ class MaskedImages:
             places = torch.searchsorted(classes, ids).clamp(max=len(classes) - 1)
             yield images, torch.where(classes[places] == ids, places, VOID).to(torch.uint8)
 
-    def _loaded(self, indices: Sequence[Tensor]) -> Iterable[Any]:
+    def _loaded(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         num_workers = 0 if self._kept else self._num_workers
-        return batch_loader(cast(Any, self), [part.tolist() for part in indices], num_workers)
+        return watched(
+            batch_loader(cast(Any, self), [part.tolist() for part in indices], num_workers)
+        )
 
     def _decode(self, place: int) -> tuple[Tensor, Tensor]:
         image, mask = self._source.read(place, self._channels)
@@ -211,24 +212,9 @@ def load_masked(
 
 
 def _open(files: list[Path]) -> MaskedSource:
-    masks = pa.chunked_array([_read_masks(file) for file in files])
+    columns = [
+        encoded_column(read_parquet(file, ("mask",), REMEDY), "mask", file) for file in files
+    ]
+    masks = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
     images = ParquetSource(files, labelled=False)
     return MaskedSource(images, masks, np.arange(len(images)))
-
-
-def _read_masks(file: Path) -> pa.Array:
-    try:
-        schema = pq.read_schema(file)
-        if "mask" not in schema.names:
-            raise UserError(f"{file} has columns {', '.join(schema.names)} but no `mask`; {REMEDY}")
-        column = pq.read_table(file, columns=["mask"])["mask"].combine_chunks()
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file} is no readable parquet file ({reason}); replace it") from error
-    if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
-        column = column.field("bytes")
-    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
-        raise UserError(
-            f"{file}: column `mask` holds {column.type}, not bytes; store encoded PNG files there"
-        )
-    return column.cast(pa.large_binary())

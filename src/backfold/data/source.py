@@ -1,271 +1,174 @@
-"""Opening whatever ``--data`` names, and one of its splits."""
+"""What a source of images is, a part of one, and how many of its images may be broken."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal, Protocol
 
-from braceexpand import braceexpand
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.model_selection import train_test_split
+from torch import Tensor
 
-from backfold.data.arrays import MAX_PIXELS
-from backfold.data.files import (
-    HUB_NAME,
-    IMAGE_SUFFIXES,
-    WAYS,
-    expand_pattern,
-    find_files,
-    is_pattern,
-    is_remote,
-    refuse_missing,
-)
-from backfold.data.folder import FolderSource
-from backfold.data.parquet import ParquetSource
-from backfold.data.protocol import ImageSource, Labels, NoTestSplit, Split, SubsetSource
-from backfold.data.split import stratified_split
-from backfold.data.stream import StreamSource, TarStream, is_compressed_tar
-from backfold.data.tar import TarSource
+from backfold.data.decode import decode
 from backfold.errors import UserError
 
-__all__ = [
-    "EMBEDDED",
-    "ImageSource",
-    "Labels",
-    "NoTestSplit",
-    "Split",
-    "SubsetSource",
-    "open_source",
-    "open_stream",
-    "stratified_split",
-]
-
-EMBEDDED = Path(__file__).with_name("embedded")
-# The first name that a data set has is its test split: a validation split comes before a test
-# split because published test splits often have no labels.
-TEST_NAMES = ("val", "valid", "validation", "test")
-IN_MEMORY_BYTES = 2**32  # parquet files of more are converted into a cache on disk
-STREAMED_BYTES = 50 * 2**30  # data sets on the hub of more are not downloaded
-SAVED_FILES = ("dataset_dict.json", "state.json")
-Part = TypeVar("Part")
+Labels = NDArray[np.int64]
+Split = Literal["train", "test"]
 
 
-@dataclass(frozen=True)
-class _Options:
-    labelled: bool
+class NoTestSplit(UserError):  # noqa: N818 - the caller may split the data itself and go on
+    """The data have no test split of their own."""
+
+
+class ImageSource(Protocol):
+    """A fixed sequence of images; it can be pickled and read in forked processes.
+
+    Attributes:
+        name: for logs and messages.
+        labels: (length,) int64, indices into ``class_names``; None where there are none.
+        class_names: empty where there are no labels.
+    """
+
+    name: str
+    labels: Labels | None
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, min_side: int | None = None) -> Tensor:
+        """(channels, height, width), uint8 in 0..255, or float32 (see `decode`).
+
+        Args:
+            index: of the image, from 0.
+            min_side: the image may come smaller than it is stored, if that saves time and both
+                sides keep this many pixels; None asks for all pixels.
+
+        Raises:
+            BrokenImage: the image can't be read.
+        """
+        ...
+
+    def describe(self, index: int) -> str:
+        """Where the image is: a path, or ``file.parquet row 7``."""
+        ...
+
+
+class SubsetSource:
+    """Some images of another source, in the order of ``indices``, which count in that source."""
+
+    def __init__(self, source: ImageSource, indices: Sequence[int] | Labels) -> None:
+        self._source = source
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.name = source.name
+        self.labels = None if source.labels is None else source.labels[self.indices]
+        self.class_names = source.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int, min_side: int | None = None) -> Tensor:
+        """See `ImageSource.read`."""
+        return self._source.read(int(self.indices[index]), min_side)
+
+    def describe(self, index: int) -> str:
+        """As the other source says."""
+        return self._source.describe(int(self.indices[index]))
+
+
+class EncodedSource(ABC):
+    """An `ImageSource` of encoded files, wherever the bytes lie.
+
+    Attributes:
+        max_pixels: larger images are broken.
+    """
+
+    name: str
+    labels: Labels | None = None
+    class_names: tuple[str, ...] = ()
     max_pixels: int
 
+    @abstractmethod
+    def __len__(self) -> int: ...
 
-def open_source(
-    data: Path | str | None, split: Split, labelled: bool = False, max_pixels: int = MAX_PIXELS
-) -> ImageSource:
-    """The images of one split.
+    @abstractmethod
+    def content(self, index: int) -> bytes:
+        """The encoded image.
 
-    ``data`` may be
+        Raises:
+            BrokenImage: there is none, or it can't be reached.
+        """
 
-    - a folder with image files at any depth; or else with parquet files, or with tar shards;
-    - one or more parquet files or uncompressed tar shards, by wildcards (``shards/*.tar``) or brace
-      ranges (``shards/{000..012}.tar``);
-    - a folder that ``datasets`` saved with ``save_to_disk``;
-    - a name on the Hugging Face hub, ``owner/name`` or ``owner/name/configuration``, where no such
-      path exists; it is downloaded.
+    @abstractmethod
+    def describe(self, index: int) -> str:
+        """See `ImageSource.describe`."""
 
-    What is compressed, elsewhere or too large for that is read by `open_stream`.
-
-    Data have splits if sub-folders, the names of parquet files or shards, or the splits of a data
-    set say so: one ``train`` and one of `TEST_NAMES` (sub-folders are named so, file names start
-    so). Otherwise all of them are the train split. A folder with image files and other files is
-    read as image files.
-
-    Args:
-        data: see above; None takes the 28 x 28 grey images embedded in this package (10,000 to
-            train and 2,000 to test, 10 classes).
-        split: which part.
-        labelled: read labels too, where there are any (see `FolderSource`, `ParquetSource`,
-            `TarSource`, `HuggingFaceSource`).
-        max_pixels: larger images are counted as broken.
-
-    Raises:
-        NoTestSplit: "test" is asked of data without splits.
-        UserError: nothing there, no images, or a stream.
-    """
-    options = _Options(labelled, max_pixels)
-    if data is None:
-        name = f"embedded Fashion-MNIST sample, {split}"
-        return ParquetSource(EMBEDDED / f"fashion_mnist_{split}.parquet", labelled, name)
-    text, path = str(data), Path(data)
-    if path.is_dir():
-        return _open_folder(path, split, options)
-    if path.is_file():
-        return _open_files(text, [path], split, options)
-    if is_remote(text):
-        raise UserError(
-            f"{text} is elsewhere and is only read as a stream, by pretraining; download it"
-        )
-    if is_pattern(text):
-        return _open_files(text, expand_pattern(text), split, options)
-    refuse_missing(text)
-    return _open_hub(text, split, options)
+    def read(self, index: int, min_side: int | None = None) -> Tensor:
+        """See `ImageSource.read`."""
+        return decode(self.content(index), min_side, self.max_pixels)
 
 
-def open_stream(
-    data: Path | str | None, count: int | None = None, max_pixels: int = MAX_PIXELS
-) -> StreamSource | None:
-    """The training images as a stream, where they can't be opened by `open_source`; else None.
+def stratified_split(labels: Labels | int, share: float, seed: int) -> tuple[Labels, Labels]:
+    """Sorted (train indices, test indices), the test part holding about ``share`` of every class.
 
-    Streams are tar shards at addresses with ``://`` or of ``pipe:COMMAND``, compressed tar shards,
-    and data sets on the Hugging Face hub of more than `STREAMED_BYTES`.
+    Classes of one image stay in the train part.
 
     Args:
-        data: as `open_source` takes it.
-        count: of the images; needed where the data don't say it.
-        max_pixels: larger images are counted as broken.
+        labels: (length,) int64; or a count, for images without labels.
+        share: the test part, above 0 and below 1.
+        seed: of the random choice.
 
     Raises:
-        UserError: nothing there, no images, or an unknown count.
+        UserError: too few images for such a split.
     """
-    text = "" if data is None else str(data)
-    if is_remote(text):
-        return TarStream(list(braceexpand(text)), _needed_count(text, count), max_pixels)
-    path = Path(text)
-    pattern = is_pattern(text)
-    if not text or path.is_dir() or not (pattern or path.is_file() or HUB_NAME.fullmatch(text)):
-        return None
-    if path.is_file() or pattern:
-        files = [path] if path.is_file() else expand_pattern(text)
-        if not all(is_compressed_tar(file) for file in files):
-            return None
-        return TarStream([str(file) for file in files], _needed_count(text, count), max_pixels)
-    return _stream_hub(text, count, max_pixels)
-
-
-def _needed_count(name: str, count: int | None) -> int:
-    if count is None:
-        raise UserError(f"{name} is a stream that does not say its length; give the image count")
-    return count
-
-
-def _stream_hub(name: str, count: int | None, max_pixels: int) -> StreamSource | None:
-    from backfold.data.hugging_face import open_builder
-    from backfold.data.hugging_face_stream import HuggingFaceStream
-
-    builder = open_builder(name)
-    if (builder.info.download_size or 0) <= STREAMED_BYTES:
-        return None
-    splits = builder.info.splits or {}
-    chosen = "train" if "train" in splits else next(iter(splits), "train")
-    known = splits[chosen].num_examples if chosen in splits else None
-    dataset = builder.as_streaming_dataset(split=chosen)
-    return HuggingFaceStream(
-        dataset, f"{name} {chosen}", _needed_count(name, count or known), max_pixels
-    )
-
-
-def _open_folder(folder: Path, split: Split, options: _Options) -> ImageSource:
-    if any((folder / name).is_file() for name in SAVED_FILES):
-        return _open_saved(folder, split, options)
-    by_name = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
-    test = next((by_name[name] for name in TEST_NAMES if name in by_name), None)
-    if "train" in by_name and test is not None:
-        folders = {"train": by_name["train"], "test": test}
-        names = _class_folders(folders.values()) if options.labelled else None
-        files = _packed_files(folders[split])
-        if files:
-            return _open_packed(files, options)
-        return FolderSource(folders[split], options.labelled, names, options.max_pixels)
-    files = _packed_files(folder)
-    if files:
-        return _open_files(str(folder), files, split, options)
-    if split == "test":
-        raise _no_test_split(folder)
-    return FolderSource(folder, options.labelled, max_pixels=options.max_pixels)
-
-
-def _packed_files(folder: Path) -> list[Path]:
-    """Parquet files or else shards below a folder; none where there are image files."""
-    if find_files(folder, IMAGE_SUFFIXES):
-        return []
-    found = find_files(folder, (".parquet",)) or find_files(folder, (".tar",))
-    return [folder / path for path in found]
-
-
-def _open_files(name: str, files: list[Path], split: Split, options: _Options) -> ImageSource:
-    kinds = {file.suffix.lower() for file in files}
-    if len(kinds) > 1 or not kinds <= {".parquet", ".tar"}:
-        what = f"{len(files)} files of kind {' '.join(sorted(kinds))}"
-        raise UserError(f"{name} is {'a single file' if len(files) == 1 else what}; {WAYS}")
-    named = {
-        start: [file for file in files if file.name.lower().startswith(start)]
-        for start in ("train", *TEST_NAMES)
-    }
-    return _open_packed(_choose(named, files, split, name), options)
-
-
-def _choose(by_name: Mapping[str, Part | None], whole: Part, split: Split, data: object) -> Part:
-    train = by_name.get("train")
-    test = next((part for part in map(by_name.get, TEST_NAMES) if part), None)
-    if train and test:
-        return train if split == "train" else test
-    if split == "test":
-        raise _no_test_split(data)
-    return whole
-
-
-def _open_packed(files: list[Path], options: _Options) -> ImageSource:
-    if files[0].suffix.lower() == ".tar":
-        return TarSource(files, options.labelled, max_pixels=options.max_pixels)
-    if sum(file.stat().st_size for file in files) <= IN_MEMORY_BYTES:
-        return ParquetSource(files, options.labelled, max_pixels=options.max_pixels)
-    from backfold.data.hugging_face import HuggingFaceSource, load_parquet
-
-    name = f"{files[0]} and {len(files) - 1} more"
-    return HuggingFaceSource(load_parquet(files), name, (), options.labelled, options.max_pixels)
-
-
-def _open_saved(folder: Path, split: Split, options: _Options) -> ImageSource:
-    from backfold.data.hugging_face import HuggingFaceSource, load_saved
-
-    chosen, dataset = _choose_part(load_saved(folder), split, str(folder))
-    name = f"{folder} {chosen}".rstrip()
-    return HuggingFaceSource(dataset, name, [folder], options.labelled, options.max_pixels)
-
-
-def _open_hub(name: str, split: Split, options: _Options) -> ImageSource:
-    from backfold.data.hugging_face import (
-        HuggingFaceSource,
-        cache_folders,
-        download,
-        open_builder,
-    )
-
-    builder = open_builder(name)
-    size = builder.info.download_size or 0
-    if size > STREAMED_BYTES:
-        raise UserError(
-            f"{name} takes {size / 2**30:.0f} GiB to download and is only read as a stream; "
-            "save what you need of it with `datasets` and give that folder"
+    classes = np.zeros(labels, dtype=np.int64) if isinstance(labels, int) else labels
+    names, members = np.unique(classes, return_counts=True)
+    single = np.isin(classes, names[members == 1])
+    many = np.flatnonzero(~single)
+    try:
+        train, test = train_test_split(
+            many, test_size=share, random_state=seed, stratify=classes[many]
         )
-    chosen, dataset = _choose_part(download(builder), split, name)
-    return HuggingFaceSource(
-        dataset, f"{name} {chosen}", cache_folders(), options.labelled, options.max_pixels
-    )
-
-
-def _choose_part(parts: Mapping[str, Part], split: Split, name: str) -> tuple[str, Part]:
-    known = "train" in parts and set(parts) & set(TEST_NAMES)
-    if len(parts) > 1 and not known:
+    except ValueError as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"{name} has splits {', '.join(parts)}; name them train and test, or save one alone"
-        )
-    chosen = _choose({key: key for key in parts}, next(iter(parts)), split, name)
-    return chosen, parts[chosen]
+            f"{len(classes)} images can't be split with a test share of {share:g} ({reason}); "
+            "give more images or another share"
+        ) from error
+    return np.sort(np.concatenate([train, np.flatnonzero(single)])), np.sort(test)
 
 
-def _no_test_split(data: object) -> NoTestSplit:
-    return NoTestSplit(
-        f"{data} has no test split; add sub-folders `train` and `test`, or files named so"
-    )
+class BrokenFiles:
+    """Counts distinct broken files, and stops the run when there are too many.
 
+    Args:
+        allowed: how many are put up with.
+    """
 
-def _class_folders(folders: Iterable[Path]) -> list[str]:
-    # Both splits' classes, so that a class missing in one of them doesn't shift the labels.
-    paths = [path for folder in folders for path in find_files(folder, IMAGE_SUFFIXES)]
-    return sorted({path.split("/")[0] for path in paths if "/" in path})
+    def __init__(self, allowed: int) -> None:
+        self.allowed = allowed
+        self._seen: dict[str, None] = {}
+
+    @classmethod
+    def for_source(cls, source: ImageSource, max_broken_share: float = 0.01) -> "BrokenFiles":
+        """Allow this share of the source's images, and always one."""
+        return cls(max(1, int(max_broken_share * len(source))))
+
+    @property
+    def descriptions(self) -> list[str]:
+        """The distinct files, in the order met."""
+        return list(self._seen)
+
+    def add(self, descriptions: Sequence[str]) -> list[str]:
+        """Count a batch's broken files; returns those met for the first time.
+
+        Raises:
+            UserError: more distinct files than allowed.
+        """
+        new = [line for line in dict.fromkeys(descriptions) if line not in self._seen]
+        self._seen.update(dict.fromkeys(new))
+        if len(self._seen) > self.allowed:
+            raise UserError(
+                f"{len(self._seen)} images can't be read, {self.allowed} are allowed: "
+                f"{'; '.join(self.descriptions[:3])}; mend or remove them"
+            )
+        return new

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -10,8 +11,7 @@ import torch
 from torch import Tensor
 
 from backfold.data.decode import as_float, to_channels
-from backfold.data.expendable import Expendable
-from backfold.data.guarded import IMAGE_SECONDS
+from backfold.data.isolation import IMAGE_SECONDS, Expendable
 from backfold.data.source import ImageSource
 from backfold.errors import BrokenImage, UserError
 
@@ -39,7 +39,13 @@ class ChannelStatistics:
 
 
 def _per_channel(values: tuple[float, ...], images: Tensor) -> Tensor:
-    return images.new_tensor(values).view(-1, 1, 1)
+    return _on_device(tuple(values), images.device, images.dtype)
+
+
+@lru_cache(maxsize=16)  # copying them each time would make the host wait for the device
+def _on_device(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # or later gradients could not pass by it
+        return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
 
 
 def measure_statistics(
@@ -61,7 +67,7 @@ def measure_statistics(
     order = np.random.default_rng(seed).permutation(len(source))[:max_images]
     sums = ChannelSums(channels)
     for image in _readable(source, order.tolist(), source.read):
-        sums.add(to_channels(image, channels))
+        sums.add(Moments.of(to_channels(image, channels)))
     return sums.statistics()
 
 
@@ -97,12 +103,8 @@ class ChannelSums:
         self._squares = torch.zeros(channels, dtype=torch.float64)
         self._bytes_only = True
 
-    def add(self, image: Tensor) -> None:
-        """Count one decoded (channels, height, width) image."""
-        self.add_moments(Moments.of(image))
-
-    def add_moments(self, moments: Moments) -> None:
-        """Count one image by its moments."""
+    def add(self, moments: Moments) -> None:
+        """Count one image."""
         self._means += torch.tensor(moments.means, dtype=torch.float64)
         self._squares += torch.tensor(moments.squares, dtype=torch.float64)
         self._bytes_only &= moments.of_bytes

@@ -1,127 +1,133 @@
-"""Images that can only be read one after the other: elsewhere, compressed, or too many to fetch."""
+"""Images that can only be read one after the other: elsewhere, compressed, or too many to fetch.
 
+``datasets`` shuffles the shards and, through a buffer, the images, and shares them among ranks and
+worker processes; ``torchdata``'s StatefulDataLoader knows how far each worker is, so that a run can
+go on there. Both are imported where they are needed, as that takes seconds.
+"""
+
+import itertools
+import json
+import logging
 import tarfile
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from webdataset.gopen import gopen
-from webdataset.tariterators import group_by_keys
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from backfold.data.arrays import MAX_PIXELS
-from backfold.data.encoded import EncodedSource
-from backfold.data.tar import image_kind
+from backfold.data.augmentation import Augmentation, Augmenter, ImageSize
+from backfold.data.decode import decode, to_channels
+from backfold.data.formats import first_and_more, group_members, image_kind
+from backfold.data.isolation import IMAGE_SECONDS, Expendable
+from backfold.data.loading import MAX_REPLACEMENTS, Batch, LoadingError, stack_images, watched
+from backfold.data.source import EncodedSource
 from backfold.errors import BrokenImage, UserError
 
+LOGGER = logging.getLogger("backfold")
 LARGEST_MEMBER = 2**30  # bytes; a compressed tar can promise any size
+SHARD_FACTOR = 2**32  # `Batch.indices` of a stream: shard number x this + position in the shard
+Found = tuple[str, bytes | None, str]  # where, the encoded image, and why there is none
+Row = dict[str, Any]  # the same as place, content and reason, and the index
 
 
 @dataclass(frozen=True)
-class StreamItem:
-    """One image of a shard.
-
-    Attributes:
-        shard: its number.
-        position: in the shard, from 0.
-        place: for messages.
-        content: encoded; None where it could not be read, and ``reason`` says why.
-        reason: in one line.
-    """
-
-    shard: int
-    position: int
-    place: str
-    content: bytes | None
-    reason: str = ""
-
-    def read(self) -> bytes:
-        """The content.
-
-        Raises:
-            BrokenImage: there is none.
-        """
-        if self.content is None:
-            raise BrokenImage(self.reason)
-        return self.content
-
-
-class StreamSource(ABC):
-    """Shards of encoded images, each read from its beginning; it can be pickled.
+class Stream:
+    """Shards of encoded images, each read from its beginning.
 
     Attributes:
         name: for logs and messages.
         count: of all images, at least roughly: it decides how long an epoch is.
+        shards: their names.
+        open_shard: the images of the shard of this number, in the same order each time.
         max_pixels: larger images are broken.
+        first: the index of the first image that is trained on.
+
+    Raises:
+        UserError: a count that is not positive.
     """
 
     name: str
     count: int
-    max_pixels: int
+    shards: Sequence[str]
+    open_shard: Callable[[int], Iterator[Found]]
+    max_pixels: int = MAX_PIXELS
+    first: int = 0
 
-    @property
-    @abstractmethod
-    def shards(self) -> int:
-        """How many shards there are."""
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"{self.name} has count {self.count}; give the number of its images")
 
-    @abstractmethod
-    def open_shard(self, shard: int) -> Iterator[StreamItem]:
-        """The shard's images, in the same order each time.
+    def rows(self, shards: Sequence[int]) -> Iterator[Row]:
+        """The images of these shards; one that ends too early has a last row without content."""
+        for shard in shards:
+            index = shard * SHARD_FACTOR - 1
+            try:
+                for place, content, reason in self.open_shard(shard):
+                    index += 1
+                    if index >= self.first:
+                        yield _row(index, place, content, reason)
+            except UserError as error:
+                raise LoadingError(str(error)) from None
+            except Exception as error:  # of the network, the format, or ``datasets`` itself
+                reason = " ".join(f"the shard ends here ({type(error).__name__} {error})".split())
+                yield _row(index + 1, self.shards[shard], None, reason)
 
-        A shard that ends too early has one last item without content.
-        """
-
-    def head(self, count: int) -> "StreamHead":
-        """The first images, in memory; `stream_loader` leaves them out where it is told to.
+    def hold_out(self, count: int) -> tuple["StreamHead", "Stream"]:
+        """The first images, in memory, and the stream without them.
 
         Raises:
             UserError: there are no images beyond these.
         """
-        items: list[StreamItem] = []
-        for shard in range(self.shards):
-            for item in self.open_shard(shard):
-                if len(items) == count:
-                    return StreamHead(self, items, (item.shard, item.position))
-                items.append(item)
-        raise UserError(
-            f"{self.name} holds {len(items)} images, and {count} are held out; hold out fewer"
-        )
+        rows = list(itertools.islice(self.rows(range(len(self.shards))), count + 1))
+        if len(rows) <= count:
+            raise UserError(
+                f"{self.name} holds {len(rows)} images, and {count} are held out; hold out fewer"
+            )
+        rest = replace(self, count=max(1, self.count - count), first=rows.pop()["index"])
+        return StreamHead(f"{self.name}, first images", rows, self.max_pixels), rest
 
 
+@dataclass
 class StreamHead(EncodedSource):
-    """A stream's first images, as an `ImageSource` in memory.
+    """A stream's first images, as an `ImageSource` in memory."""
 
-    Attributes:
-        following: shard and position of the first image that is none of them.
-    """
-
-    def __init__(
-        self, stream: StreamSource, items: Sequence[StreamItem], following: tuple[int, int]
-    ) -> None:
-        self.name, self.max_pixels = f"{stream.name}, first images", stream.max_pixels
-        self._items, self.following = list(items), following
+    name: str
+    rows: list[Row]
+    max_pixels: int
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self.rows)
 
     def content(self, index: int) -> bytes:
         """See `EncodedSource.content`."""
-        return self._items[index].read()
+        return _content(self.rows[index])
 
     def describe(self, index: int) -> str:
         """Where the image was read."""
-        return self._items[index].place
+        return str(self.rows[index]["place"])
 
 
-class TarStream(StreamSource):
-    """WebDataset shards, compressed or not, in files, at addresses, or of commands.
+def _row(index: int, place: str, content: bytes | None, reason: str) -> Row:
+    return {"index": index, "place": place, "content": content, "reason": reason}
 
-    Opened by webdataset: ``https://``, ``s3://``, ``gs://``, ``hf://`` and ``pipe:COMMAND`` need
-    the tools that it calls, as ``curl``. For samples see `TarSource`.
+
+def _content(row: Row) -> bytes:
+    if row["content"] is None:
+        raise BrokenImage(row["reason"])
+    return bytes(row["content"])
+
+
+def tar_stream(urls: Sequence[str], count: int, max_pixels: int = MAX_PIXELS) -> Stream:
+    """WebDataset shards, compressed or not, in files or at addresses; for samples see `TarSource`.
 
     Args:
-        urls: of the shards.
+        urls: of the shards: paths, or whatever ``fsspec`` opens.
         count: of the images in all of them.
         max_pixels: larger images are broken.
 
@@ -129,55 +135,224 @@ class TarStream(StreamSource):
         UserError: a count that is not positive.
     """
 
-    def __init__(self, urls: Sequence[str], count: int, max_pixels: int = MAX_PIXELS) -> None:
-        if count < 1:
-            raise UserError(f"the stream's count is {count}; give the number of images in it")
-        self._urls, self.count, self.max_pixels = list(urls), count, max_pixels
-        more = f" and {len(self._urls) - 1} more" if len(self._urls) > 1 else ""
-        self.name = f"{self._urls[0]}{more}"
+    def open_shard(shard: int) -> Iterator[Found]:
+        from datasets.utils.file_utils import xopen  # tries again where a connection fails
 
-    @property
-    def shards(self) -> int:
-        """How many shards there are."""
-        return len(self._urls)
-
-    def open_shard(self, shard: int) -> Iterator[StreamItem]:
-        """See `StreamSource.open_shard`; nothing is extracted, and links are not followed."""
-        url = self._urls[shard]
-        position = 0
-        try:
-            for sample in group_by_keys(_members(url)):
-                kind = image_kind(sample, url)
+        url = urls[shard]
+        with xopen(url, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+            for key, sample in group_members(_members(tar)):
+                kind = image_kind(key, sample, url)
                 if kind is not None:
-                    place = f"{url} member {sample['__key__']}.{kind}"
-                    yield StreamItem(shard, position, place, *_content(sample[kind]))
-                    position += 1
-        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            reason = str(error.args[0]) if error.args else ""
-            reason = " ".join(f"{type(error).__name__} {reason}".split())
-            yield StreamItem(shard, position, url, None, f"the shard ends here ({reason})")
+                    yield f"{url} member {key}.{kind}", *sample[kind]
+
+    return Stream(first_and_more(urls), count, urls, open_shard, max_pixels)
 
 
-def _content(data: bytes | None) -> tuple[bytes | None, str]:
-    return (data, "") if data is not None else (None, f"more than {LARGEST_MEMBER} bytes")
-
-
-def _members(url: str) -> Iterator[dict[str, Any]]:
-    """Regular members in the form that webdataset groups; None for what is too large."""
-    opened: Any = gopen(url)
-    with opened as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined]
-            if not member.isreg() or member.issparse():
-                continue
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, tuple[bytes | None, str]]]:
+    """Regular members; links are not followed."""
+    for member in tar:
+        tar.members = []  # type: ignore[attr-defined]
+        if member.isreg() and not member.issparse():
             file = tar.extractfile(member) if member.size <= LARGEST_MEMBER else None
-            data = None if file is None else file.read()
-            yield {"fname": member.name, "data": data, "__url__": url}
+            content = None if file is None else file.read()
+            yield member.name, (content, f"more than {LARGEST_MEMBER} bytes")
 
 
-def is_compressed_tar(path: Path) -> bool:
-    """Whether a file's name says so."""
-    name = path.name.lower()
-    return name.endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz"))
+def hub_stream(dataset: Any, name: str, count: int, max_pixels: int = MAX_PIXELS) -> Stream:
+    """A streaming data set of ``datasets``, whose shards are its files.
+
+    Args:
+        dataset: a ``datasets.IterableDataset``.
+        name: for logs and messages.
+        count: of its images.
+        max_pixels: larger images are broken.
+
+    Raises:
+        UserError: no single image column, or a count that is not positive.
+    """
+    from backfold.data.hugging_face import image_bytes, image_column, undecoded
+
+    features = dataset.features or dataset._resolve_features().features  # or the first row tells
+    column = image_column(features, name)
+    images = undecoded(dataset, column).select_columns([column])
+    shards = [f"{name} shard {shard}" for shard in range(images.num_shards)]
+
+    def open_shard(shard: int) -> Iterator[Found]:
+        # Iterated over in a worker, a data set would share even this one shard among the workers.
+        rows = images.shard(len(shards), shard).iter(batch_size=1)
+        for number, row in enumerate(rows):
+            place = f"{shards[shard]} row {number}"
+            try:
+                yield place, image_bytes(row[column][0]), ""
+            except BrokenImage as error:
+                yield place, None, str(error)
+
+    return Stream(name, count, shards, open_shard, max_pixels)
+
+
+@dataclass(eq=False)
+class StreamBatches(IterableDataset[Batch]):
+    """Batches without end, epoch after epoch, of this rank's share of a stream.
+
+    Every epoch has each image of the share once, in another order; what does not fill a batch is
+    kept for the next epoch. Broken images are passed over. An augmentation depends on the seed, the
+    epoch and the image alone, the order on the numbers of ranks and workers too. What is iterable
+    is for the workers.
+
+    Args:
+        stream: the images; for what is not said here see `training_loader`.
+        image_size: (height, width) in pixels.
+        num_workers: processes that load, as many as this rank has shards at most.
+        buffer: encoded images that each of them keeps in memory to draw from.
+        state: what `where` said where this goes on; empty begins.
+    """
+
+    stream: Stream
+    image_size: ImageSize
+    channels: int
+    augmentation: Augmentation
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+    prefetch: int = 2
+    buffer: int = 500
+    state: str = ""
+
+    def __post_init__(self) -> None:
+        import datasets
+        from datasets.distributed import split_dataset_by_node
+
+        shards = list(range(self.stream.first // SHARD_FACTOR, len(self.stream.shards)))
+        rows = datasets.IterableDataset.from_generator(
+            self.stream.rows, gen_kwargs={"shards": shards}
+        )
+        # One shard at a time: with several, `datasets` 5.2 can't go on in a worker.
+        rows = rows.shuffle(self.seed, buffer_size=self.buffer, max_buffer_input_shards=1)
+        self._rows = split_dataset_by_node(rows, self.rank, self.world_size)
+        shares = [self.world_size, min(self.num_workers, self._rows.num_shards)]
+        self._place: dict[str, Any] = {"epoch": 0, "shares": shares, "loader": None}
+        self._augmenter = Augmenter(self.augmentation, self.image_size)
+        self._apart = Expendable(self._load, IMAGE_SECONDS)
+        saved = json.loads(self.state) if self.state else self._place
+        self._place["epoch"] = saved["epoch"]
+        if saved["shares"] == shares:
+            self._place = saved
+        else:
+            LOGGER.warning(
+                "the stream's epoch begins anew: it was shared by %d process(es) with %d worker(s) "
+                "each, and now is by %d with %d", *saved["shares"], *shares
+            )  # fmt: skip
+
+    def where(self) -> str:
+        """How far the batches are, in JSON."""
+        return json.dumps(self._place)
+
+    def batches(self) -> Iterator[Batch]:
+        """See the class.
+
+        Raises:
+            UserError: an image of an unfit channel count, `MAX_REPLACEMENTS` broken ones in a row,
+                an epoch without a readable one, and what `watched` raises.
+        """
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        workers = self._place["shares"][1]
+        rest: list[tuple[Tensor, int]] = []  # of the workers' last batches
+        broken: list[str] = []
+        while True:
+            self._rows.set_epoch(self._place["epoch"])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11
+                loader = StatefulDataLoader(
+                    self,
+                    batch_size=None,
+                    num_workers=workers,
+                    prefetch_factor=self.prefetch if workers else None,
+                    pin_memory=torch.cuda.is_available(),
+                    collate_fn=_unchanged,
+                    generator=torch.Generator(),
+                )
+            is_readable = self._place["loader"] is not None
+            if is_readable:
+                loader.load_state_dict(self._place["loader"])
+                LOGGER.info(
+                    "the stream's epoch goes on without what was being shuffled: %d images at most",
+                    self.buffer * max(1, workers) + self.batch_size,
+                )
+            for given in watched(loader):
+                batch: Batch = given
+                self._place["loader"] = loader.state_dict()
+                is_readable = is_readable or len(batch.images) > 0
+                broken += batch.broken
+                if len(batch.images) < self.batch_size:
+                    rest += zip(batch.images, batch.indices.tolist(), strict=True)
+                    if len(rest) < self.batch_size:
+                        continue
+                    batch, rest = _batch(rest[: self.batch_size]), rest[self.batch_size :]
+                batch.broken, broken = broken, []
+                yield batch
+            if not is_readable:
+                reason = broken[-1] if broken else "there is none"
+                raise LoadingError(f"{self.stream.name}: no image can be read ({reason})")
+            self._place |= {"epoch": self._place["epoch"] + 1, "loader": None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far a worker is."""
+        return dict(self._rows.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on there."""
+        # It would warn of the buffers' loss, which is told once.
+        logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)
+        self._rows.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """A worker's batches of one epoch; only the last may be smaller, or empty."""
+        rows = iter(self._rows)
+        found: list[tuple[Tensor, int]] = []
+        broken: list[str] = []
+        in_a_row = 0
+        while wanted := list(itertools.islice(rows, self.batch_size - len(found))):
+            # Without workers, this process's generator is lent.
+            with torch.random.fork_rng(devices=[]):
+                outcomes = self._apart.each_in_worker(wanted)
+            for row, image in zip(wanted, outcomes, strict=True):
+                if not isinstance(image, BrokenImage):
+                    found.append((torch.from_numpy(image), row["index"]))
+                    in_a_row = 0
+                    continue
+                broken.append(f"{row['place']}: {image}")
+                in_a_row += 1
+                if in_a_row == MAX_REPLACEMENTS:
+                    raise LoadingError(
+                        f"{self.stream.name}: {in_a_row} images in a row can't be read, the last "
+                        f"is {broken[-1]}; mend or remove them"
+                    )
+            if len(found) == self.batch_size:
+                yield _batch(found, broken)
+                found, broken = [], []
+        if found or broken:
+            yield _batch(found, broken)
+
+    def _load(self, row: Row) -> NDArray[Any]:
+        content = _content(row)
+        try:
+            image = decode(content, self._augmenter.min_side, self.stream.max_pixels)
+            image = to_channels(image, self.channels)
+        except UserError as error:
+            raise LoadingError(f"{row['place']}: {error}") from None
+        words = (self.seed, self._rows.epoch, *divmod(row["index"], SHARD_FACTOR))
+        seed = np.random.SeedSequence(words).generate_state(1, np.uint64)
+        torch.default_generator.manual_seed(int(seed[0]))
+        return self._augmenter(image).numpy()
+
+
+def _batch(found: Sequence[tuple[Tensor, int]], broken: Sequence[str] = ()) -> Batch:
+    images = stack_images([image for image, _ in found]) if found else torch.empty(0)
+    return Batch(images, torch.tensor([index for _, index in found]), list(broken))
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch

@@ -1,21 +1,24 @@
 """What a data set looks like: sizes, formats, channels, duplicates, broken files, statistics."""
 
+import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 
-from backfold.data.guarded import BATCH_SECONDS, survive
-from backfold.data.looks import BATCH, DIGEST_BYTES, Look, Looks
-from backfold.data.protocol import ImageSource
-from backfold.data.statistics import ChannelStatistics, ChannelSums, count_channels
-from backfold.errors import UserError
+from backfold.data.decode import Decoded, as_float, examine, to_channels
+from backfold.data.isolation import IMAGE_SECONDS, Expendable
+from backfold.data.loading import batch_loader, watched
+from backfold.data.source import EncodedSource, ImageSource
+from backfold.data.statistics import ChannelStatistics, ChannelSums, Moments, count_channels
+from backfold.errors import BrokenImage, UserError
 
 LISTED = 100  # broken files, and groups of duplicates, by name
-AHEAD = 2  # batches in the making in each worker
+BATCH = 16  # images that a worker looks at before it tells of them
+DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,71 @@ class Survey:
         ]
 
 
+@dataclass(frozen=True)
+class Look:
+    """What was found out about one image, in plain numbers that can leave a process.
+
+    Attributes:
+        format: of the file; see `Decoded`.
+        kind: see `Decoded`.
+        conversions: see `Decoded`.
+        size: channels, height and width.
+        digest: of the content.
+        extremes: lowest and highest value, on the scale of `as_float`.
+        moments: None where the image can't be given the channels asked for.
+    """
+
+    format: str
+    kind: str
+    conversions: tuple[str, ...]
+    size: tuple[int, int, int]
+    digest: bytes
+    extremes: tuple[float, float]
+    moments: Moments | None
+
+
+class Looks(Dataset[list[Look | BrokenImage]]):
+    """Maps indices of a source's images to looks, or to how the images are broken.
+
+    Args:
+        source: the images.
+        channels: that the moments are of.
+    """
+
+    def __init__(self, source: ImageSource, channels: int) -> None:
+        self._source, self._channels = source, channels
+        self._apart = Expendable(self._look, IMAGE_SECONDS)
+
+    def __getitem__(self, indices: Sequence[int]) -> list[Look | BrokenImage]:
+        """Look at these images."""
+        return self._apart.each_in_worker(indices)
+
+    def _look(self, index: int) -> Look:
+        if isinstance(self._source, EncodedSource):
+            content = self._source.content(index)
+            found = examine(content, max_pixels=self._source.max_pixels)
+        else:
+            image = self._source.read(index)
+            found = Decoded(image, "Python", str(image.dtype).removeprefix("torch."))
+            shape = repr((tuple(image.shape), image.dtype)).encode()
+            content = shape + image.contiguous().numpy().tobytes()
+        floats = as_float(found.image)
+        try:
+            moments = Moments.of(to_channels(found.image, self._channels))
+        except UserError:
+            moments = None
+        count, height, width = found.image.shape
+        return Look(
+            found.format,
+            found.kind,
+            found.conversions,
+            (count, height, width),
+            hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest(),
+            (float(floats.min()), float(floats.max())),
+            moments,
+        )
+
+
 @dataclass
 class _Tally:
     broken: list[str] = field(default_factory=list)
@@ -93,25 +161,25 @@ class _Tally:
     lowest: float = float("inf")
     highest: float = float("-inf")
 
-    def add(self, look: Look, sums: ChannelSums) -> None:
-        if look.broken is not None:
-            self.broken_count += 1
-            self.broken += [look.broken][: LISTED - len(self.broken)]
-            return
+    def add_broken(self, line: str) -> None:
+        self.broken_count += 1
+        self.broken += [line][: LISTED - len(self.broken)]
+
+    def add(self, index: int, look: Look, sums: ChannelSums) -> None:
         self.formats[look.format] += 1
         self.kinds[look.kind] += 1
         self.channel_counts[str(look.size[0])] += 1
         self.conversions.update(look.conversions)
         self.heights.append(look.size[1])
         self.widths.append(look.size[2])
-        self.indices.append(look.index)
+        self.indices.append(index)
         self.digests += look.digest
         self.lowest = min(self.lowest, look.extremes[0])
         self.highest = max(self.highest, look.extremes[1])
         if look.moments is None:
             self.unfit_count += 1
         else:
-            sums.add_moments(look.moments)
+            sums.add(look.moments)
 
     def duplicates(self) -> list[list[int]]:
         """Groups of images with one content, in the order of their first."""
@@ -139,7 +207,7 @@ def survey(
         max_images: size of the sample; all by default.
         seed: of the sample.
         num_workers: processes that read; 0 reads in this one, without protection from decoders that
-            crash or hang (see `survive`).
+            crash or hang (see `Expendable`).
         progress: called with the number of images done, again and again.
 
     Raises:
@@ -149,9 +217,14 @@ def survey(
     indices = np.sort(order).tolist()
     channels = channels or count_channels(source, apart=num_workers > 0)
     tally, sums, done = _Tally(), ChannelSums(channels), 0
-    for looks in _looks(source, indices, channels, num_workers):
-        for look in looks:
-            tally.add(look, sums)
+    batches = [indices[first : first + BATCH] for first in range(0, len(indices), BATCH)]
+    loader = batch_loader(Looks(source, channels), batches, num_workers)
+    for batch, looks in zip(batches, watched(loader), strict=True):
+        for index, look in zip(batch, looks, strict=True):
+            if isinstance(look, BrokenImage):
+                tally.add_broken(f"{source.describe(index)}: {look}")
+            else:
+                tally.add(index, look, sums)
         done += len(looks)
         progress(done)
     if not sums.count:
@@ -161,26 +234,6 @@ def survey(
             "check the files, or --channels"
         )
     return _summary(source, indices, channels, tally, sums)
-
-
-def _looks(
-    source: ImageSource, indices: list[int], channels: int, num_workers: int
-) -> Iterator[list[Look]]:
-    def make_loader(guarded: ImageSource, start: int) -> "DataLoader[list[Look]]":
-        return DataLoader(
-            Looks(guarded, indices, channels, start),
-            batch_size=None,
-            num_workers=num_workers,
-            prefetch_factor=AHEAD if num_workers else None,
-            timeout=BATCH_SECONDS if num_workers else 0,
-            collate_fn=list,
-        )
-
-    def indices_of(number: int) -> list[int]:
-        return indices[number * BATCH : (number + 1) * BATCH]
-
-    total = -(-len(indices) // BATCH)
-    return survive(source, make_loader, indices_of, 0, total, AHEAD * num_workers)
 
 
 def _summary(

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import total_variation
 from torchvision.transforms.v2.functional import to_pil_image
 
-from backfold.data.source import NoTestSplit, open_source
+from backfold.data.open import open_source
+from backfold.data.source import NoTestSplit
 from backfold.data.statistics import ChannelStatistics
 from backfold.embedding import EmbeddingChoice, embed, embed_batches
 from backfold.errors import UserError

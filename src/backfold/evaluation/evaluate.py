@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+from typing import Protocol as Structural
 
 import torch
 from torch import nn
 
 from backfold.batch_norm import batch_norms, measure_batch_norm
 from backfold.data.loading import default_workers
-from backfold.data.source import open_source
+from backfold.data.open import open_source
 from backfold.data.statistics import ChannelStatistics, measure_statistics
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
@@ -319,18 +320,28 @@ PROTOCOLS: Mapping[str, Protocol] = {
 }
 
 
-def evaluate(subject: str | Path | nn.Module, **settings: Any) -> list[Row]:
+class Run(Structural):
+    """What `backfold.pretrain` and `backfold.load` give."""
+
+    path: Path
+
+
+def evaluate(subject: str | Path | Run | nn.Module, **settings: Any) -> list[Row]:
     """Judge a backbone, and leave the rows in its run's folder, or in ``out`` if that is given.
 
     Args:
-        subject: a run's folder or checkpoint, an exported folder, a timm name, or a module.
+        subject: a run, its folder or a checkpoint of it, an exported folder, a timm name, or a
+            module.
         **settings: those of `EvaluateSettings`, such as ``data`` and ``protocols``.
 
     Raises:
         UserError: an unknown protocol, data that one of them can't use, or what it raises.
     """
-    given: dict[str, Any] = {} if isinstance(subject, nn.Module) else {"checkpoint": subject}
-    found = evaluate_each(EvaluateSettings(**given, **settings), subject)
+    if isinstance(subject, nn.Module):
+        found = evaluate_each(EvaluateSettings(**settings), subject)
+    else:
+        path = subject if isinstance(subject, (str, Path)) else subject.path
+        found = evaluate_each(EvaluateSettings(checkpoint=path, **settings))
     return [row for rows in found for row in rows]
 
 

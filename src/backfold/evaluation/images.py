@@ -11,14 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backfold.data.broken import BrokenFiles
 from backfold.data.decode import as_float
-from backfold.data.guarded_loading import guarded_batches
-from backfold.data.protocol import ImageSource, Labels, NoTestSplit, SubsetSource
-from backfold.data.source import open_source, stratified_split
+from backfold.data.formats import MapDataset
+from backfold.data.loading import guarded_batches
+from backfold.data.open import open_source
+from backfold.data.source import (
+    BrokenFiles,
+    ImageSource,
+    Labels,
+    NoTestSplit,
+    SubsetSource,
+    stratified_split,
+)
 from backfold.errors import UserError
 from backfold.evaluation.subject import Subject
-from backfold.training.config import PretrainConfig
+from backfold.training.config import IN_MEMORY, PretrainConfig
 from backfold.training.setup import split_held_out
 
 LOGGER = logging.getLogger("backfold")
@@ -27,6 +34,7 @@ VALIDATION_SHARE, MOST_VALIDATION = 0.2, 10_000
 KEPT_BYTES = 2**29  # decoded images of less stay in memory
 BATCH_SIZE = 256
 SEEN = "test images may be among those that were pretrained on"
+UNKNOWN = "the run's images were in memory: test images may be among them"
 
 
 class Images:
@@ -169,7 +177,7 @@ def label_case(count: int | float | None) -> str:
 
 
 def open_parts(
-    data: str | Path | None,
+    data: str | Path | MapDataset | None,
     subject: Subject,
     *,
     seed: int = 0,
@@ -186,12 +194,16 @@ def open_parts(
     own = None if run is None else run.config.data
     chosen = own if data is None else data
     train = open_source(chosen, "train", labelled=True, max_pixels=subject.max_pixels)
-    whole, pretrained = (each and Path(each).resolve() for each in (chosen, own))
+    whole, pretrained = (
+        Path(each).resolve() if isinstance(each, (str, Path)) else None for each in (chosen, own)
+    )
     caveat = SEEN if whole and pretrained and _overlap(whole, pretrained) else ""
+    if str(own).endswith(IN_MEMORY):
+        caveat = UNKNOWN
     try:
         test = open_source(chosen, "test", labelled=True, max_pixels=subject.max_pixels)
     except NoTestSplit:
-        if run is not None and whole == pretrained:
+        if run is not None and (data is None or (whole and whole == pretrained)):
             learned, tested = _held_out(run.config)
         else:
             LOGGER.info(f"{train.name} has no test split: {TEST_SHARE:.0%} of it is set apart")

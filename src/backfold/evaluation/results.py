@@ -12,6 +12,7 @@ from torch import Tensor
 
 from backfold.data.files import HUB_NAME
 from backfold.errors import UserError
+from backfold.training.config import IN_MEMORY
 from backfold.training.run_folder import write_json
 
 PRETRAINED, BEFORE, RANDOM = "pretrained", "before", "random"
@@ -169,6 +170,8 @@ def data_name(data: object) -> str:
     """
     if data is None:
         return EMBEDDED_NAME
+    if not isinstance(data, (str, Path)):
+        return type(data).__name__ + IN_MEMORY
     text = str(data)
     if HUB_NAME.fullmatch(text) and not Path(text).exists():
         return text

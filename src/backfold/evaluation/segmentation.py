@@ -30,8 +30,8 @@ from backfold.backbone import ImageSize, check_image_size, feature_map
 from backfold.batch_norm import measure_batch_norm, refresh_batch_norm
 from backfold.data import segmentation as masked
 from backfold.data.decode import as_float
-from backfold.data.protocol import SubsetSource
 from backfold.data.segmentation import VOID, MaskedSource
+from backfold.data.source import SubsetSource
 from backfold.data.statistics import ChannelStatistics, measure_statistics
 from backfold.embedding import grid_shape
 from backfold.errors import UserError

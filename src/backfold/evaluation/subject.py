@@ -25,9 +25,8 @@ from backfold.data.arrays import MAX_PIXELS
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
 from backfold.evaluation.results import BEFORE, PRETRAINED, RANDOM
-from backfold.exporting.weights import exported_backbone
 from backfold.training.initial import initialise
-from backfold.training.pretrained import Pretrained, load_pretrained
+from backfold.training.pretrained import Pretrained, exported_backbone, load_pretrained
 from backfold.training.run_folder import RunFolder
 from backfold.training.setup import build_energy
 

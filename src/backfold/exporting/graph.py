@@ -2,11 +2,11 @@
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,16 +21,11 @@ TOLERANCE = 1e-5
 # Sizes at which a graph is held against the model; it is exported with two images.
 CHECKED_BATCHES = (1, 2, 5)
 
-Runner = Callable[[Tensor], tuple[Tensor, Tensor]]
+Runner = Callable[[Tensor], Sequence[Tensor]]
 
 
 class EnergyGraph(nn.Module):
-    """Normalises, and gives the last layer's average and the energy.
-
-    Args:
-        run: statistics and head.
-        backbone: in place of the run's own.
-    """
+    """Normalises, and gives a backbone's average last features and the run's energy of them."""
 
     mean: Tensor
     std: Tensor
@@ -49,72 +44,42 @@ class EnergyGraph(nn.Module):
         return features.mean(dim=1), self.head(features)
 
 
-def write_pt2(path: Path, run: Pretrained, graph: EnergyGraph) -> None:
-    """Export with `torch.export`, save, load again and compare.
+def write_graph(path: Path, run: Pretrained, backbone: nn.Module) -> None:
+    """Export as the suffix says (.onnx or .pt2), read it back and compare.
 
     Raises:
-        UserError: the backbone can't be exported.
+        UserError: packages are missing, the backbone can't be exported, or the graph gives other
+            embeddings or energies than the model, at some batch size.
     """
-    buffer = io.BytesIO()
-    torch.export.save(_program("pt2", run, graph), buffer)
-    write_atomically(path, buffer.getvalue())
-    _check("pt2", run, graph, torch.export.load(path).module())
-
-
-def write_onnx(path: Path, run: Pretrained, graph: EnergyGraph) -> None:
-    """Export, and compare what onnxruntime computes.
-
-    Raises:
-        UserError: the packages are missing, or the backbone can't be exported.
-    """
-    onnxruntime = _onnxruntime()
-    program = _program("ONNX", run, graph)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            torch.onnx.export(
-                program,
-                (),
-                path,
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-                input_names=[INPUT],
-                output_names=list(OUTPUTS),
-            )
-        except Exception as error:  # the exporter wraps whatever a model's operations lead to
-            raise _refusal("ONNX", run, error) from error
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-    def infer(images: Tensor) -> tuple[Tensor, Tensor]:
-        embedding, energy = session.run(list(OUTPUTS), {INPUT: np.asarray(images)})
-        return torch.from_numpy(embedding), torch.from_numpy(energy)
-
-    _check("ONNX", run, graph, infer)
-
-
-def _program(name: str, run: Pretrained, graph: EnergyGraph) -> torch.export.ExportedProgram:
-    """The graph for batches of any size."""
+    graph = EnergyGraph(run, backbone).eval()
     shapes = {INPUT: {0: torch.export.Dim("batch")}}
+    kind, name = ("ONNX" if path.suffix == ".onnx" else "pt2"), run.config.backbone
     try:
         with torch.no_grad():
-            return torch.export.export(
+            program = torch.export.export(
                 graph, (_images(run, 2),), dynamic_shapes=shapes, strict=False
             )
+            infer = (_save_onnx if kind == "ONNX" else _save_pt2)(path, program)
+            outputs = {
+                count: (infer(_images(run, count)), graph(_images(run, count)))
+                for count in CHECKED_BATCHES
+            }
+    except UserError:
+        raise
     except Exception as error:  # whatever a backbone's operations lead to
-        raise _refusal(name, run, error) from error
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 - torch's exporter needs it
-    except ImportError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = (lines[-1] if lines else type(error).__name__)[:200]
         raise UserError(
-            'exporting to ONNX needs onnx, onnxscript and onnxruntime; pip install "backfold'
-            '[export]"'
+            f"{name!r} can't be exported to {kind}: {reason}; export to timm"
         ) from error
-    return onnxruntime
+    for count, pair in outputs.items():
+        for output, given, expected in zip(OUTPUTS, *pair, strict=True):
+            worst = float((given - expected).abs().max()) / (1 + float(expected.abs().max()))
+            if not worst <= TOLERANCE:
+                raise UserError(
+                    f"the {kind} graph of {name!r} gives another {output} than the model "
+                    f"(relative difference {worst:.1g} for {count} images); export to timm"
+                )
 
 
 def _images(run: Pretrained, count: int) -> Tensor:
@@ -122,28 +87,33 @@ def _images(run: Pretrained, count: int) -> Tensor:
     return torch.rand(count, run.channels, *run.image_size, generator=generator)
 
 
-@torch.no_grad()
-def _check(name: str, run: Pretrained, graph: EnergyGraph, infer: Runner) -> None:
-    """Raise UserError unless embeddings and energies are the model's, at several batch sizes."""
-    for count in CHECKED_BATCHES:
-        images = _images(run, count)
-        try:
-            given = infer(images)
-        except Exception as error:
-            raise _refusal(name, run, error) from error
-        for output, values, expected in zip(OUTPUTS, given, graph(images), strict=True):
-            scale = 1 + float(expected.abs().max())
-            worst = float((values - expected).abs().max()) / scale
-            if not worst <= TOLERANCE:
-                raise UserError(
-                    f"the {name} graph of {run.config.backbone!r} gives another {output} than the "
-                    f"model (relative difference {worst:.1g} for {count} images); export to timm"
-                )
+def _save_pt2(path: Path, program: torch.export.ExportedProgram) -> Runner:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    write_atomically(path, buffer.getvalue())
+    infer: Runner = torch.export.load(path).module()
+    return infer
 
 
-def _refusal(name: str, run: Pretrained, error: Exception) -> UserError:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    reason = (lines[-1] if lines else type(error).__name__)[:200]
-    return UserError(
-        f"{run.config.backbone!r} can't be exported to {name}: {reason}; export to timm"
-    )
+def _save_onnx(path: Path, program: torch.export.ExportedProgram) -> Runner:
+    try:
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+
+        runtime: Any = import_module("onnxruntime")
+    except ImportError as error:
+        raise UserError(
+            'exporting to ONNX needs onnx, onnxscript and onnxruntime; pip install "backfold'
+            '[export]"'
+        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            program, (), path, dynamo=True, external_data=False, verbose=False,
+            input_names=[INPUT], output_names=list(OUTPUTS),
+        )  # fmt: skip
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def infer(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(each) for each in session.run(OUTPUTS, {INPUT: images.numpy()})]
+
+    return infer

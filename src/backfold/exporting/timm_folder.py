@@ -1,6 +1,8 @@
 """Weights with a config that timm and transformers build the model from."""
 
+import logging
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from backfold.errors import UserError
 from backfold.training.pretrained import Pretrained
 from backfold.training.run_folder import write_atomically, write_json
 
+LOGGER = logging.getLogger("backfold")
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 TOLERANCE = 1e-5
@@ -49,29 +52,34 @@ class Rebuilt:
     pooled: bool
 
 
+@torch.no_grad()
 def rebuild(run: Pretrained, backbone: nn.Module) -> Rebuilt:
     """Build the backbone anew with arguments that anybody can give timm, and compare.
 
     Raises:
         UserError: timm can't build it; only with another timm than the run's.
     """
-    images = _probes(run)
-    expected, features = _outputs(backbone, images)
-    base = {"in_chans": run.channels, **run.config.backbone_options}
+    # Two images of noise: what differs anywhere differs on them.
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, run.channels, *run.image_size, generator=generator)
+    expected, features = embed(backbone, images), feature_map(backbone, images)
     sizes: tuple[dict[str, Any], ...] = ({"img_size": list(run.image_size)}, {})
     fallback = None
-    for pooling in POOLINGS:
-        for size in sizes:
-            arguments = {**base, **size, **pooling}
-            model = _build(run, arguments, backbone)
-            if model is None or not _close(_outputs(model, images)[1], features):
-                continue
-            with torch.no_grad():
-                output = model(images)
-            if isinstance(output, Tensor) and _close(output, expected):
-                return Rebuilt(model, arguments, pooled=True)
-            if not pooling:
-                fallback = fallback or Rebuilt(model, arguments, pooled=False)
+    for pooling, size in product(POOLINGS, sizes):
+        options = run.config.backbone_options
+        arguments = {"in_chans": run.channels, **options, **size, **pooling}
+        try:
+            model: nn.Module = timm.create_model(architecture(run), num_classes=0, **arguments)
+            model.load_state_dict(backbone.state_dict())
+        except (TypeError, RuntimeError, AssertionError, ValueError):
+            continue
+        model.eval()
+        if not _close(feature_map(model, images), features):
+            continue
+        if _close(model(images), expected):
+            return Rebuilt(model, arguments, pooled=True)
+        if not pooling:
+            fallback = fallback or Rebuilt(model, arguments, pooled=False)
     if fallback is None:
         raise UserError(
             f"timm {timm.__version__} can't build {run.config.backbone!r} with these weights; use "
@@ -80,41 +88,16 @@ def rebuild(run: Pretrained, backbone: nn.Module) -> Rebuilt:
     return fallback
 
 
-def _build(run: Pretrained, arguments: dict[str, Any], backbone: nn.Module) -> nn.Module | None:
-    try:
-        model: nn.Module = timm.create_model(architecture(run), num_classes=0, **arguments)
-        model.load_state_dict(backbone.state_dict())
-    except (TypeError, RuntimeError, AssertionError, ValueError):
-        return None
-    return model.eval()
-
-
-def _probes(run: Pretrained) -> Tensor:
-    """Two images of noise: what differs anywhere differs on them."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, run.channels, *run.image_size, generator=generator)
-
-
-@torch.no_grad()
-def _outputs(backbone: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    return embed(backbone, images), feature_map(backbone, images)
-
-
-def _close(given: Tensor, expected: Tensor) -> bool:
-    return given.shape == expected.shape and torch.allclose(
-        given, expected, rtol=TOLERANCE, atol=TOLERANCE
+def _close(given: object, expected: Tensor) -> bool:
+    return (
+        isinstance(given, Tensor)
+        and given.shape == expected.shape
+        and torch.allclose(given, expected, rtol=TOLERANCE, atol=TOLERANCE)
     )
 
 
 def write_timm_folder(folder: Path, run: Pretrained, rebuilt: Rebuilt, wrapped: bool) -> None:
-    """Write the weights and the config.
-
-    Args:
-        folder: exists.
-        run: names and statistics.
-        rebuilt: weights and arguments.
-        wrapped: say in the config that transformers' wrapper is the model's type.
-    """
+    """Write weights and config; ``wrapped`` names transformers' wrapper as the model's type."""
     model, arguments = rebuilt.model, rebuilt.arguments
     tensors = {name: t.detach().contiguous().clone() for name, t in model.state_dict().items()}
     write_atomically(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))

@@ -1,9 +1,14 @@
-"""What is computed of each image: its embedding, or its energy and restoration errors."""
+"""What is computed of each image: its embedding, or its energy and restoration errors.
+
+A job maps images as loaded (see `Batch.images`; batch, channels, height, width) and their indices
+in the source to columns by name, a value an image. It can be pickled, to run in other processes.
+Before it is called, the energy of its run is to be on its device.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -16,54 +21,21 @@ from backfold.restoration import eval_mode, restoration_loss, restore
 from backfold.training.pretrained import Pretrained
 
 
-class Job(Protocol):
-    """Columns of images. It can be pickled, to run in other processes."""
-
-    @property
-    def run(self) -> Pretrained:
-        """The energy."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is to be before the job is called."""
-        ...
-
-    def facts(self) -> dict[str, Any]:
-        """What decides the columns besides the weights, plain values for JSON."""
-        ...
-
-    def __call__(self, images: Tensor, indices: Sequence[int]) -> dict[str, pa.Array]:
-        """Columns by name, a value an image.
-
-        Args:
-            images: as loaded (see `Batch.images`), (batch, channels, height, width).
-            indices: the images' indices in their source.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class EmbeddingJob:
-    """``vector``: the embedding, float32.
-
-    Args:
-        run: its backbone is used.
-        choice: layer and pooling.
-        device: where it is computed.
-    """
+    """``vector``: the embedding by the run's backbone, float32."""
 
     run: Pretrained
     choice: EmbeddingChoice
     device: torch.device
 
     def facts(self) -> dict[str, Any]:
-        """See `Job`."""
+        """What decides the columns besides the weights, plain values for JSON."""
         return {"job": "embed", "embedding": asdict(self.choice)}
 
     def __call__(self, images: Tensor, indices: Sequence[int]) -> dict[str, pa.Array]:  # noqa: ARG002
-        """See `Job`."""
-        clean = normalised(self, images)
+        """The column."""
+        clean = self.run.statistics.normalize(images.to(self.device, non_blocking=True))
         vectors = embed_batches(self.run.energy.backbone, [clean], self.choice, self.device)
         flat = pa.array(vectors.flatten().numpy())
         return {"vector": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])}
@@ -80,7 +52,7 @@ class ScoringJob:
 
     Args:
         run: the energy.
-        tasks: the pretext tasks by name; none leaves only the energy.
+        tasks: by name; none leaves only the energy.
         num_steps: restoration steps.
         step_size: factor of the energy gradient.
         seed: of the corruptions.
@@ -95,7 +67,7 @@ class ScoringJob:
     device: torch.device
 
     def facts(self) -> dict[str, Any]:
-        """See `Job`."""
+        """As `EmbeddingJob.facts`."""
         return {
             "job": "score",
             "tasks": {name: repr(task) for name, task in self.tasks.items()},
@@ -105,8 +77,9 @@ class ScoringJob:
         }
 
     def __call__(self, images: Tensor, indices: Sequence[int]) -> dict[str, pa.Array]:
-        """See `Job`."""
-        energy, clean = self.run.energy, normalised(self, images)
+        """The columns."""
+        energy = self.run.energy
+        clean = self.run.statistics.normalize(images.to(self.device, non_blocking=True))
         with eval_mode(energy), torch.no_grad():
             columns = {"energy": energy(clean).float()}
         for name, task in self.tasks.items():
@@ -121,19 +94,15 @@ class ScoringJob:
         ]
         corrupted = torch.cat([corruption.corrupted for corruption in corruptions])
         result = restore(self.run.energy, corrupted.to(self.device), self.num_steps, self.step_size)
-        restored, diverged = result.restored.cpu(), result.status.diverged.cpu()
-        errors = torch.stack(
-            [
-                restoration_loss(restored[[row]], clean[[row]], corruption.loss_mask)
-                for row, corruption in enumerate(corruptions)
-            ]
-        )
-        return torch.where(diverged, torch.inf, errors)
+        restored = result.restored.cpu()
+        errors = [
+            restoration_loss(restored[[row]], clean[[row]], corruption.loss_mask)
+            for row, corruption in enumerate(corruptions)
+        ]
+        return torch.where(result.status.diverged.cpu(), torch.inf, torch.stack(errors))
 
 
-def normalised(job: Job, images: Tensor) -> Tensor:
-    """Loaded images on the job's device, normalised there."""
-    return job.run.statistics.normalize(images.to(job.device, non_blocking=True))
+Job: TypeAlias = EmbeddingJob | ScoringJob
 
 
 def image_seed(seed: int, index: int) -> int:

@@ -1,23 +1,23 @@
 """Corrupting and restoring single image files, as pictures and numbers."""
 
 import io
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from backfold.data.augmentation import cover
 from backfold.data.decode import decode, to_channels
-from backfold.data.loading import evaluation_loader, stack_images
-from backfold.data.source import NoTestSplit, open_source
+from backfold.data.loading import evaluation_batches, stack_images
+from backfold.data.open import open_source
+from backfold.data.source import NoTestSplit
 from backfold.errors import BrokenImage, UserError
 from backfold.metrics import psnr_db, ssim
 from backfold.pretext import PretextTask
-from backfold.restoration import RestorationResult, restore
+from backfold.restoration import restore
 from backfold.training.pretrained import Pretrained
 from backfold.training.previews import png_bytes, restoration_grid, to_display
 from backfold.training.run_folder import write_atomically
@@ -25,16 +25,15 @@ from backfold.training.run_folder import write_atomically
 FRAME_MILLISECONDS = 500
 
 
-@dataclass(frozen=True)
-class RestoredImage:
-    """One image's numbers: before (corrupted) and after (restored)."""
+class RestoredImage(NamedTuple):
+    """One image's numbers: PSNR, SSIM and energy before (corrupted) and after (restored)."""
 
     name: str
     psnr_db: tuple[float, float]
     ssim: tuple[float, float]
     energies: tuple[float, float]
     clean_energy: float
-    message: str
+    diverged: bool
 
 
 def read_images(paths: list[Path], run: Pretrained) -> Tensor:
@@ -60,17 +59,13 @@ def read_images(paths: list[Path], run: Pretrained) -> Tensor:
 
 
 def sample_images(run: Pretrained, count: int) -> tuple[list[str], Tensor]:
-    """Names and normalised images spread over the run's own data, its test split if it has one.
-
-    Raises:
-        UserError: the data are not where they were, or can't be read.
-    """
+    """Names and normalised images spread over the run's own data, its test split if it has one."""
     try:
         source = open_source(run.config.data, "test")
     except NoTestSplit:
         source = open_source(run.config.data, "train")
     indices = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist()
-    (batch,) = evaluation_loader(source, run.image_size, run.channels, count, indices=indices)
+    (batch,) = evaluation_batches(source, run.image_size, run.channels, count, indices=indices)
     return [f"image-{index}" for index in indices], run.statistics.normalize(batch.images)
 
 
@@ -87,15 +82,7 @@ def restore_images(
 ) -> list[RestoredImage]:
     """Write ``NAME.png`` (corrupted, restored, clean) and ``NAME.gif`` (the trajectory) an image.
 
-    Args:
-        run: the energy.
-        names: of the images, without suffix, all different.
-        clean: (images, channels, height, width), normalised.
-        task: corrupts them.
-        out: where to write.
-        num_steps: restoration steps.
-        step_size: factor of the energy gradient.
-        seed: of the corruption.
+    ``clean`` is (images, channels, height, width), normalised; names are all different.
 
     Raises:
         UserError: what the task or writing raises.
@@ -106,8 +93,22 @@ def restore_images(
         ends = result.trajectory[[0, -1], number : number + 1]
         picture = restoration_grid(ends, clean[number : number + 1], run.statistics)
         write_atomically(out / f"{name}.png", png_bytes(picture))
-        write_atomically(out / f"{name}.gif", _animation(result.trajectory[:, number], run))
-    return _describe(names, run, clean, corrupted, result)
+        frames = map(to_pil_image, to_display(result.trajectory[:, number], run.statistics))
+        buffer, options = io.BytesIO(), {"duration": FRAME_MILLISECONDS, "loop": 0}
+        next(frames).save(buffer, "GIF", save_all=True, append_images=frames, **options)
+        write_atomically(out / f"{name}.gif", buffer.getvalue())
+    mean, std = torch.tensor(run.statistics.mean), torch.tensor(run.statistics.std)
+    pairs = (corrupted, result.restored)
+    with torch.no_grad():
+        columns = (
+            torch.stack([psnr_db(images, clean, std) for images in pairs], dim=1),
+            torch.stack([ssim(images, clean, mean, std) for images in pairs], dim=1),
+            result.energies[[0, -1]].T,
+            run.energy(clean),
+            result.status.diverged,
+        )
+    rows = zip(names, *(column.tolist() for column in columns), strict=True)
+    return [RestoredImage(*row) for row in rows]
 
 
 def distinct_names(paths: list[Path]) -> list[str]:
@@ -115,42 +116,4 @@ def distinct_names(paths: list[Path]) -> list[str]:
     stems = [path.stem for path in paths]
     return [
         stem if stems.count(stem) == 1 else f"{stem}-{number}" for number, stem in enumerate(stems)
-    ]
-
-
-def _animation(trajectory: Tensor, run: Pretrained) -> bytes:
-    frames: list[Image.Image] = [
-        to_pil_image(frame) for frame in to_display(trajectory, run.statistics)
-    ]
-    buffer = io.BytesIO()
-    frames[0].save(
-        buffer,
-        format="GIF",
-        save_all=True,
-        append_images=frames[1:],
-        duration=FRAME_MILLISECONDS,
-        loop=0,
-    )
-    return buffer.getvalue()
-
-
-def _describe(
-    names: list[str], run: Pretrained, clean: Tensor, corrupted: Tensor, result: RestorationResult
-) -> list[RestoredImage]:
-    mean, std = torch.tensor(run.statistics.mean), torch.tensor(run.statistics.std)
-    pairs = (corrupted, result.restored)
-    psnr = torch.stack([psnr_db(images, clean, std) for images in pairs], dim=1).tolist()
-    similarity = torch.stack([ssim(images, clean, mean, std) for images in pairs], dim=1).tolist()
-    with torch.no_grad():
-        clean_energies = run.energy(clean).tolist()
-    return [
-        RestoredImage(
-            name,
-            tuple(psnr[number]),
-            tuple(similarity[number]),
-            (float(result.energies[0, number]), float(result.energies[-1, number])),
-            clean_energies[number],
-            "diverged: lower --step-size" if result.status.diverged[number] else "ok",
-        )
-        for number, name in enumerate(names)
     ]

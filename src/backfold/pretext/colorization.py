@@ -71,8 +71,10 @@ def luminance(images: Tensor) -> Tensor:
     channels = images.shape[1]
     if channels != len(REC_601_WEIGHTS):
         return images.mean(dim=1, keepdim=True)
-    weights = torch.tensor(REC_601_WEIGHTS, device=images.device, dtype=images.dtype)
-    return (images * weights[:, None, None]).sum(dim=1, keepdim=True)
+    # Numbers, as a tensor of them would be copied to the device, and the host would wait for it.
+    red, green, blue = REC_601_WEIGHTS
+    grey: Tensor = red * images[:, :1] + green * images[:, 1:2] + blue * images[:, 2:]
+    return grey
 
 
 def chroma_error(restored: Tensor, clean: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """What every pretext task takes and gives."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,6 +70,17 @@ class PretextTask(Protocol):
             UserError: images that this task can't corrupt.
         """
         ...
+
+
+def host_random(generator: torch.Generator) -> np.random.Generator:
+    """NumPy's generator in a state that follows from torch's, which goes on by one number.
+
+    For what the host must know, such as how many images a task gets: read back from the device, it
+    would make the host wait there in every step. A generator's state lies on the host.
+    """
+    state = generator.get_state().numpy().tobytes()
+    torch.rand((), generator=generator, device=generator.device)
+    return np.random.default_rng(list(hashlib.sha256(state).digest()))
 
 
 def check_images(images: Tensor) -> None:

@@ -3,11 +3,18 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from backfold.errors import UserError
-from backfold.pretext.corruption import Corruption, PretextTask, SecondTarget, check_images
+from backfold.pretext.corruption import (
+    Corruption,
+    PretextTask,
+    SecondTarget,
+    check_images,
+    host_random,
+)
 from backfold.pretext.masking import Masking
 
 
@@ -54,11 +61,9 @@ class Mixture:
         return tuple(task for task, weight in zip(self.tasks, self.weights, strict=True) if weight)
 
     def assign(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Each image's task, as an index into `tasks`: int64, (batch_size,)."""
-        total = sum(self.weights)
-        shares = torch.tensor([weight / total for weight in self.weights], dtype=torch.float32)
-        shares = shares.to(generator.device)
-        return torch.multinomial(shares, batch_size, replacement=True, generator=generator)
+        """Each image's task, as an index into `tasks`: int64, (batch_size,), on the host."""
+        shares = np.array(self.weights) / sum(self.weights)
+        return torch.from_numpy(host_random(generator).choice(len(shares), batch_size, p=shares))
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """Corrupt normalised images (batch, channels, height, width), each by its own task.
@@ -66,7 +71,7 @@ class Mixture:
         First `assign` draws, then each task, in order, corrupts its images as one batch.
         """
         check_images(clean)
-        assignment = self.assign(len(clean), generator)
+        assignment = self.assign(len(clean), generator).numpy()
         if len(self.drawn) == 1:
             return self.drawn[0](clean, generator)
         corrupted = torch.empty_like(clean)
@@ -74,9 +79,10 @@ class Mixture:
         second: SecondTarget | None = None
         if any(map(_has_second_head, self.drawn)):
             # Even if no image of it is drawn: every process must use the same parameters.
-            second = SecondTarget(torch.zeros_like(assignment, dtype=torch.bool), clean.clone())
-        for index in torch.unique(assignment).tolist():
-            images = (assignment == index).nonzero().squeeze(1)
+            nobody = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
+            second = SecondTarget(nobody, clean.clone())
+        for index in np.unique(assignment).tolist():
+            images = torch.from_numpy(np.flatnonzero(assignment == index)).to(clean.device)
             corruption = self.tasks[index](clean.index_select(0, images), generator)
             corrupted.index_copy_(0, images, corruption.corrupted)
             loss_mask.index_copy_(0, images, corruption.loss_mask)

@@ -3,12 +3,18 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from backfold.errors import UserError
-from backfold.pretext.corruption import Corruption, check_images, loss_everywhere
+from backfold.pretext.corruption import (
+    Corruption,
+    check_images,
+    host_random,
+    loss_everywhere,
+)
 
 LARGEST_FACTOR_STEP = 0.25
 
@@ -49,10 +55,10 @@ class SuperResolution:
         """Blur normalised images (batch, channels, height, width)."""
         check_images(clean)
         factors = self.factors
-        drawn = torch.randint(len(factors), (len(clean),), generator=generator, device=clean.device)
+        drawn = host_random(generator).integers(len(factors), size=len(clean))
         corrupted = clean.clone()
-        for index in torch.unique(drawn).tolist():
-            images = (drawn == index).nonzero().squeeze(1)
+        for index in np.unique(drawn).tolist():
+            images = torch.from_numpy(np.flatnonzero(drawn == index)).to(clean.device)
             corrupted[images] = down_and_up(clean[images], factors[index])
         return Corruption(corrupted, loss_everywhere(clean))
 

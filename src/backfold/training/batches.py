@@ -1,16 +1,19 @@
 """The batches of a run, from files or from a stream, whatever happens to the workers."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from lightning.fabric import Fabric
 
 from backfold.backbone import ImageSize
-from backfold.data.guarded import BATCH_SECONDS, survive
-from backfold.data.loading import Batch, default_workers, training_loader
-from backfold.data.protocol import ImageSource
-from backfold.data.sampling import StepSampler, steps_per_epoch
-from backfold.data.stream_loading import plan_stream, stream_loader
+from backfold.data.loading import (
+    Batch,
+    default_workers,
+    steps_per_epoch,
+    training_loader,
+    watched,
+)
+from backfold.data.stream import StreamBatches
 from backfold.training.config import PretrainConfig
 from backfold.training.setup import Images
 
@@ -30,9 +33,35 @@ def steps_in_epoch(images: Images, local_batch: int, world_size: int) -> int:
     Raises:
         UserError: fewer images than one global batch.
     """
+    return steps_per_epoch(images.count, local_batch * world_size)
+
+
+def stream_batches(
+    config: PretrainConfig,
+    images: Images,
+    image_size: ImageSize,
+    local_batch: int,
+    fabric: Fabric,
+    states: Sequence[str] = (),
+) -> StreamBatches | None:
+    """This process's batches of a stream; None where the images are no stream.
+
+    Args:
+        config: augmentation, seed, workers and prefetch count here.
+        images: what to train on.
+        image_size: (height, width) in pixels.
+        local_batch: images in a batch on this device.
+        fabric: knows this process's place.
+        states: `StreamBatches.where` of every process when the run was saved; none begins.
+    """
     if images.stream is None:
-        return steps_per_epoch(len(images.training), local_batch * world_size)
-    return plan_stream(images.stream, local_batch, world_size, images.head).steps_per_epoch
+        return None
+    rank, world_size = fabric.global_rank, fabric.world_size
+    return StreamBatches(
+        images.stream, image_size, images.channels, config.augmentation, local_batch, config.seed,
+        rank, world_size, loading_workers(config, fabric), config.prefetch or PREFETCH,
+        state=next(iter([*states[rank:], *states]), ""),
+    )  # fmt: skip
 
 
 def training_batches(
@@ -42,6 +71,7 @@ def training_batches(
     local_batch: int,
     steps: range,
     fabric: Fabric,
+    stream: StreamBatches | None = None,
 ) -> Iterator[Batch]:
     """One batch on this device for each step.
 
@@ -54,37 +84,16 @@ def training_batches(
         local_batch: images in a batch on this device.
         steps: from the next step to the last.
         fabric: moves batches to its device.
+        stream: where the batches come from, if the images are a stream.
 
     Raises:
         UserError: while iterating, what the loader raises.
     """
-    rank, world_size = fabric.global_rank, fabric.world_size
-    channels, augmentation, seed = images.channels, config.augmentation, config.seed
-    source, stream = images.training, images.stream
-    workers, prefetch = loading_workers(config, fabric), config.prefetch or PREFETCH
-
-    def make_loader(guarded: ImageSource, step: int) -> Iterable[Batch]:
-        if stream is not None:
-            loader = stream_loader(
-                stream, image_size, channels, augmentation, local_batch, seed, step, steps.stop,
-                rank, world_size, workers, prefetch, head=images.head,
-            )  # fmt: skip
-        else:
-            loader = training_loader(
-                guarded, image_size, channels, augmentation, local_batch, seed, step, steps.stop,
-                rank, world_size, workers, prefetch, timeout=BATCH_SECONDS,
-            )  # fmt: skip
-        return _on_device(fabric, loader)
-
-    def indices_of(step: int) -> list[int]:
-        if stream is not None:
-            return []  # its workers outlive what their images do
-        sampler = StepSampler(len(source), local_batch, seed, step, step + 1, rank, world_size)
-        return [index for _, index in next(iter(sampler))]
-
-    yield from survive(source, make_loader, indices_of, steps.start, steps.stop, workers * prefetch)
-
-
-def _on_device(fabric: Fabric, loader: Any) -> Iterable[Batch]:
-    prepared = fabric.setup_dataloaders(loader, use_distributed_sampler=False)
-    return cast("Iterable[Batch]", prepared)
+    if stream is not None:
+        return (fabric.to_device(batch) for batch in islice(stream.batches(), len(steps)))
+    loader = training_loader(
+        images.training, image_size, images.channels, config.augmentation, local_batch,
+        config.seed, steps.start, steps.stop, fabric.global_rank, fabric.world_size,
+        loading_workers(config, fabric), config.prefetch or PREFETCH,
+    )  # fmt: skip
+    return watched(fabric.setup_dataloaders(loader, use_distributed_sampler=False))

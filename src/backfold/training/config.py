@@ -26,6 +26,7 @@ from backfold.pretext import (
 from backfold.training.optimizer import OptimizerSettings
 
 TASK_NAMES = ("masking", "sorting", "superresolution", "denoising", "colorization")
+IN_MEMORY = " in memory"  # ends what stands in the place of data that have no path
 MIXTURE, IDENTITY = "mixture", "identity"
 POSITIVE = (
     "num_steps", "step_size", "batch_size", "epochs", "watch_every", "held_out",
@@ -90,6 +91,10 @@ class PretrainConfig:
             but on a GPU halves it until it fits. Results are the same but for rounding.
         compile: compile the restoration step with torch.compile; "auto" does so where the run is
             long enough to pay for compiling.
+        fast_kernels: on CUDA: matrix products in TF32, channels-last convolutions, a fused AdamW,
+            and compiled steps as CUDA graphs. Elsewhere it changes nothing.
+        deterministic: only algorithms whose bits repeat, where torch has them, at some loss of
+            speed. On a CPU runs repeat bit by bit in any case.
         derivative: "exact", or "finite-difference" for training without a second derivative: in
             less than half the memory, with fused attention, in float32 and for backbones without
             kinks (ReLU) only.
@@ -138,6 +143,8 @@ class PretrainConfig:
     batch_size: int = 256
     micro_batch: int | Literal["auto"] | None = None
     compile: bool | Literal["auto"] = "auto"
+    fast_kernels: bool = True
+    deterministic: bool = False
     derivative: Derivative = "exact"
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     augmentation: Augmentation = field(default_factory=Augmentation)

@@ -90,6 +90,21 @@ def _check_nodes_are_known(num_nodes: int, environment: Mapping[str, str]) -> No
         )
 
 
+def has_fast_kernels(config: PretrainConfig, device: torch.device) -> bool:
+    """Whether ``fast_kernels`` has an effect."""
+    return config.fast_kernels and device.type == "cuda"
+
+
+def choose_kernels(config: PretrainConfig, device: torch.device) -> None:
+    """Set torch's global switches as the run wants them."""
+    if has_fast_kernels(config, device):
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def largest(fabric: Fabric, *numbers: int) -> list[int]:
     """Each number's largest value over the processes, which must all ask at the same point."""
     values = torch.tensor(numbers, device=fabric.device)

@@ -76,20 +76,24 @@ def freeze_unreachable(
     return frozen
 
 
-def build_optimizer(module: nn.Module, settings: OptimizerSettings, batch_size: int) -> AdamW:
+def build_optimizer(
+    module: nn.Module, settings: OptimizerSettings, batch_size: int, fused: bool = False
+) -> AdamW:
     """AdamW over the trainable parameters; norms, biases and the linear head do not decay.
 
     Args:
         module: what is trained.
         settings: learning rate, decay, betas.
         batch_size: the global batch, by which base_lr is scaled (lr = base_lr x batch / 256).
+        fused: in one kernel.
     """
     named_by_timm = getattr(getattr(module, "backbone", None), "no_weight_decay", set)
     exempt: set[str] = named_by_timm()
     groups = param_groups_weight_decay(
         module, settings.weight_decay, no_weight_decay_list=[f"backbone.{name}" for name in exempt]
     )
-    return AdamW(groups, lr=settings.base_lr * batch_size / 256, betas=settings.betas)
+    lr = settings.base_lr * batch_size / 256
+    return AdamW(groups, lr=lr, betas=settings.betas, fused=fused or None)
 
 
 def build_schedule(

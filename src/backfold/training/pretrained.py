@@ -1,18 +1,29 @@
 """A finished or running pretraining, read back from its checkpoint."""
 
+import copy
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
 from backfold.backbone import ImageSize
+from backfold.batch_norm import batch_norms
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.training.config import PretrainConfig
 from backfold.training.config_file import config_from_dict
-from backfold.training.run_folder import load_checkpoint
+from backfold.training.run_folder import RunFolder, load_checkpoint
 from backfold.training.setup import build_energy
+
+LOGGER = logging.getLogger("backfold")
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,39 @@ def load_pretrained(path: Path) -> Pretrained:
             f"{path} does not fit this version of backfold or timm: {reason}; "
             "use the versions in the run's run.json"
         ) from error
+
+
+def exported_backbone(run: Pretrained, folder: Path | None) -> nn.Module:
+    """A copy of the run's backbone on the CPU, in eval mode.
+
+    Batch norms are refreshed at a run's end, so that fine-tuning in train mode starts near the same
+    function; those weights are taken where the run's folder has them of this very checkpoint.
+    """
+    backbone = copy.deepcopy(run.energy.backbone).cpu().eval()
+    norms = set(batch_norms(backbone))
+    if not norms:
+        return backbone
+    refreshed: dict[str, Tensor] = {}
+    if folder is not None:
+        with suppress(OSError, SafetensorError):
+            refreshed = load_file(RunFolder(folder).backbone)
+    own = backbone.state_dict()
+    outside = own.keys() - {
+        f"{prefix}.{name}"
+        for prefix, part in backbone.named_modules()
+        if part in norms
+        for name in part.state_dict()
+    }
+    if refreshed.keys() == own.keys() and all(
+        torch.equal(refreshed[name], own[name]) for name in outside
+    ):
+        backbone.load_state_dict(refreshed)
+    else:
+        LOGGER.warning(
+            "the batch norms have the statistics of the run's start: there are no refreshed ones "
+            "of this checkpoint; to fine-tune in train mode, export a finished run"
+        )
+    return backbone
 
 
 def _without_gone(settings: Mapping[str, Any]) -> dict[str, Any]:

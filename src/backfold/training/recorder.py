@@ -47,6 +47,7 @@ class State:
     started: str = ""
     decisions: dict[str, Any] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
+    stream: list[str] = field(default_factory=list)  # where each process is in it
 
 
 class Recorder:

@@ -2,8 +2,10 @@
 
 import logging
 
-from backfold.backbone import default_image_size
-from backfold.data.broken import BrokenFiles
+import torch
+
+from backfold.backbone import default_image_size, is_convolutional
+from backfold.data.source import BrokenFiles, ImageSource
 from backfold.errors import UserError
 from backfold.memory import keep_freed_memory
 from backfold.training import setup
@@ -16,7 +18,7 @@ from backfold.training.config import (
     parse_image_size,
     watched_tasks,
 )
-from backfold.training.distribution import make_fabric
+from backfold.training.distribution import choose_kernels, has_fast_kernels, make_fabric
 from backfold.training.initial import initialise
 from backfold.training.optimizer import freeze_unreachable
 from backfold.training.recorder import Recorder
@@ -34,20 +36,26 @@ class RunParts:
         folder: the run's.
         command: what the user typed, for the record.
         resume: the run goes on from its last checkpoint, if it has one.
+        source: the images, in place of the settings' data.
 
     Raises:
         UserError: bad settings or data.
     """
 
     def __init__(
-        self, config: PretrainConfig, folder: RunFolder, command: str, resume: bool
+        self,
+        config: PretrainConfig,
+        folder: RunFolder,
+        command: str,
+        resume: bool,
+        source: ImageSource | None = None,
     ) -> None:
         self.config, self.folder = config, folder
         for line in doubtful_settings(config):
             LOGGER.warning("%s", line)
         continued = resume and folder.last_checkpoint.exists()
         images = self.images = setup.open_images(
-            config, load_statistics(folder.last_checkpoint) if continued else None
+            config, load_statistics(folder.last_checkpoint) if continued else None, source
         )
         tasks = build_tasks(config, images.channels)
         # Watched as they are used: on whole images, whatever part of them training runs on.
@@ -66,8 +74,11 @@ class RunParts:
         self.fabric = make_fabric(config)
         if self.fabric.device.type == "cpu":
             keep_freed_memory()
+        choose_kernels(config, self.fabric.device)
         self._count_steps()
         self.energy = self.energy.to(self.fabric.device)
+        if has_fast_kernels(config, self.fabric.device) and is_convolutional(self.energy.backbone):
+            self.energy = self.energy.to(memory_format=torch.channels_last)
         self.held_out = setup.load_held_out(
             images, self.image_size, self.fabric.device, self.broken
         )

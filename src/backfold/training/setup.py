@@ -12,18 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from backfold.backbone import ImageSize
-from backfold.data.broken import BrokenFiles
-from backfold.data.guarded_loading import evaluation_batches
-from backfold.data.source import (
-    ImageSource,
-    Labels,
-    SubsetSource,
-    open_source,
-    open_stream,
-    stratified_split,
-)
+from backfold.data.loading import evaluation_batches
+from backfold.data.open import open_source, open_stream
+from backfold.data.source import BrokenFiles, ImageSource, Labels, SubsetSource, stratified_split
 from backfold.data.statistics import ChannelStatistics, count_channels
-from backfold.data.stream import StreamHead, StreamSource
+from backfold.data.stream import Stream
 from backfold.data.survey import survey
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
@@ -52,7 +45,7 @@ class Images:
     held_out: ImageSource
     statistics: ChannelStatistics
     count: int
-    stream: StreamSource | None = None
+    stream: Stream | None = None
     reading_workers: int = 0
 
     @property
@@ -60,26 +53,29 @@ class Images:
         """That all images are brought to."""
         return len(self.statistics.mean)
 
-    @property
-    def head(self) -> StreamHead | None:
-        """The stream's first images."""
-        return self.held_out if isinstance(self.held_out, StreamHead) else None
 
-
-def open_images(config: PretrainConfig, known: ChannelStatistics | None = None) -> Images:
+def open_images(
+    config: PretrainConfig,
+    known: ChannelStatistics | None = None,
+    source: ImageSource | None = None,
+) -> Images:
     """Open the data, split off the held-out images, count channels and measure statistics.
 
     Args:
         config: all settings.
         known: what a resumed run measured when it began; nothing is measured again.
+        source: the images, in place of the settings' data.
 
     Raises:
         UserError: no data, too few images, or too many unreadable ones.
     """
-    stream = open_stream(config.data, config.stream_images, config.max_pixels)
+    stream = None
+    if source is None:
+        stream = open_stream(config.data, config.stream_images, config.max_pixels)
     if stream is not None:
         return _open_stream(config, stream, known)
-    source = open_source(config.data, "train", config.watch_labels, config.max_pixels)
+    if source is None:
+        source = open_source(config.data, "train", config.watch_labels, config.max_pixels)
     if len(source) < 2:
         raise UserError(f"{source.name} holds {len(source)} image; give at least 2")
     training, kept = split_held_out(source, config.held_out, config.seed)
@@ -124,16 +120,13 @@ def _measure(config: PretrainConfig, source: ImageSource, workers: int) -> Chann
     return found.statistics
 
 
-def _open_stream(
-    config: PretrainConfig, stream: StreamSource, known: ChannelStatistics | None
-) -> Images:
+def _open_stream(config: PretrainConfig, stream: Stream, known: ChannelStatistics | None) -> Images:
     held_out = min(config.held_out, max(1, int(LARGEST_HELD_OUT_SHARE * stream.count)))
-    head = stream.head(held_out)
+    head, stream = stream.hold_out(held_out)
     workers = _reading_workers(config)
     statistics = known or _measure(config, head, workers)
-    count = stream.count - len(head)
-    _describe(stream.name, count, len(head), statistics)
-    return Images(head, head, statistics, count, stream, workers)
+    _describe(stream.name, stream.count, len(head), statistics)
+    return Images(head, head, statistics, stream.count, stream, workers)
 
 
 def _describe(name: str, training: int, held_out: int, statistics: ChannelStatistics) -> None:

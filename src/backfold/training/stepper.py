@@ -22,7 +22,7 @@ from backfold.restoration import restoration_losses, training_step
 from backfold.sparse import running_tokens, token_size
 from backfold.training.compiled import CompiledStep
 from backfold.training.config import PretrainConfig
-from backfold.training.distribution import shard_optimizer
+from backfold.training.distribution import has_fast_kernels, shard_optimizer
 from backfold.training.meter import Restored
 from backfold.training.optimizer import build_optimizer, build_schedule
 
@@ -35,6 +35,7 @@ class RestorationTraining(nn.Module):
         step_size: of the restoration step.
         plausibility_weight: of the loss on the energy itself.
         compiled: run under `torch.compile`, where that works.
+        graphs: compile into CUDA graphs.
     """
 
     def __init__(
@@ -43,18 +44,20 @@ class RestorationTraining(nn.Module):
         step_size: float,
         plausibility_weight: float = 0.0,
         compiled: bool = False,
+        graphs: bool = False,
     ) -> None:
         super().__init__()
         use_plain_attention(energy)
         self.energy = energy
         self.step_size, self.plausibility_weight = step_size, plausibility_weight
+        self.graphs = graphs
         self.compiled: CompiledStep | None = None
         if compiled:
             self.compile_step()
 
     def compile_step(self) -> CompiledStep:
         """Run compiled from now on, where that works; see `CompiledStep`."""
-        self.compiled = CompiledStep(self.restore)
+        self.compiled = CompiledStep(self.restore, graphs=self.graphs)
         return self.compiled
 
     def restore(
@@ -153,14 +156,15 @@ class Stepper:
     ) -> None:
         self.config, self.task, self.statistics, self.fabric = config, task, statistics, fabric
         self.micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else None
-        whole = build_optimizer(energy, config.optimizer, config.batch_size)
+        fast = has_fast_kernels(config, fabric.device)
+        whole = build_optimizer(energy, config.optimizer, config.batch_size, fused=fast)
         sharded = config.shard_optimizer and fabric.world_size > 1
         optimizer: Optimizer = shard_optimizer(whole) if sharded else whole
         self.schedule = build_schedule(optimizer, config.optimizer, total_steps, steps_per_epoch)
         self.energy, self.displacement = energy, DISPLACEMENT
         self.is_exact = config.derivative == "exact"
         self.restoration = (
-            RestorationTraining(energy, config.step_size, config.plausibility_weight)
+            RestorationTraining(energy, config.step_size, config.plausibility_weight, graphs=fast)
             if self.is_exact
             else None
         )

@@ -63,8 +63,6 @@ class StopRequest:
         Returns:
             The signal that any of them got, or 0, and whether any wants a checkpoint.
         """
-        if fabric.world_size == 1:
-            return self.number, due
         number, wanted = largest(fabric, self.number, int(due))
         return number, bool(wanted)
 

@@ -9,7 +9,7 @@ and would be overridden hooks there.
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import NoReturn, cast
 
@@ -18,9 +18,11 @@ from rich.console import Console
 from torch import Tensor
 
 from backfold.data.loading import Batch
+from backfold.data.source import ImageSource
+from backfold.data.stream import StreamBatches
 from backfold.errors import UserError
 from backfold.memory import memory_advice
-from backfold.training.batches import loading_workers, training_batches
+from backfold.training.batches import loading_workers, stream_batches, training_batches
 from backfold.training.config import PretrainConfig, build_tasks
 from backfold.training.config_file import config_to_dict
 from backfold.training.distribution import gather_lines
@@ -54,6 +56,8 @@ from backfold.training.warm_up import warm_up
 
 LOGGER = logging.getLogger("backfold")
 LOG_EVERY = 20
+# (steps done, loss on the device, what the last part of the batch came to).
+Callback = Callable[[int, Tensor, Restored], None]
 
 
 def pretrain(
@@ -63,6 +67,8 @@ def pretrain(
     overwrite: bool = False,
     command: str = "",
     console: Console | None = None,
+    source: ImageSource | None = None,
+    callback: Callback | None = None,
 ) -> RunFolder:
     """Pretrain a backbone; everything is left in ``config.out``.
 
@@ -72,6 +78,8 @@ def pretrain(
         overwrite: replace an existing run.
         command: what the user typed, for the record.
         console: where messages go; the standard error by default.
+        source: the images, in place of ``config.data``, which is then no more than their name.
+        callback: called after every optimizer step.
 
     Raises:
         UserError: bad settings or data, a folder that can't be used, a loss that is not finite.
@@ -81,7 +89,7 @@ def pretrain(
         console = Console(quiet=True)
     with stop_requests() as request:
         try:
-            return _pretrain(config, resume, overwrite, command, console, request)
+            return _pretrain(config, resume, overwrite, command, console, request, source, callback)
         except StopNow:
             raise stopped_early(request.number, config.out) from None
 
@@ -93,13 +101,15 @@ def _pretrain(
     command: str,
     console: Console,
     request: StopRequest,
+    source: ImageSource | None,
+    callback: Callback | None,
 ) -> RunFolder:
     # What can be refused is refused before the folder is touched.
     check_available(config.out, resume=resume, overwrite=overwrite)
     build_tasks(config, config.channels or 3)
     check_loggers(config.loggers)
     with log_to(None, console) as messages, request.at_once(), memory_advice():
-        run = Run(config, RunFolder(config.out), command, resume)
+        run = Run(config, RunFolder(config.out), command, resume, source)
     with ExitStack() as stack:
         problem = ""
         if run.fabric.is_global_zero:
@@ -115,7 +125,7 @@ def _pretrain(
         with memory_advice(lambda: run.stepper.micro_batch or run.local_batch):
             if resume:
                 run.load()
-            run.train(console, request)
+            run.train(console, request, callback)
     return run.folder
 
 
@@ -123,12 +133,18 @@ class Run(RunParts):
     """A run's parts at work."""
 
     def __init__(
-        self, config: PretrainConfig, folder: RunFolder, command: str, resume: bool
+        self,
+        config: PretrainConfig,
+        folder: RunFolder,
+        command: str,
+        resume: bool,
+        source: ImageSource | None = None,
     ) -> None:
-        super().__init__(config, folder, command, resume)
+        super().__init__(config, folder, command, resume, source)
         self.state = self.recorder.state
         self._unreadable: list[str] = []  # lines that are not counted yet
         self._told_of_waiting = False
+        self._stream: StreamBatches | None = None
 
     def load(self) -> None:
         """Take up the last checkpoint.
@@ -142,7 +158,9 @@ class Run(RunParts):
             self.state = self.recorder.state
             self.broken.add(self.state.broken)
 
-    def train(self, console: Console, request: StopRequest) -> None:
+    def train(
+        self, console: Console, request: StopRequest, callback: Callback | None = None
+    ) -> None:
         """Go on to the last step, and leave the weights."""
         if self.fabric.is_global_zero:
             write_yaml(self.folder.config, config_to_dict(self.config))
@@ -156,7 +174,7 @@ class Run(RunParts):
         succeeded = False
         try:
             with TrainingBar(console, self.state.step, self.total_steps) as bar:
-                self._loop(bar, metrics, request)
+                self._loop(bar, metrics, request, callback)
             succeeded = True
         finally:
             if metrics is not None:
@@ -178,16 +196,18 @@ class Run(RunParts):
         fitting = self.stepper.micro_batch or self.local_batch
         self.recorder.watch_batch = min(self.recorder.watch_batch, fitting)
 
-    def _loop(self, bar: TrainingBar, metrics: MetricsLog | None, request: StopRequest) -> None:
+    def _loop(
+        self,
+        bar: TrainingBar,
+        metrics: MetricsLog | None,
+        request: StopRequest,
+        callback: Callback | None,
+    ) -> None:
         meter = Meter(self.state.seconds)
-        batches = training_batches(
-            self.config,
-            self.images,
-            self.image_size,
-            self.local_batch,
-            range(self.state.step, self.total_steps),
-            self.fabric,
-        )
+        what = (self.config, self.images, self.image_size, self.local_batch)
+        self._stream = stream_batches(*what, self.fabric, self.state.stream)
+        steps = range(self.state.step, self.total_steps)
+        batches = training_batches(*what, steps, self.fabric, self._stream)
         self.energy.train()
         saved = time.monotonic()
         if self.state.step == 0 and not self.recorder.history:
@@ -206,6 +226,8 @@ class Run(RunParts):
             self.state.step += 1
             bar.advance()
             done = self.state.step
+            if callback is not None:
+                callback(done, losses, last)
             watched = done % self.watch_steps == 0 or done == self.total_steps
             if done % LOG_EVERY == 0 or done == 1 or watched:
                 self._count_unreadable()
@@ -220,7 +242,7 @@ class Run(RunParts):
                 self.recorder.watch(self._epoch(), metrics)
                 meter.resume()
             due = watched or time.monotonic() - saved > 60 * self.config.checkpoint_minutes
-            number, due = request.agreed(self.fabric, due)
+            number, due = self._agreed(request, due, exchange=done % LOG_EVERY == 0 or watched)
             if due or number:
                 self._check_finite(float(losses), float(norm))
                 self._count_unreadable()
@@ -228,6 +250,15 @@ class Run(RunParts):
                 saved = time.monotonic()
             if number and done < self.total_steps:
                 self._stop(number)
+
+    def _agreed(self, request: StopRequest, due: bool, exchange: bool) -> tuple[int, bool]:
+        """The signal to leave by, or 0, and whether to save; processes ask each other now and then.
+
+        Asking at every step would make each of them wait for its device there.
+        """
+        if self.fabric.world_size == 1:
+            return request.number, due
+        return request.agreed(self.fabric, due) if exchange else (0, False)
 
     def _next(self, batches: Iterator[Batch], request: StopRequest) -> Batch:
         if self.fabric.world_size > 1:  # processes leave together, behind a step
@@ -260,6 +291,8 @@ class Run(RunParts):
 
     def _save(self) -> None:
         self.state.broken = self.broken.descriptions
+        if self._stream is not None:
+            self.state.stream = gather_lines(self.fabric, [self._stream.where()])
         # All processes: a sharded optimizer's state is gathered in the first.
         optimizer = self.stepper.optimizer.state_dict()
         if self.fabric.is_global_zero:

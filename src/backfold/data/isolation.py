@@ -1,7 +1,9 @@
 """A function called in a process apart, which it may crash or hang."""
 
+import itertools
 import mmap
 import os
+import pickle
 import signal
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,28 +13,25 @@ from multiprocessing.connection import Connection
 from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
+from torch.utils.data import get_worker_info
 
 from backfold.errors import BrokenImage, UserError
 
+IMAGE_SECONDS = 60.0  # an image that takes longer is broken
 # For most of these PyTorch's workers and runs have handlers, which a child would inherit.
 DEADLY = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGTERM, signal.SIGALRM)
 # Arguments in a message: enough to be worth it, and few enough to stay in the processor's caches.
 TOGETHER = 8
+# Bytes of memory shared with a process, taken when they are first used. Its first word is the
+# argument that the process is at, which survives it; the rest holds results, if there is room:
+# a pipe would take longer.
+SHARED, WORD = 2**26, 8
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
 class FatalImage(BrokenImage):
     """An image that ended the process that read it, or kept it waiting."""
-
-
-@dataclass(frozen=True)
-class _Reply:
-    """What some calls came to: results, an exception, or the death of the process."""
-
-    results: list[Any] | None = None
-    error: Exception | None = None
-    exit_code: int | None = None
 
 
 def attempt(function: Callable[[Argument], Result], argument: Argument) -> Result | BrokenImage:
@@ -43,12 +42,19 @@ def attempt(function: Callable[[Argument], Result], argument: Argument) -> Resul
         return error
 
 
-class Expendable(Generic[Argument, Result]):
-    """Calls a function in a forked process; a context.
+@dataclass(frozen=True)
+class _Child:
+    process: int
+    connection: Connection
+    memory: mmap.mmap
 
-    One process serves all calls, and another takes its place when it dies. A call costs the way of
-    argument and result through a pipe, least of all by `each`. Worker processes of a DataLoader can
-    use this too, though they may not start what `multiprocessing` starts.
+
+class Expendable(Generic[Argument, Result]):
+    """Calls a function in a forked process, which ends with the context or with this process.
+
+    One process serves all calls, from the first on, and another takes its place when it dies.
+    Calls cost least by `each`. Worker processes of a DataLoader can use this too, though they may
+    not start what `multiprocessing` starts.
 
     Args:
         function: reads an image; its argument and its result are pickled.
@@ -57,30 +63,27 @@ class Expendable(Generic[Argument, Result]):
 
     def __init__(self, function: Callable[[Argument], Result], seconds: float) -> None:
         self._function, self._seconds = function, seconds
-        self._child: tuple[int, Connection] | None = None
-        # Which of the arguments the process is at; it survives it.
-        self._place = memoryview(mmap.mmap(-1, 8)).cast("q")
+        self._child: _Child | None = None
 
     def __enter__(self) -> "Expendable[Argument, Result]":
-        self._child = self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._child is not None:
-            self._end(kill=True)
+            self._end(self._child, kill=True)
 
     def __call__(self, argument: Argument) -> Result:
-        """What the function returns.
-
-        Raises:
-            BrokenImage: the function does, or is fatal to the process.
-            UserError: the function does.
-            RuntimeError: the function raises anything else; its traceback is the message.
-        """
+        """What the function returns; raises what `each` does, and BrokenImage where it would."""
         (outcome,) = self.each([argument])
         if isinstance(outcome, BrokenImage):
             raise outcome
         return outcome
+
+    def each_in_worker(self, arguments: Sequence[Argument]) -> list[Result | BrokenImage]:
+        """As `each` in a worker of a DataLoader; elsewhere in this very process, unprotected."""
+        if get_worker_info() is None:
+            return [attempt(self._function, argument) for argument in arguments]
+        return self.each(arguments)
 
     def each(self, arguments: Sequence[Argument]) -> list[Result | BrokenImage]:
         """What the function returns for each, or how the image is broken.
@@ -89,8 +92,8 @@ class Expendable(Generic[Argument, Result]):
         something else, as where memory runs out.
 
         Raises:
-            UserError: as above, of the first that does.
-            RuntimeError: as above.
+            UserError: the function does; of the first that does.
+            RuntimeError: the function raises anything else; its traceback is the message.
         """
         outcomes: list[Result | BrokenImage] = []
         for first in range(0, len(arguments), TOGETHER):
@@ -102,57 +105,60 @@ class Expendable(Generic[Argument, Result]):
         suspects = set()
         while len(outcomes) < len(arguments):
             todo = [number for number in range(len(arguments)) if number not in outcomes]
-            reply = self._ask([arguments[number] for number in todo])
-            if reply.error is not None:
-                raise reply.error
-            if reply.results is not None:
-                outcomes.update(zip(todo, reply.results, strict=True))
+            child = self._child = self._child or self._start()
+            reply = self._ask(child, [arguments[number] for number in todo])
+            if isinstance(reply, list):
+                outcomes.update(zip(todo, reply, strict=True))
                 continue
-            number, code = todo[self._place[0]], reply.exit_code
-            if code == -signal.SIGALRM:
+            number = todo[int.from_bytes(child.memory[:WORD], "little")]
+            if reply == -signal.SIGALRM:
                 fate = f"takes its decoder more than {self._seconds:g} seconds"
                 outcomes[number] = FatalImage(fate)
             elif number in suspects:
-                fate = f"ends the process that decodes it (exit code {code})"
+                fate = f"ends the process that decodes it (exit code {reply})"
                 outcomes[number] = FatalImage(fate)
             suspects.add(number)
         return [outcomes[number] for number in range(len(arguments))]
 
-    def _ask(self, arguments: list[Argument]) -> _Reply:
-        if self._child is None:
-            self._child = self._start()
-        _, connection = self._child
-        self._place[0] = 0
+    def _ask(self, child: _Child, arguments: list[Argument]) -> list[Any] | int:
+        """The outcomes, or the exit code of the process, which then is dead."""
+        child.memory[:WORD] = bytes(WORD)
         try:
-            connection.send(arguments)
-            reply: _Reply = connection.recv()
+            child.connection.send(arguments)
+            content, lengths = child.connection.recv()
         except (EOFError, OSError):
-            return _Reply(exit_code=self._end(kill=False))
+            return self._end(child, kill=False)
         except BaseException:
             # Its answer would be taken for that to the next call.
-            self._end(kill=True)
+            self._end(child, kill=True)
             raise
-        return reply
+        ends = itertools.accumulate(lengths, initial=WORD)
+        view = memoryview(child.memory)
+        buffers = [bytearray(view[start:end]) for start, end in itertools.pairwise(ends)]
+        reply = pickle.loads(content, buffers=buffers)
+        if isinstance(reply, Exception):
+            raise reply
+        return list(reply)
 
-    def _start(self) -> tuple[int, Connection]:
+    def _start(self) -> _Child:
         ours, theirs = Pipe()
+        memory = mmap.mmap(-1, SHARED)
         process = os.fork()
         if process == 0:
             ours.close()
-            self._serve(theirs)
+            self._serve(theirs, memory)
         theirs.close()
-        return process, ours
+        return _Child(process, ours, memory)
 
-    def _end(self, *, kill: bool) -> int:
+    def _end(self, child: _Child, *, kill: bool) -> int:
         """Let go of the process; returns its exit code, negative where a signal ended it."""
-        assert self._child is not None
-        (process, connection), self._child = self._child, None
-        connection.close()
+        self._child = None
+        child.connection.close()
         if kill:
-            os.kill(process, signal.SIGKILL)
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            os.kill(child.process, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(os.waitpid(child.process, 0)[1])
 
-    def _serve(self, connection: Connection) -> NoReturn:
+    def _serve(self, connection: Connection, memory: mmap.mmap) -> NoReturn:
         try:
             for number in DEADLY:
                 signal.signal(number, signal.SIG_DFL)
@@ -160,7 +166,7 @@ class Expendable(Generic[Argument, Result]):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when whoever asks does
             torch.set_num_threads(1)
             while True:
-                connection.send(self._reply(connection.recv()))
+                connection.send(_packed(self._reply(connection.recv(), memory), memory))
         except (EOFError, OSError):  # whoever asks is gone
             os._exit(0)
         except BaseException:
@@ -168,19 +174,33 @@ class Expendable(Generic[Argument, Result]):
         finally:
             os._exit(1)
 
-    def _reply(self, arguments: list[Argument]) -> _Reply:
+    def _reply(self, arguments: list[Argument], memory: mmap.mmap) -> list[Any] | Exception:
         results = []
         try:
             for number, argument in enumerate(arguments):
-                self._place[0] = number
+                memory[:WORD] = number.to_bytes(WORD, "little")
                 # A decoder that hangs is deaf to Python, but not to a signal without a handler. Set
                 # here, it works after the death of whoever asks.
                 signal.setitimer(signal.ITIMER_REAL, self._seconds)
                 results.append(attempt(self._function, argument))
         except UserError as error:
-            return _Reply(error=error)
+            return error
         except Exception:
-            return _Reply(error=RuntimeError(traceback.format_exc()))
+            return RuntimeError(traceback.format_exc())
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
-        return _Reply(results)
+        return results
+
+
+def _packed(reply: list[Any] | Exception, memory: mmap.mmap) -> tuple[bytes, list[int]]:
+    """A pickle, and the lengths of the arrays' contents in the shared memory, where they fit."""
+    found: list[pickle.PickleBuffer] = []
+    content = pickle.dumps(reply, protocol=5, buffer_callback=found.append)
+    buffers = [buffer.raw() for buffer in found]
+    lengths = [len(buffer) for buffer in buffers]
+    if WORD + sum(lengths) > SHARED:
+        return pickle.dumps(reply), []
+    ends = itertools.accumulate(lengths, initial=WORD)
+    for buffer, (start, end) in zip(buffers, itertools.pairwise(ends), strict=True):
+        memory[start:end] = buffer
+    return content, lengths

@@ -1,0 +1,131 @@
+"""`backfold embed` and `backfold score`."""
+
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from backfold import Backfold
+from backfold.cli.main import main
+from backfold.data.open import open_source
+from backfold.embedding import EmbeddingChoice
+from backfold.inference.jobs import EmbeddingJob
+
+HERE = ["--accelerator=cpu", "--num-workers=0"]
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_vectors_of_the_run_s_own_images(finished, tmp_path, capsys):
+    out = tmp_path / "vectors.parquet"
+    assert main(["embed", f"--checkpoint={finished}", f"--out={out}", *HERE]) == 0
+    assert capsys.readouterr().out == f"60 vectors: {out}\n"
+    table = pq.read_table(out)
+    source = open_source(finished.with_name("images.parquet"), "train")
+    assert table.column_names == ["path", "vector"]
+    assert table["path"].to_pylist() == [source.describe(index) for index in range(60)]
+    images = torch.stack([source.read(index) for index in range(60)])
+    torch.testing.assert_close(
+        torch.tensor(table["vector"].to_pylist()), Backfold.load(finished).embed(images)
+    )
+    assert not out.with_name("vectors.parquet.parts").exists()
+
+
+def test_vectors_of_other_images_with_another_pooling(finished, make_folder, tmp_path, capsys):
+    folder = make_folder(count=9)
+    out = tmp_path / "vectors.npz"
+    arguments = [f"--data={folder}", f"--out={out}", "--embedding.pooling=class_token"]
+    assert main(["embed", f"--checkpoint={finished}", *arguments, *HERE]) == 0
+    paths = sorted(folder.iterdir())
+    with np.load(out) as arrays:
+        assert arrays["path"].tolist() == [str(path) for path in paths]
+        given = torch.from_numpy(arrays["vector"])
+    choice = EmbeddingChoice(pooling="class_token")
+    torch.testing.assert_close(given, Backfold.load(finished).embed(paths, choice))
+    capsys.readouterr()
+
+
+def test_an_interrupted_command_goes_on_and_leaves_broken_images_out(
+    finished, make_folder, tmp_path, capsys, monkeypatch
+):
+    folder, out = make_folder(count=12, broken=1), tmp_path / "vectors.parquet"
+    command = ["embed", f"--checkpoint={finished}", f"--data={folder}", f"--out={out}", *HERE]
+    command += ["--batch-size=4", "--part-size=4"]
+    first, real = iter([True, False]), EmbeddingJob.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            EmbeddingJob, "__call__", lambda *given: real(*given) if next(first) else interrupt()
+        )
+        assert main(command) == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "1 of 3 parts are done already" in captured.err
+    assert captured.out == f"11 vectors: {out}\n"
+    assert "011.png" in captured.err
+    assert "warning: 1 of 12 images could not be read" in captured.err
+
+
+def test_an_existing_file_is_replaced_on_request(finished, tmp_path, refused):
+    out = tmp_path / "vectors.parquet"
+    command = ["embed", f"--checkpoint={finished}", f"--out={out}", *HERE]
+    assert main(command) == 0
+    before = out.read_bytes()
+    refused(command, "vectors.parquet exists; give --overwrite")
+    assert out.read_bytes() == before
+    assert main([*command, "--embedding.pooling=max", "--overwrite"]) == 0
+    assert out.read_bytes() != before
+
+
+@pytest.fixture
+def score(finished, make_folder, tmp_path):
+    folder = make_folder(count=10)
+
+    def start(name, *arguments):
+        out = tmp_path / name
+        command = ["score", f"--checkpoint={finished}", f"--data={folder}", f"--out={out}"]
+        assert main([*command, *HERE, *arguments]) == 0
+        table = pyarrow.csv.read_csv(out) if out.suffix == ".csv" else pq.read_table(out)
+        return folder, out, table
+
+    return start
+
+
+def test_energies_and_errors_of_every_image(finished, score, capsys):
+    folder, out, table = score("scores.parquet")
+    paths = sorted(folder.iterdir())
+    assert table.column_names == ["path", "energy", "error_masking"]
+    assert table["path"].to_pylist() == [str(path) for path in paths]
+    energies = torch.tensor(table["energy"].to_pylist())
+    torch.testing.assert_close(energies, Backfold.load(finished).energy(paths))
+    assert min(table["error_masking"].to_pylist()) > 0
+    sheet = out.with_suffix(".html")
+    assert capsys.readouterr().out == f"10 scores: {out}\ncontact sheet: {sheet}\n"
+    assert all(f'alt="{path}"' in sheet.read_text() for path in paths)
+
+
+def test_the_same_seed_gives_the_same_numbers(score):
+    _, first, table = score("a.csv")
+    _, _, again = score("b.csv", "--batch-size=3", "--part-size=3")
+    _, _, other = score("c.csv", "--seed=1", "--pretext=mixture", "--num-steps=2")
+    errors = [given["error_masking"].to_pylist() for given in (table, again, other)]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-5)
+    assert errors[2] != errors[0]
+    assert other["energy"] == table["energy"]
+    assert other.column_names == [
+        "path", "energy", "error_masking", "error_sorting", "error_superresolution",
+        "error_denoising",
+    ]  # fmt: skip
+    assert first.with_suffix(".html").is_file()
+
+
+def test_a_contact_sheet_of_somebody_else_is_not_replaced(finished, tmp_path, refused):
+    (tmp_path / "scores.html").write_text("mine")
+    command = ["score", f"--checkpoint={finished}", f"--out={tmp_path / 'scores.csv'}", *HERE]
+    refused(command, "scores.html exists; give --overwrite")
+    assert (tmp_path / "scores.html").read_text() == "mine"
+    assert not (tmp_path / "scores.csv").exists()

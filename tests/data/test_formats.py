@@ -1,0 +1,319 @@
+"""Folders, parquet files and tar shards as sources of images."""
+
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import webdataset
+from PIL import Image
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from backfold.data.decode import decode
+from backfold.data.formats import FolderSource, ParquetSource, TarSource
+from backfold.data.open import open_source
+from backfold.data.source import NoTestSplit
+from backfold.errors import BrokenImage, UserError
+
+
+def test_images_at_any_depth_in_path_order(tmp_path, make_folder):
+    names = ["b/deep/er/2.png", "a.png", "b/10.PNG", "b/.hidden.png", ".cache/x.png", "c/1.png"]
+    folder = make_folder(tmp_path, names)
+    (folder / "notes.txt").write_text("no image")
+    source = FolderSource(folder)
+    described = [source.describe(index) for index in range(len(source))]
+    expected = ["a.png", "b/10.PNG", "b/deep/er/2.png", "c/1.png"]
+    assert described == [str(folder / name) for name in expected]
+    for index, path in enumerate(described):
+        pixels = np.array(Image.open(path))
+        assert torch.equal(source.read(index), torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def test_every_suffix_is_found(tmp_path, encode):
+    content = encode(np.full((4, 5, 3), 77, dtype=np.uint8))
+    for suffix in ("jpeg", "png", "webp", "bmp", "tif", "tiff", "JPG"):
+        (tmp_path / f"x.{suffix}").write_bytes(content)
+    assert len(FolderSource(tmp_path)) == 7
+
+
+def test_labels_are_first_level_folders(tmp_path, make_folder):
+    folder = make_folder(tmp_path, ["dog/1.png", "cat/x/2.png", "cat/3.png", "emu/4.png"])
+    (folder / "ant").mkdir()  # without images it is no class
+    source = FolderSource(folder, labelled=True)
+    assert source.class_names == ("cat", "dog", "emu")
+    assert source.labels.dtype == np.int64
+    for index, label in enumerate(source.labels):
+        assert f"/{source.class_names[label]}/" in source.describe(index)
+    assert np.bincount(source.labels).tolist() == [2, 1, 1]
+    copy = pickle.loads(pickle.dumps(source))
+    assert torch.equal(copy.read(1), source.read(1))
+    assert np.array_equal(copy.labels, source.labels)
+
+
+def test_no_labels_unless_asked_and_possible(tmp_path, make_folder):
+    folder = make_folder(tmp_path, ["cat/1.png", "dog/2.png"])
+    assert FolderSource(folder).labels is None
+    source = FolderSource(folder, labelled=True, class_names=["ant", "cat", "dog"])
+    assert (source.labels.tolist(), source.class_names) == ([1, 2], ("ant", "cat", "dog"))
+    assert FolderSource(folder / "cat", labelled=True).labels is None
+    make_folder(tmp_path, ["loose.png"])
+    assert FolderSource(folder, labelled=True).class_names == ()
+
+
+def test_unreadable_files_are_broken(tmp_path, make_folder):
+    folder = make_folder(tmp_path, ["1.png", "2.png"], broken=("1.png",))
+    source = FolderSource(folder)
+    with pytest.raises(BrokenImage, match="not an image"):
+        source.read(0)
+    (folder / "2.png").unlink()
+    with pytest.raises(BrokenImage, match="No such file"):
+        source.read(1)
+
+
+def write_table(path, columns, metadata=None):
+    table = pa.table(columns)
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    return path
+
+
+@pytest.fixture
+def few(contents):
+    return contents[:5]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_bytes_column(tmp_path, few, kind):
+    path = write_table(tmp_path / "x.parquet", {"image": pa.array(few, kind)})
+    source = ParquetSource(path)
+    assert len(source) == 5
+    assert source.labels is None
+    assert source.class_names == ()
+    for index, content in enumerate(few):
+        assert torch.equal(source.read(index), decode(content))
+
+
+def test_hugging_face_layout(tmp_path, few):
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    images = [{"bytes": content, "path": f"{n}.png"} for n, content in enumerate(few)]
+    path = write_table(
+        tmp_path / "x.parquet", {"image": images, "label": [1, 0, 0, 1, 1]}, metadata
+    )
+    source = ParquetSource(path)
+    assert torch.equal(source.read(3), decode(few[3]))
+    assert source.labels.tolist() == [1, 0, 0, 1, 1]
+    assert source.labels.dtype == np.int64
+    assert source.class_names == ("cat", "dog")
+
+
+def test_several_files_and_row_groups(tmp_path, few):
+    table = pa.table({"image": few, "label": pa.array([3, 0, 1, 2, 0], pa.int8())})
+    files = [tmp_path / "a.parquet", tmp_path / "b.parquet", tmp_path / "c.parquet"]
+    pq.write_table(table.slice(0, 3), files[0], row_group_size=2)
+    pq.write_table(table.slice(0, 0), files[1])
+    pq.write_table(table.slice(3), files[2])
+    source = ParquetSource(files)
+    assert [torch.equal(source.read(n), decode(c)) for n, c in enumerate(few)] == [True] * 5
+    places = [source.describe(index) for index in range(5)]
+    rows = [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
+    assert places == [f"{files[number]} row {row}" for number, row in rows]
+    assert source.labels.tolist() == [3, 0, 1, 2, 0]
+    assert source.class_names == ("0", "1", "2", "3")
+
+
+@pytest.mark.parametrize("labels", [["a", "b", "c", "d", "e"], [0, 1, None, 2, 0], [-1] * 5])
+def test_labels_must_be_counting_numbers_where_they_are_asked_for(tmp_path, few, labels):
+    path = write_table(tmp_path / "x.parquet", {"image": few, "label": labels})
+    assert ParquetSource(path, labelled=False).labels is None
+    with pytest.raises(UserError, match=r"`label` is .* or has nulls or .*give integers from 0"):
+        ParquetSource(path)
+
+
+def test_rows_without_a_readable_image_are_broken(tmp_path, few):
+    path = write_table(tmp_path / "x.parquet", {"image": [few[0], None, b"nonsense"]})
+    source = ParquetSource(path)
+    source.read(0)
+    with pytest.raises(BrokenImage, match="no image in this row"):
+        source.read(1)
+    with pytest.raises(BrokenImage, match="not an image"):
+        source.read(2)
+
+
+def test_wrong_files_are_the_users_error(tmp_path, few):
+    no_image = write_table(tmp_path / "a.parquet", {"picture": few, "label": [0] * 5})
+    with pytest.raises(UserError, match="columns picture, label but no `image`; rename"):
+        ParquetSource(no_image)
+    paths = write_table(tmp_path / "b.parquet", {"image": ["1.png", "2.png"]})
+    with pytest.raises(UserError, match="holds string, not bytes; store"):
+        ParquetSource(paths)
+    empty = write_table(tmp_path / "c.parquet", {"image": pa.array([], pa.binary())})
+    with pytest.raises(UserError, match="no rows; give"):
+        ParquetSource(empty)
+    garbage = tmp_path / "d.parquet"
+    garbage.write_bytes(b"this is not parquet\n" * 10)
+    with pytest.raises(UserError, match="no readable parquet file") as caught:
+        ParquetSource(garbage)
+    assert "\n" not in str(caught.value)
+
+
+def write(path, members, mode="w"):
+    """A tar of (name, bytes or link target) members."""
+    with tarfile.open(path, mode) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                member.type, member.linkname = tarfile.SYMTYPE, content
+                tar.addfile(member)
+            else:
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def contents(encode):
+    random = np.random.default_rng(0)
+    return [encode(random.integers(0, 256, (6, 7, 3), dtype=np.uint8)) for _ in range(12)]
+
+
+def test_every_image_is_found_where_it_lies(tmp_path, contents):
+    first = write(tmp_path / "0.tar", [(f"a/{n}.png", contents[n]) for n in range(5)])
+    second = write(
+        tmp_path / "1.tar", [("x.txt", b"no"), *((f"{n}.PNG", contents[n]) for n in range(5, 12))]
+    )
+    source = TarSource([first, second])
+    assert len(source) == 12
+    for index, content in enumerate(contents):
+        assert source.content(index) == content
+        assert torch.equal(source.read(index), decode(content))
+    assert source.describe(3) == f"{first} member a/3.png"
+    assert source.describe(6) == f"{second} member 6.png"
+    assert source.labels is None
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.content(7) == contents[7]
+
+
+def test_the_same_samples_as_webdataset_finds(tmp_path, contents):
+    path = tmp_path / "000.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for number, content in enumerate(contents):
+            writer.write({"__key__": f"{number:04}", "png": content, "cls": number % 3})
+    source = TarSource([path], labelled=True)
+    with path.open("rb") as stream:  # webdataset itself leaves the file open
+        files = tar_file_expander([{"url": str(path), "stream": stream}])
+        theirs = list(group_by_keys(files))
+    assert len(theirs) == len(source)
+    for index, sample in enumerate(theirs):
+        assert source.content(index) == sample["png"]
+        assert source.labels[index] == int(sample["cls"])
+    assert source.class_names == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_and_other_formats_of_tar(tmp_path, contents, kind):
+    member = tarfile.TarInfo("deep/" * 60 + "picture.png")
+    member.size = len(contents[0])
+    with tarfile.open(tmp_path / "0.tar", "w", format=kind) as tar:
+        tar.addfile(member, io.BytesIO(contents[0]))
+    source = TarSource([tmp_path / "0.tar"])
+    assert source.content(0) == contents[0]
+    assert source.describe(0).endswith(member.name)
+
+
+def labelled(contents, labels, kind="cls"):
+    members = []
+    for number, label in enumerate(labels):
+        members += [(f"{number}.png", contents[number])]
+        members += [(f"{number}.{kind}", label)] if label is not None else []
+    return members
+
+
+def test_labels_by_name_or_number(tmp_path, contents):
+    path = write(tmp_path / "a.tar", labelled(contents, [b"dog", b"cat\n", b"dog"]))
+    source = TarSource([path], labelled=True)
+    assert source.class_names == ("cat", "dog")
+    assert source.labels.tolist() == [1, 0, 1]
+    path = write(tmp_path / "b.tar", labelled(contents, [b"2", b"0", b"2"]))
+    source = TarSource([path], labelled=True)
+    assert (source.labels.tolist(), source.class_names) == ([2, 0, 2], ("0", "1", "2"))
+    values = [json.dumps({"label": label}).encode() for label in (1, 0)]
+    source = TarSource([write(tmp_path / "c.tar", labelled(contents, values, "json"))], True)
+    assert source.labels.tolist() == [1, 0]
+
+
+def test_no_labels_where_one_is_missing(tmp_path, contents):
+    for wrong in (None, b"", b"\xff\xfe"):
+        path = write(tmp_path / "a.tar", labelled(contents, [b"1", wrong, b"0"]))
+        assert TarSource([path], labelled=True).labels is None
+
+
+def test_links_and_odd_names_reach_nothing_outside(tmp_path, contents):
+    (tmp_path / "secret.png").write_bytes(contents[1])
+    (tmp_path / "shards").mkdir()
+    members = [
+        ("link.png", str(tmp_path / "secret.png")), ("../../outside.png", contents[0]),
+        ("/absolute.png", contents[2]), ("real.png", contents[3]),
+    ]  # fmt: skip
+    path = write(tmp_path / "shards" / "0.tar", members)
+    before = sorted(tmp_path.rglob("*"))
+    source = TarSource([path])
+    found = [source.content(index) for index in range(len(source))]
+    assert contents[1] not in found
+    assert contents[3] in found
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_wrong_shards_are_the_users_error(tmp_path, contents):
+    whole = write(tmp_path / "whole.tar", [(f"{n}.png", contents[n]) for n in range(4)])
+    content = whole.read_bytes()
+    middle = content.index(b"2.png")
+    zipped = write(tmp_path / "z.tar", [("1.png", contents[0])], "w:gz").read_bytes()
+    none = write(tmp_path / "none.tar", [("1.txt", b"x")]).read_bytes()
+    two = [("1.png", contents[0]), ("1.jpg", contents[1])]
+    for damaged, message in [
+        (content[: middle + 600], "no whole, uncompressed tar"),
+        (b"", "no whole, uncompressed tar"),
+        (b"this is not a tar\n" * 99, "no whole, uncompressed tar"),
+        (zipped, "no whole, uncompressed tar"),
+        (content[:middle] + b"\xff" * 8 + content[middle + 8 :], "damaged at byte"),
+        (none, "no images; give shards"),
+        (write(tmp_path / "two.tar", two).read_bytes(), "has images png and jpg"),
+    ]:
+        whole.write_bytes(damaged)
+        with pytest.raises(UserError, match=message) as caught:
+            TarSource([whole])
+        assert "\n" not in str(caught.value)
+
+
+def test_a_shard_that_changes_later_has_broken_images(tmp_path, contents):
+    path = write(tmp_path / "0.tar", [(f"{n}.png", contents[n]) for n in range(4)])
+    source = TarSource([path])
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(BrokenImage, match="shorter"):
+        source.read(3)
+    path.unlink()
+    with pytest.raises(BrokenImage, match="No such file"):
+        source.read(3)
+
+
+@pytest.fixture
+def split_shards(tmp_path, contents):
+    for name, first in [("train-0", 0), ("train-1", 4), ("val-0", 8)]:
+        members = [(f"{n}.png", contents[n]) for n in range(first, first + 4)]
+        write(tmp_path / f"{name}.tar", members)
+    return tmp_path
+
+
+@pytest.mark.parametrize("data", ["{}", "{}/*.tar", "{}/{{train-0,train-1,val-0}}.tar"])
+def test_splits_by_names_however_the_shards_are_given(split_shards, contents, data):
+    data = data.format(split_shards)
+    train, test = open_source(data, "train"), open_source(data, "test")
+    assert [train.content(n) for n in range(len(train))] == contents[:8]
+    assert [test.content(n) for n in range(len(test))] == contents[8:]
+    with pytest.raises(NoTestSplit):
+        open_source(f"{split_shards}/train-{{0..1}}.tar", "test")

@@ -1,0 +1,224 @@
+"""Tasks that change every pixel: colorization, denoising and super-resolution."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import skimage.data
+import torch
+from PIL import Image
+
+from backfold.errors import UserError
+from backfold.pretext import Colorization, Denoising, SuperResolution, chroma_error, luminance
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_luminance_agrees_with_pillow():
+    pixels = np.array(skimage.data.astronaut())
+    expected = np.asarray(Image.fromarray(pixels).convert("L")).astype(np.float32)
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+    # Pillow rounds to whole grey levels.
+    np.testing.assert_allclose(luminance(images)[0, 0].numpy(), expected, rtol=0, atol=0.51)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 5])
+def test_all_channels_become_the_luminance(photographs_of, channels):
+    clean = photographs_of(channels)
+    corruption = Colorization()(clean, seeded(0))
+    grey = luminance(clean)
+    assert torch.equal(corruption.corrupted, grey.expand_as(clean))
+    assert corruption.loss_mask.all()
+    if channels != 3:
+        torch.testing.assert_close(grey, clean.mean(dim=1, keepdim=True))
+
+
+def test_colours_fade_by_a_share_drawn_for_each_image(photographs):
+    clean = photographs
+    corrupted = Colorization(0.25, 0.75)(clean, seeded(0)).corrupted
+    grey = luminance(clean)
+    shares = ((clean - corrupted) / (clean - grey)).flatten(1).median(dim=1).values
+    assert shares.unique().numel() == len(clean)
+    assert shares.min() >= 0.25
+    assert shares.max() <= 0.75
+    expected = clean + shares[:, None, None, None] * (grey - clean)
+    torch.testing.assert_close(corrupted, expected, atol=1e-5, rtol=0)
+    fixed = Colorization(0.5, 0.5)(clean, seeded(0)).corrupted
+    torch.testing.assert_close(fixed, (clean + grey) / 2)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "bounds"),
+    [
+        (Colorization, "faded", (0.6, 0.5)),
+        (Colorization, "faded", (0.5, 1.1)),
+        (Denoising, "noise_std", (0.6, 0.5)),
+        (Denoising, "noise_std", (0.0, 0.0)),
+        (SuperResolution, "factor", (0.5, 2.0)),
+        (SuperResolution, "factor", (float("nan"), 2.0)),
+    ],
+)
+def test_refuses_bad_ranges(task, name, bounds):
+    shown = f"min_{name} is {bounds[0]} and max_{name} {bounds[1]}"
+    with pytest.raises(UserError, match=shown):
+        task(*bounds)
+
+
+def test_chroma_error_in_closed_form():
+    clean = torch.zeros(2, 3, 1, 2)
+    restored = clean.clone()
+    restored[0, 0, 0, 1] = 1.0  # one pixel of two turns red
+    # Its luminance is 0.299, so its chroma is (0.701, -0.299, -0.299).
+    expected = (0.701 + 0.299 + 0.299) / 6
+    torch.testing.assert_close(chroma_error(restored, clean), torch.tensor([expected, 0.0]))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_chroma_error_ignores_brightness(photographs_of, channels):
+    clean = photographs_of(channels)
+    brighter = clean + torch.randn(8, 1, 64, 96, generator=seeded(0))
+    torch.testing.assert_close(chroma_error(clean, clean), torch.zeros(8))
+    torch.testing.assert_close(chroma_error(brighter, clean), torch.zeros(8), atol=1e-6, rtol=0)
+
+
+def test_refuses_one_channel(photographs_of):
+    with pytest.raises(UserError, match=r"1 channel.*choose another pretext task"):
+        Colorization()(photographs_of(1), seeded(0))
+
+
+@pytest.mark.parametrize(("noise_std", "channels"), [(0.05, 1), (0.5, 3), (2.0, 12)])
+def test_noise_is_gaussian_of_the_given_deviation(photographs_of, noise_std, channels):
+    clean = photographs_of(channels)
+    corrupted = Denoising(noise_std, noise_std)(clean, seeded(0)).corrupted
+    noise = (corrupted - clean).double().flatten(1).numpy()
+    # The measured deviation of n draws itself deviates by 1 / sqrt(2 n).
+    tolerance = 5 * noise_std / (2 * noise.shape[1]) ** 0.5
+    np.testing.assert_allclose(noise.std(axis=1), noise_std, rtol=0, atol=tolerance)
+    assert scipy.stats.kstest(noise.ravel() / noise_std, "norm").pvalue > 0.005
+
+
+def test_noise_is_white(photographs):
+    noise = Denoising(1.0, 1.0)(photographs, seeded(0)).corrupted - photographs
+    pairs = {
+        "image": (noise[:-1], noise[1:]),
+        "channel": (noise[:, :-1], noise[:, 1:]),
+        "row": (noise[:, :, :-1], noise[:, :, 1:]),
+        "column": (noise[..., :-1], noise[..., 1:]),
+        "image itself": (noise, photographs),
+    }
+    for name, (first, second) in pairs.items():
+        correlation = np.corrcoef(first.flatten().numpy(), second.flatten().numpy())[0, 1]
+        assert abs(correlation) < 5 / first.numel() ** 0.5, name
+
+
+def test_deviation_is_uniform_over_the_range():
+    corrupted = Denoising(0.1, 0.8)(torch.zeros(500, 3, 40, 40), seeded(0)).corrupted
+    measured = corrupted.flatten(1).std(dim=1).numpy()
+    # 2 % is five times the error of a deviation measured from 4800 values.
+    assert measured.min() > 0.1 * 0.95
+    assert measured.max() < 0.8 * 1.05
+    assert scipy.stats.kstest(measured, scipy.stats.uniform(0.1, 0.7).cdf).pvalue > 0.01
+
+
+@pytest.mark.parametrize(("octaves", "height", "width"), [(1, 32, 40), (4, 32, 40), (3, 19, 9)])
+def test_each_octave_has_its_share_of_the_variance(octaves, height, width):
+    clean = torch.zeros(4000, 1, height, width)
+    noise = Denoising(1.0, 1.0, octaves)(clean, seeded(0)).corrupted[:, 0]
+
+    def covariance(row, column):
+        """With the pixel in the corner, over the images."""
+        return float((noise[:, 0, 0] * noise[:, row, column]).mean())
+
+    # A pixel shares the squares of 1, 2, 4, ... pixels with those at most so far from the corner.
+    for distance in range(9):
+        shared = sum(2**octave > distance for octave in range(octaves)) / octaves
+        for row, column in ((distance, 0), (0, distance), (distance, distance)):
+            if row < height and column < width:
+                assert covariance(row, column) == pytest.approx(shared, abs=5 * (2 / 4000) ** 0.5)
+
+
+def test_refuses_squares_larger_than_the_image():
+    with pytest.raises(UserError, match=r"squares of 16 pixels in a 32x15 pixel image; give 4 or"):
+        Denoising(octaves=5)(torch.zeros(1, 3, 32, 15), seeded(0))
+    with pytest.raises(UserError, match=r"^octaves is 0; "):
+        Denoising(octaves=0)
+
+
+def fixed(factor):
+    return SuperResolution(factor, factor)
+
+
+def pillow_down_and_up(image, factor):
+    """The same by Pillow, for (channels, height, width) in float32."""
+    _, height, width = image.shape
+    channels = []
+    for channel in image.numpy():
+        small = Image.fromarray(channel).resize(
+            (max(1, round(width / factor)), max(1, round(height / factor))),
+            Image.Resampling.BICUBIC,
+        )
+        channels.append(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)))
+    return torch.from_numpy(np.stack(channels))
+
+
+@pytest.mark.parametrize(
+    ("factor", "size"), [(1.0, (64, 96)), (2.25, (61, 33)), (4.0, (64, 96)), (8.0, (2, 3))]
+)
+def test_agrees_with_pillow(photographs_of, factor, size):
+    clean = photographs_of(3, *size)
+    corruption = fixed(factor)(clean, seeded(0))
+    corrupted = corruption.corrupted
+    assert corruption.loss_mask.all()
+    for image, original in zip(corrupted, clean, strict=True):
+        torch.testing.assert_close(image, pillow_down_and_up(original, factor), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("smallest", "largest", "factors"),
+    [
+        (2.0, 4.0, (2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0)),
+        (3.0, 3.0, (3.0,)),
+        (2.0, 2.75 - 0.375, (2.0, 2.1875, 2.375)),
+    ],
+)
+def test_factors_are_evenly_spaced_and_include_both_ends(smallest, largest, factors):
+    assert SuperResolution(smallest, largest).factors == pytest.approx(factors)
+
+
+def test_each_image_has_its_own_factor_and_all_are_equally_frequent(photographs_of):
+    task = SuperResolution(1.0, 2.0)
+    clean = photographs_of(1, 16, 16)[:1]
+    versions = torch.cat([fixed(factor)(clean, seeded(0)).corrupted for factor in task.factors])
+    corrupted = task(clean.expand(1000, -1, -1, -1), seeded(0)).corrupted
+    distances = (corrupted[:, None] - versions[None]).abs().amax(dim=(2, 3, 4))
+    matches = distances < 1e-6
+    assert (matches.sum(dim=1) == 1).all()
+    # 5 standard deviations of a binomial with probability 1/5.
+    assert (matches.sum(dim=0) - 200).abs().max() < 5 * (1000 * 0.16) ** 0.5
+
+
+@pytest.mark.parametrize("factor", [2.0, 3.0])
+def test_frequencies_above_the_cut_are_lost(factor):
+    noise = torch.randn(8, 2, 96, 96, generator=seeded(0))  # all frequencies alike
+    corrupted = fixed(factor)(noise, seeded(0)).corrupted
+    frequency = torch.fft.fftfreq(96).abs()
+    radius = torch.maximum(frequency[:, None], frequency[None, :])
+    cut = 0.5 / factor  # the small image's Nyquist frequency, in cycles a pixel
+    above, below = radius > 1.25 * cut, radius < 0.5 * cut
+
+    def power(images, band):
+        return torch.fft.fft2(images).abs().square()[..., band].mean()
+
+    assert power(corrupted, above) < 0.02 * power(noise, above)
+    assert power(corrupted, below) > 0.5 * power(noise, below)
+
+
+def test_smooth_images_come_back_nearly_unchanged():
+    factor = 3.0
+    y, x = torch.meshgrid(torch.arange(96.0), torch.arange(120.0), indexing="ij")
+    smooth = (torch.cos(torch.pi * (y + 0.5) / 96) * torch.cos(torch.pi * (x + 0.5) / 60))[None]
+    corrupted = fixed(factor)(smooth[None], seeded(0)).corrupted
+    assert (corrupted - smooth).abs().max() < 0.02
+    constant = torch.full((1, 3, 31, 17), 0.7)
+    torch.testing.assert_close(fixed(factor)(constant, seeded(0)).corrupted, constant)
