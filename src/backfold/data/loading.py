@@ -250,6 +250,7 @@ def training_loader(
     world_size: int = 1,
     num_workers: int = 0,
     prefetch: int = 2,
+    pin_memory: bool = False,
 ) -> "DataLoader[Batch]":
     """One batch for each step from ``start_step`` to ``total_steps``; one loader serves the run.
 
@@ -266,6 +267,7 @@ def training_loader(
         world_size: number of processes.
         num_workers: processes that load; 0 loads in this one, unprotected.
         prefetch: batches that each of these processes has loaded or is loading ahead, 1 or more.
+        pin_memory: put batches into page-locked memory, from which a GPU copies faster.
 
     Raises:
         UserError: fewer images than one global batch, or a negative seed; while iterating, what
@@ -273,7 +275,7 @@ def training_loader(
     """
     sampler = StepSampler(len(source), batch_size, seed, start_step, total_steps, rank, world_size)
     dataset = BatchDataset(source, image_size, channels, augmentation, seed)
-    return batch_loader(dataset, sampler, num_workers, prefetch)
+    return batch_loader(dataset, sampler, num_workers, prefetch, pin_memory)
 
 
 def evaluation_batches(
@@ -323,6 +325,7 @@ def batch_loader(
     batches: Iterable[Any],
     num_workers: int,
     prefetch: int = 2,
+    pin_memory: bool = False,
 ) -> "DataLoader[Item]":
     """The data set's items of these keys, in this order; see `training_loader`."""
     return DataLoader(
@@ -332,7 +335,7 @@ def batch_loader(
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
         collate_fn=_unchanged,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         # The loader's own draw (its workers' seeds, unused here) leaves the global generator alone.
         generator=torch.Generator(),
     )

@@ -219,6 +219,7 @@ class StreamBatches(IterableDataset[Batch]):
     prefetch: int = 2
     buffer: int = 500
     state: str = ""
+    pin_memory: bool = False
 
     def __post_init__(self) -> None:
         import datasets
@@ -270,7 +271,7 @@ class StreamBatches(IterableDataset[Batch]):
                     batch_size=None,
                     num_workers=workers,
                     prefetch_factor=self.prefetch if workers else None,
-                    pin_memory=torch.cuda.is_available(),
+                    pin_memory=self.pin_memory,
                     collate_fn=_unchanged,
                     generator=torch.Generator(),
                 )

@@ -61,6 +61,7 @@ def stream_batches(
         images.stream, image_size, images.channels, config.augmentation, local_batch, config.seed,
         rank, world_size, loading_workers(config, fabric), config.prefetch or PREFETCH,
         state=next(iter([*states[rank:], *states]), ""),
+        pin_memory=fabric.device.type == "cuda",
     )  # fmt: skip
 
 
@@ -95,5 +96,6 @@ def training_batches(
         images.training, image_size, images.channels, config.augmentation, local_batch,
         config.seed, steps.start, steps.stop, fabric.global_rank, fabric.world_size,
         loading_workers(config, fabric), config.prefetch or PREFETCH,
+        pin_memory=fabric.device.type == "cuda",
     )  # fmt: skip
     return watched(fabric.setup_dataloaders(loader, use_distributed_sampler=False))
