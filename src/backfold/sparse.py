@@ -103,33 +103,45 @@ def sparse_feature_map(backbone: nn.Module, images: Tensor, tokens: Tensor) -> T
     Raises:
         UserError: as `check_sparse`.
     """
-    check_sparse(backbone)
+    features, rotations = embed_tokens(backbone, images, tokens)
     assert isinstance(backbone, VisionTransformer | Eva)
-    embedded = backbone.patch_embed(images)
-    if isinstance(backbone, Eva):
-        features = _run_eva(backbone, *backbone._pos_embed(embedded), tokens)
-    else:
-        kept = _keep(backbone._pos_embed(embedded), tokens, backbone.num_prefix_tokens)
-        features = backbone.blocks(backbone.norm_pre(kept))
+    for block, rotation in zip(backbone.blocks, rotations, strict=True):
+        features = block(features) if rotation is None else block(features, rope=rotation)
     normed: Tensor = backbone.norm(features)
     return normed[:, backbone.num_prefix_tokens :]
 
 
-def _run_eva(backbone: Eva, embedded: Tensor, rotation: Tensor | None, tokens: Tensor) -> Tensor:
-    """All blocks on the chosen tokens, each rotated by its own place in the image.
+def embed_tokens(
+    backbone: nn.Module, images: Tensor, tokens: Tensor
+) -> tuple[Tensor, list[Tensor | None]]:
+    """What the blocks get: the prefix and the chosen patch tokens, and the rotation for each block.
 
-    The rotation is None, (all tokens, width), or for each block (heads, all tokens, width).
+    Args:
+        backbone: one that `check_sparse` accepts.
+        images: (batch, channels, height, width).
+        tokens: int64, (batch, tokens).
+
+    Returns:
+        (batch, prefix and tokens, features), and for each block None where positions are added
+        alone, or (batch, 1 or heads, tokens, width): each token is rotated by its own place.
+
+    Raises:
+        UserError: as `check_sparse`.
     """
-    features: Tensor = backbone.norm_pre(_keep(embedded, tokens, backbone.num_prefix_tokens))
-    by_block = getattr(backbone, "rope_mixed", False)
-    if rotation is not None and not by_block:
-        rotation = apply_keep_indices_nlc(features, rotation, tokens)[:, None]
-    for index, block in enumerate(backbone.blocks):
-        rope = rotation
-        if rotation is not None and by_block:
-            rope = apply_keep_indices_nlc(features, rotation[index], tokens)
-        features = block(features, rope=rope)
-    return features
+    check_sparse(backbone)
+    assert isinstance(backbone, VisionTransformer | Eva)
+    embedded, rotation = backbone.patch_embed(images), None
+    if isinstance(backbone, Eva):
+        embedded, rotation = backbone._pos_embed(embedded)
+    else:
+        embedded = backbone._pos_embed(embedded)
+    sequence: Tensor = backbone.norm_pre(_keep(embedded, tokens, backbone.num_prefix_tokens))
+    if rotation is None:
+        return sequence, [None] * len(backbone.blocks)
+    if getattr(backbone, "rope_mixed", False):  # (heads, all tokens, width) for each block
+        return sequence, [apply_keep_indices_nlc(sequence, one, tokens) for one in rotation]
+    kept = apply_keep_indices_nlc(sequence, rotation, tokens)[:, None]
+    return sequence, [kept] * len(backbone.blocks)
 
 
 def _keep(sequence: Tensor, tokens: Tensor, num_prefix: int) -> Tensor:
