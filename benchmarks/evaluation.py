@@ -8,55 +8,48 @@ timm model whose forward passes are timed from outside. Writes results/evaluatio
 
 import argparse
 import json
-import shlex
-import sys
-import time
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch.utils.benchmark import timer
 
 from backfold.evaluation.evaluate import EvaluateSettings, Evaluation
 from backfold.evaluation.frozen import knn, linear
 from backfold.evaluation.results import PRETRAINED
 from backfold.evaluation.subject import open_subject
-from backfold.training.distribution import choose_device
-from step_cost.environment import facts
+from backfold.training.devices import choose_device
+from step_cost.measuring import facts
 
 
-class Timed(nn.Module):
-    """A backbone that counts the seconds of its passes."""
+class Timed:
+    """Counts the seconds of a timm class's passes, of all copies together."""
 
-    seconds = 0.0  # of all copies together
+    seconds, depth = 0.0, 0
 
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.inner = timm.create_model(name, num_classes=0)
-        for attribute in ("cls_token", "num_prefix_tokens", "pretrained_cfg"):
-            if hasattr(self.inner, attribute):
-                self.__dict__[attribute] = getattr(self.inner, attribute)
+    @classmethod
+    def count(cls, kind: type, name: str) -> None:
+        """Of a method of the class; passes within passes count once."""
+        method = getattr(kind, name)
 
-    def forward_features(self, images: torch.Tensor) -> Any:
-        """As timm's."""
-        return self._timed("forward_features", images)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start, cls.depth = timer(), cls.depth + 1  # the timer waits for the device
+            found = method(*arguments, **options)
+            cls.depth -= 1
+            cls.seconds += 0.0 if cls.depth else timer() - start
+            return found
 
-    def forward_intermediates(
-        self, images: torch.Tensor, return_prefix_tokens: bool = False, **options: Any
-    ) -> Any:
-        """As timm's."""
-        if return_prefix_tokens:
-            options["return_prefix_tokens"] = True
-        return self._timed("forward_intermediates", images, **options)
+        setattr(kind, name, wraps(method)(timed))
 
-    def _timed(self, method: str, images: torch.Tensor, **options: Any) -> Any:
-        start = time.perf_counter()
-        found = getattr(self.inner, method)(images, **options)
-        if images.device.type == "cuda":
-            torch.cuda.synchronize()
-        Timed.seconds += time.perf_counter() - start
-        return found
+
+def measure(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What ``work`` returns, its seconds, and those of the forward passes in it."""
+    start, before = timer(), Timed.seconds
+    found = work()
+    return found, {"seconds": timer() - start, "forward": Timed.seconds - before}
 
 
 def main() -> None:
@@ -67,25 +60,23 @@ def main() -> None:
     parser.add_argument("--embed-only", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     arguments = parser.parse_args()
+    backbone = timm.create_model(arguments.backbone, num_classes=0)
+    for name in ("forward_features", "forward_intermediates"):
+        Timed.count(type(backbone), name)
     settings = EvaluateSettings(data=arguments.data)
-    subject = open_subject(Timed(arguments.backbone))
-    given = Evaluation(settings, subject, choose_device("auto"))
+    given = Evaluation(settings, open_subject(backbone), choose_device("auto"))
     places = torch.arange(len(given.parts.train))[: arguments.images]
     assert given.frozen.contenders
-    start, before = time.perf_counter(), Timed.seconds
-    given.frozen.prepare([(PRETRAINED, "")], places)
-    embedding = {"seconds": time.perf_counter() - start, "forward": Timed.seconds - before}
+    _, embedding = measure(lambda: given.frozen.prepare([(PRETRAINED, "")], [places]))
     found: dict[str, Any] = {
         "backbone": arguments.backbone,
         "embedded images": len(places),
         "embedding": embedding,
         "own time beside the forward pass": embedding["seconds"] / embedding["forward"] - 1,
-        "machine": {**facts(given.device), "command": shlex.join(["python", *sys.argv])},
+        "machine": facts(given.device),
     }
     if not arguments.embed_only:
-        start, before = time.perf_counter(), Timed.seconds
-        rows = [*knn(given), *linear(given)]
-        whole = {"seconds": time.perf_counter() - start, "forward": Timed.seconds - before}
+        rows, whole = measure(lambda: [*knn(given), *linear(given)])
         found |= {
             "images": len(given.parts.train) + len(given.parts.test),
             "evaluation": whole,

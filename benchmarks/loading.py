@@ -13,23 +13,17 @@ Writes loading.json and loading.md. Runs on the CPU, which workers and training 
 
 import argparse
 import csv
-import datetime
 import io
 import itertools
-import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
-import PIL
 import pyarrow.parquet as pq
 import torch
-import torchvision
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
@@ -38,19 +32,20 @@ from backfold.data.augmentation import Augmentation
 from backfold.data.decode import as_float
 from backfold.data.formats import FolderSource
 from backfold.data.loading import BatchDataset, default_workers, training_loader
+from backfold.files import write_json
 from backfold.training.config import PretrainConfig
-from backfold.training.trainer import pretrain
+from backfold.training.pretrain import pretrain
+from step_cost.measuring import facts
+from step_cost.tables import facts_line, markdown_table
 
 SIZE = (224, 224)
 STORED, MEDIUM, LARGE = "160 x 160, as stored", "640 x 480", "2000 x 1500"
 BACKBONES: dict[str, tuple[dict[str, Any], int, int]] = {  # options, batch size, steps
     "ViT-Ti/16": ({}, 8, 10),
     "one block, patch 32": (
-        {"patch_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 3},
-        32,
-        30,
+        {"patch_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 3}, 32, 30
     ),
-}
+}  # fmt: skip
 
 
 def write_folders(parquet: Path, place: Path) -> dict[str, Path]:
@@ -129,23 +124,19 @@ def train(
 
 def time_training(folders: dict[str, Path], place: Path) -> list[dict[str, Any]]:
     rows = []
-    for (backbone, (options, batch, steps)), name in itertools.product(
-        BACKBONES.items(), (STORED, LARGE)
-    ):
+    for (backbone, given), name in itertools.product(BACKBONES.items(), (STORED, LARGE)):
         out, workers = place / f"{len(rows)}", default_workers()
-        alone = train(folders[name], out / "alone", options, batch, steps, 0)
-        beside = train(folders[name], out / "beside", options, batch, steps, workers)
-        rows.append(
-            {
-                "backbone": backbone,
-                "images": name,
-                "workers": workers,
-                "wait": beside["data_wait"],
-                "wait_without_workers": alone["data_wait"],
-                "images_per_second": beside["images_per_second"],
-                "images_per_second_without_workers": alone["images_per_second"],
-            }
-        )
+        alone = train(folders[name], out / "alone", *given, workers=0)
+        beside = train(folders[name], out / "beside", *given, workers=workers)
+        rows.append({
+            "backbone": backbone,
+            "images": name,
+            "workers": workers,
+            "wait": beside["data_wait"],
+            "wait_without_workers": alone["data_wait"],
+            "images_per_second": beside["images_per_second"],
+            "images_per_second_without_workers": alone["images_per_second"],
+        })  # fmt: skip
     return rows
 
 
@@ -163,6 +154,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/imagenette160"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+    known = facts(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         folders = write_folders(options.data / "train.parquet", place)
@@ -171,60 +163,25 @@ def main() -> None:
             for name, folder in folders.items()
         }
         training = time_training(folders, place)
-    versions = {
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "pillow": PIL.__version__,
-        "python": platform.python_version(),
-    }
-    facts = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": f"python benchmarks/loading.py --data {options.data}",
-        "data": "Imagenette (160 px, squashed), and 32 of its images scaled up with noise",
-        "hardware": f"{torch.cpu.get_capabilities().get('cpu_name') or platform.machine()}, "
-        f"{joblib.cpu_count()} cores",
-        "seed": 0,
-        "versions": versions,
-    }
+    known["data"] = "Imagenette (160 px, squashed), and 32 of its images scaled up with noise"
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "loading.json"
-    results = {**facts, "loading_ms": loading, "training": training}
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    path.with_suffix(".md").write_text(table(facts, loading, training))
-
-
-def table(
-    facts: dict[str, Any], loading: dict[str, dict[str, float]], training: list[dict[str, Any]]
-) -> str:
-    ways = list(next(iter(loading.values())))
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    lines = [
-        f"{facts['date']}, {facts['hardware']}, {versions}: `{facts['command']}`. {facts['data']}; "
-        "one run of each, seed 0.",
-        "",
+    write_json(path, {**known, "seed": 0, "loading_ms": loading, "training": training})
+    parts = [
+        f"{facts_line({'facts': known})}. {known['data']}; one run of each, seed 0.",
         "Milliseconds to load an image on one core (read, decode, crop, resize to 224, stack, share"
         " with the training process); median of 20 batches of 8.",
-        "",
-        "| JPEG images | " + " | ".join(ways) + " |",
-        "|---|" + "---|" * len(ways),
-        *(
-            f"| {name} | " + " | ".join(f"{row[way]:.3g}" for way in ways) + " |"
-            for name, row in loading.items()
-        ),
-        "",
+        table([{"JPEG images": name, **row} for name, row in loading.items()]),
         "Share of the time that training waits for images, with the default workers.",
-        "",
-        "| backbone | JPEG images | workers | wait | wait without workers | images a second "
-        "| without workers |",
-        "|---|---|---|---|---|---|---|",
+        table(training),
     ]
-    lines += [
-        f"| {row['backbone']} | {row['images']} | {row['workers']} | {row['wait']:.1%} "
-        f"| {row['wait_without_workers']:.1%} | {row['images_per_second']:.3g} "
-        f"| {row['images_per_second_without_workers']:.3g} |"
-        for row in training
-    ]
-    return "\n".join(lines) + "\n"
+    path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
+             for row in rows]  # fmt: skip
+    return markdown_table([name.replace("_", " ") for name in rows[0]], lines)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,12 @@ unequal spread, mixed among the features. Writes probes.json.
 """
 
 import argparse
-import datetime
 import json
-import platform
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from backfold.evaluation.probes import fit_linear_path, knn_predictions
+from step_cost.measuring import facts
 
 TRAIN, TEST, VALIDATION = 1_281_167, 50_000, 10_000
 FEATURES, CLASSES = 384, 1_000
@@ -39,13 +37,7 @@ Embedded = tuple[Tensor, Tensor]
 
 
 def write_embeddings(path: Path, count: int, seed: int) -> Embedded:
-    """float16 (count, features), memory-mapped, and labels (count,); all seeds share the classes.
-
-    Args:
-        path: of the file.
-        count: images.
-        seed: of the labels and the noise.
-    """
+    """float16 (count, features), memory-mapped, and labels (count,); the classes are fixed."""
     fixed = np.random.default_rng(SEED)
     centres = CENTRE_SPREAD * fixed.standard_normal((CLASSES, FEATURES), dtype=np.float32)
     centres[:, DIRECTIONS:] = 0
@@ -66,13 +58,11 @@ def measure(work: Callable[[], Timed]) -> tuple[Timed, dict[str, float]]:
     """What ``work`` returns, its seconds, and the process's peak memory so far in GB."""
     start, processor_start = time.perf_counter(), time.process_time()
     result = work()
-    seconds = time.perf_counter() - start
-    processor = time.process_time() - processor_start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     return result, {
-        "seconds": round(seconds, 1),
-        "processor_seconds": round(processor, 1),  # beside other work, what tells the cost
-        "peak_rss_gb": round(peak, 2),
+        "seconds": round(time.perf_counter() - start, 1),
+        # Beside other work, what tells the cost.
+        "processor_seconds": round(time.process_time() - processor_start, 1),
+        "peak_rss_gb": round(getrusage(RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
     }
 
 
@@ -101,17 +91,6 @@ def knn(data: Sequence[Embedded]) -> dict[str, Any]:
 PROBES = {"linear": linear, "knn": knn}
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "system": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("backfold", "torch", "numpy")},
-        "seed": SEED,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of images")
@@ -120,17 +99,18 @@ def main() -> None:
     parser.add_argument("--only", choices=PROBES, help="keep the other's result in the file")
     arguments = parser.parse_args()
     file = arguments.out / "probes.json"
-    facts = json.loads(file.read_text()) if arguments.only else {}
+    results = json.loads(file.read_text()) if arguments.only else {}
     counts = [max(2 * CLASSES, round(arguments.scale * each)) for each in (TRAIN, TEST, VALIDATION)]
-    facts |= {"machine": machine(), "images": counts, "features": FEATURES, "classes": CLASSES}
+    results |= {"machine": facts(torch.device("cpu")) | {"seed": SEED}}
+    results |= {"images": counts, "features": FEATURES, "classes": CLASSES}
     with tempfile.TemporaryDirectory(dir=arguments.temporary) as folder:
         paths = [Path(folder) / str(seed) for seed in range(len(counts))]
         data = [write_embeddings(path, counts[seed], seed) for seed, path in enumerate(paths)]
         for name in [arguments.only] if arguments.only else PROBES:
-            facts[name] = PROBES[name](data)
-            Console().print(name, facts[name])
+            results[name] = PROBES[name](data)
+            Console().print(name, results[name])
     arguments.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(facts, indent=1) + "\n")
+    file.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ parameter that starts at zero (the last scale of a residual branch) hides the on
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers.drop import DropPath
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
@@ -78,11 +79,6 @@ class Direction:
         return sum(float((p.grad * noise).sum()) for p, noise in pairs if p.grad is not None)
 
 
-def perturb(parameters: Sequence[Tensor], step: float, seed: int) -> None:
-    """Add noise of ``step`` times each tensor's root mean square, in place; see `Direction`."""
-    Direction(parameters, seed).move(step)
-
-
 def distance_from_difference(derivative: float, function: Callable[[float], float]) -> float:
     """Relative distance of a derivative from a central difference, the first within tolerance.
 
@@ -99,26 +95,13 @@ def distance_from_difference(derivative: float, function: Callable[[float], floa
 
 
 @dataclass(frozen=True)
-class SecondOrder:
-    """What `check_second_order` found.
-
-    Args:
-        complaint: one line on what is wrong, empty if nothing is.
-        without_gradient: names of the backbone's parameters that the energy's gradient does not
-            depend on.
-        derivative_error: relative distance between the loss's derivative along a random direction
-            and its finite difference, at the first step that brings them near enough, else at the
-            best step; NaN if not measured.
-    """
-
-    complaint: str
-    without_gradient: tuple[str, ...] = ()
-    derivative_error: float = float("nan")
-
-
-@dataclass(frozen=True)
 class Compatibility:
-    """What `check_compatibility` found; ``reason`` is one line on the first check that failed."""
+    """What `check_compatibility` found; ``reason`` is one line on the first check that failed.
+
+    ``without_gradient`` names the backbone's parameters that the energy's gradient does not depend
+    on. ``derivative_error`` is the relative distance between the loss's derivative along a random
+    direction and its finite difference; NaN if not measured.
+    """
 
     finite_energies: bool
     finite_gradient: bool
@@ -139,10 +122,6 @@ def check_compatibility(
 ) -> Compatibility:
     """Check energies, gradients, second-order gradients and the independence of the images.
 
-    1. Energies are finite, one for each image. 2. Their gradient is finite, not zero, and equal to
-    a finite difference. 3. As `check_second_order`. 4. Energy and gradient of an image do not
-    depend on the rest of its batch.
-
     Args:
         model: is changed, see above; its dropout is switched off.
         image_size: (height, width) in pixels of the random images used.
@@ -154,61 +133,41 @@ def check_compatibility(
 
 
 def _check(model: EnergyModel, image_size: ImageSize, channels: int, seed: int) -> Compatibility:
-    switch_off_dropout(model)
-    images = _random_images((3, channels, *image_size), seed)
-    perturb(list(model.backbone.parameters()), 0.1, seed)
-    energies = _attempt(lambda: _calibrate(model, images) or check_energies(model, images))
-    gradient = _attempt(lambda: check_gradient(model, images, seed))
-    try:
-        second = check_second_order(model, images[:2], seed)
-    except Exception as error:
-        second = SecondOrder(_one_line(error))
-    independent = _attempt(lambda: check_independence(model, images))
-    complaints = (energies, gradient, second.complaint, independent)
-    return Compatibility(
-        finite_energies=not energies,
-        finite_gradient=not gradient,
-        second_order=not second.complaint,
-        independent=not independent,
-        reason=next((complaint for complaint in complaints if complaint), ""),
-        without_gradient=second.without_gradient,
-        derivative_error=second.derivative_error,
-    )
-
-
-def _attempt(check: Callable[[], str]) -> str:
-    """The check's complaint; what it raised, if it did."""
-    try:
-        return check()
-    except Exception as error:
-        return _one_line(error)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200] or 'no message'}"
-
-
-def _calibrate(model: EnergyModel, images: Tensor) -> str:
-    model.calibrate(images)
-    return ""
-
-
-def _random_images(shape: tuple[int, ...], seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def switch_off_dropout(model: nn.Module) -> None:
-    """Set all rates of dropout and stochastic depth to zero: two passes are then comparable."""
-    for module in model.modules():
+    for module in model.modules():  # two passes are then comparable
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         elif isinstance(module, DropPath):
             module.drop_prob = 0.0
+    images = _random_images((3, channels, *image_size), seed)
+    # Noise of a tenth of each tensor's root mean square.
+    Direction(list(model.backbone.parameters()), seed).move(0.1)
+    found: dict[str, Any] = {"without_gradient": (), "derivative_error": float("nan")}
+    checks: dict[str, Callable[[], str]] = {
+        "finite_energies": lambda: check_energies(model, images),
+        "finite_gradient": lambda: check_gradient(model, images, seed),
+        "second_order": lambda: check_second_order(model, images[:2], seed, found),
+        "independent": lambda: check_independence(model, images),
+    }
+    complaints = {}
+    for name, check in checks.items():
+        try:
+            complaints[name] = check()
+        except Exception as error:
+            said = " ".join(str(error).split())[:200] or "no message"
+            complaints[name] = f"{type(error).__name__}: {said}"
+    reason = next(filter(None, complaints.values()), "")
+    passed = {name: not complaint for name, complaint in complaints.items()}
+    return Compatibility(**passed, reason=reason, **found)
+
+
+def _random_images(shape: Sequence[int], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def check_energies(model: EnergyModel, images: Tensor) -> str:
-    """Complains unless there is one finite energy for each image."""
+    """Complains unless there is one finite energy for each image; scales the head first."""
+    model.calibrate(images)
     energies = model(images)
     if energies.shape != (len(images),):
         return f"energies have shape {tuple(energies.shape)} for {len(images)} images"
@@ -226,7 +185,7 @@ def check_gradient(model: EnergyModel, images: Tensor, seed: int = 0) -> str:
     if not bool(gradient.flatten(1).any(dim=1).all()):
         return "the energy's gradient is zero"
     # Part of it along the gradient, so that the derivative is not small by chance.
-    noise = _random_images(tuple(images.shape), seed + 2)
+    noise = _random_images(images.shape, seed + 2)
     direction = noise + gradient / gradient.square().mean().sqrt()
 
     @torch.no_grad()
@@ -252,41 +211,51 @@ def check_independence(model: EnergyModel, images: Tensor) -> str:
     return ""
 
 
-def check_second_order(model: EnergyModel, images: Tensor, seed: int = 0) -> SecondOrder:
+def check_second_order(model: EnergyModel, images: Tensor, seed: int, found: dict[str, Any]) -> str:
     """Check the gradient of a training step's loss with respect to the backbone's parameters.
 
-    Each parameter's gradient is finite and not zero, or else a change of the parameter leaves the
-    energy's gradient as it is. Along a random direction in the space of all parameters the loss's
-    derivative equals a central finite difference.
+    Complains unless each parameter's gradient is finite and not zero, or else a change of the
+    parameter leaves the energy's gradient as it is, and along a random direction in the space of
+    all parameters the loss's derivative equals a central finite difference.
 
     Args:
         model: in float64; its parameters are moved and put back.
         images: (batch, channels, height, width), float64.
         seed: of the clean images and the directions.
+        found: is told "without_gradient" and "derivative_error"; see `Compatibility`.
     """
-    clean = _random_images(tuple(images.shape), seed + 1)
+    clean = _random_images(images.shape, seed + 1)
     model.zero_grad()
     loss, _, _ = training_step(model, images, clean, torch.ones(1, dtype=torch.bool))
     torch.autograd.backward(loss)
     named = {name: p for name, p in model.backbone.named_parameters() if p.requires_grad}
-    without = {n: p for n, p in named.items() if p.grad is None or not bool(p.grad.any())}
     for name, parameter in named.items():
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-            return SecondOrder(f"the second-order gradient of {name} is not finite")
+            return f"the second-order gradient of {name} is not finite"
+    without = {n: p for n, p in named.items() if p.grad is None or not bool(p.grad.any())}
+    found["without_gradient"] = tuple(without)
     if len(without) == len(named):
-        return SecondOrder("no parameter gets a second-order gradient", tuple(without))
+        return "no parameter gets a second-order gradient"
     influence = _influence(model, images, Direction(list(without.values()), seed))
     direction = Direction(list(named.values()), seed)
-    error = _derivative_error(model, images, clean, direction)
-    complaint = ""
+
+    def loss_at(step: float) -> float:
+        """By first derivatives only, and without the training loss's cast to float32."""
+        direction.move(step)
+        restored, _ = restoration_step(model, images)
+        direction.move(-step)
+        return float(F.smooth_l1_loss(restored, clean))
+
+    error = distance_from_difference(direction.times_gradient(), loss_at)
+    found["derivative_error"] = error
     if not influence < INFLUENCE_TOLERANCE:
-        complaint = (
+        return (
             f"{next(iter(without))} or another of {len(without)} parameters gets no gradient, "
             f"though the energy's gradient depends on it (relative slope {influence:.0e})"
         )
-    elif not error < DERIVATIVE_TOLERANCE:
-        complaint = f"the loss's derivative is off its finite difference by {error:.0e}"
-    return SecondOrder(complaint, tuple(without), error)
+    if not error < DERIVATIVE_TOLERANCE:
+        return f"the loss's derivative is off its finite difference by {error:.0e}"
+    return ""
 
 
 def _influence(model: EnergyModel, images: Tensor, direction: Direction) -> float:
@@ -303,26 +272,6 @@ def _influence(model: EnergyModel, images: Tensor, direction: Direction) -> floa
         if slope < INFLUENCE_TOLERANCE:
             break
     return slope
-
-
-def _derivative_error(
-    model: EnergyModel, images: Tensor, clean: Tensor, direction: Direction
-) -> float:
-    """Relative distance of the loss's derivative along the direction from a finite difference."""
-
-    def loss_at(step: float) -> float:
-        direction.move(step)
-        loss = _loss(model, images, clean)
-        direction.move(-step)
-        return loss
-
-    return distance_from_difference(direction.times_gradient(), loss_at)
-
-
-def _loss(model: EnergyModel, images: Tensor, clean: Tensor) -> float:
-    """The training loss by first derivatives only, and without its cast to float32."""
-    restored, _ = restoration_step(model, images)
-    return float(F.smooth_l1_loss(restored, clean))
 
 
 def _relative_distance(value: Tensor, reference: Tensor) -> float:

@@ -7,7 +7,6 @@ import argparse
 import gzip
 import io
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +19,9 @@ SOURCE = Path("/usr/share/datasets/fashion-mnist")
 OUT = Path(__file__).parents[1] / "src/backfold/data/embedded"
 SEED = 2017
 CLASS_NAMES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
     "Ankle boot",
-)
+)  # fmt: skip
 # split: (Debian's file prefix, images to keep)
 SPLITS = {"train": ("train", 10_000), "test": ("t10k", 2_000)}
 
@@ -40,11 +31,8 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     content = gzip.decompress(path.read_bytes())
     if content[:3] != b"\0\0\x08":
         raise ValueError(f"{path} is no idx file of unsigned bytes")
-    shape = tuple(np.frombuffer(content, dtype=">u4", count=content[3], offset=4).tolist())
-    offset = 4 + 4 * len(shape)
-    return np.frombuffer(content, dtype=np.uint8, count=math.prod(shape), offset=offset).reshape(
-        shape
-    )
+    shape = np.frombuffer(content, dtype=">u4", count=content[3], offset=4)
+    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
 def balanced_indices(labels: NDArray[np.uint8], count: int, seed: int) -> NDArray[np.int64]:

@@ -15,8 +15,8 @@ from backfold.data.loading import evaluation_batches
 from backfold.data.open import open_source
 from backfold.restoration import restore
 from backfold.training.config import build_tasks
-from backfold.training.pretrained import load_pretrained
-from backfold.training.previews import restoration_grid
+from backfold.training.run import load_pretrained
+from backfold.training.watch import restoration_grid
 
 TASKS = ("masking", "superresolution", "denoising")
 IMAGES = (5, 11, 23)

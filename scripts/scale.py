@@ -2,21 +2,44 @@
 
 python scripts/scale.py
 
-Operations and bytes are counted, without computing; rates are from data sheets; the share of the
-peak that a step reaches is an assumption, and named as one.
+Operations and bytes of a ViT-B/16's steps are counted on the meta device, without computing; rates
+are from data sheets; the share of the peak that a step reaches is an assumption, and named as one.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from scale_counts import Counted, count, count_ordinary
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).resolve().parent.parent
+from backfold.backbone import feature_map, use_plain_attention
+from backfold.energy import LinearHead
+from backfold.restoration import training_step
+from backfold.sparse import sparse_feature_map
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from step_cost.operations import count_operations
+from step_cost.page import fill
+from step_cost.tables import grouped, markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "scale.md"
 RESULTS = ROOT / "benchmarks" / "results"
+
+BACKBONE = "vit_base_patch16_224"
+SIDE, TOKENS = 224, 196
+# Of 196 patches a quarter is visible; a third of the hidden ones runs beside them.
+SPARSE_TOKENS = TOKENS // 4 + TOKENS // 4
+COUNTED_IMAGES = 4
 
 # NVIDIA's data sheets of the H100 SXM5 and of the DGX H100, each link in one direction.
 PEAK_BF16 = 989.4e12  # dense matrix products
@@ -34,29 +57,116 @@ MANY_IMAGES = 100_000_000
 MEASURED_JPEG = "640 x 480"  # a little larger than ImageNet's usual 500 x 375
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A machine, a method and an assumed share of the peak.
+class Counted(NamedTuple):
+    """What a step of a method takes for one image, and what its weights are.
 
-    Attributes:
-        devices: H100s, eight in a machine.
-        operations: for one image.
-        parameters: that are trained.
-        utilisation: share of the peak that a step reaches, assumed.
-        batch: images in an optimizer step, over all devices.
+    ``operations`` are those in matrix products and convolutions, ``peak_bytes`` those of float32
+    tensors by which each image raises the step's highest point, ``parameters`` all that train.
     """
+
+    operations: float
+    peak_bytes: float
+    parameters: int
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes of storages made within that are alive at one time, on the meta device too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the operation, and count the storages among its results that are new."""
+        del types
+        result = func(*args, **(kwargs or {}))
+        given = set(_storages((args, kwargs)))
+        for key, storage in _storages(result).items():
+            if key not in given and key not in self.known:
+                self.known.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._forget, key, storage.nbytes()).atexit = False
+        return result
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def _storages(tree: object) -> dict[int, torch.UntypedStorage]:
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage._cdata: storage for storage in storages}
+
+
+def count(sparse: bool) -> Counted:
+    """Count one exact restoration step, forward and backward."""
+    energy = _energy()
+    tokens = SPARSE_TOKENS if sparse else None
+
+    def step(batch: int) -> None:
+        with torch.device("meta"):
+            images = torch.empty(batch, 3, SIDE, SIDE)
+            mask = torch.empty(batch, 1, SIDE, SIDE, dtype=torch.bool)
+        training_step(partial(_run, energy, tokens=tokens), images, images, mask)[0].backward()
+
+    # What does not grow with the batch, such as gradients, drops out of the difference.
+    peaks = []
+    for batch in (COUNTED_IMAGES, 2 * COUNTED_IMAGES):
+        with PeakBytes() as bytes_of:
+            step(batch)
+        peaks.append(bytes_of.peak)
+    return Counted(
+        count_operations(partial(step, COUNTED_IMAGES)) / COUNTED_IMAGES,
+        (peaks[1] - peaks[0]) / COUNTED_IMAGES,
+        sum(parameter.numel() for parameter in energy.parameters()),
+    )
+
+
+def count_ordinary() -> float:
+    """Operations of an ordinary training step on one image: forward, backward, all gradients."""
+    energy, images = _energy(), torch.empty(COUNTED_IMAGES, 3, SIDE, SIDE, device="meta")
+    with sdpa_kernel(SDPBackend.MATH):
+        operations = count_operations(lambda: _run(energy, images).sum().backward())
+    return operations / COUNTED_IMAGES
+
+
+def _energy() -> nn.ModuleDict:
+    """A backbone and its head without numbers: on the meta device, and not calibrated."""
+    with torch.device("meta"):
+        backbone = timm.create_model(BACKBONE, num_classes=0)
+        use_plain_attention(backbone)
+        return nn.ModuleDict({"backbone": backbone, "head": LinearHead(backbone.num_features)})
+
+
+def _run(energy: nn.ModuleDict, images: Tensor, tokens: int | None = None) -> Tensor:
+    """Energies of the images, of all patches or of so many tokens."""
+    if tokens is None:
+        return energy["head"](feature_map(energy["backbone"], images))
+    chosen = torch.empty(len(images), tokens, dtype=torch.int64, device="meta")
+    return energy["head"](sparse_feature_map(energy["backbone"], images, chosen))
+
+
+class Estimate(NamedTuple):
+    """H100s (eight a machine), operations for an image, parameters, assumed share of the peak."""
 
     devices: int
     operations: float
     parameters: int
     utilisation: float
-    batch: int = BATCH
 
     @property
     def compute_seconds(self) -> float:
         """Of an optimizer step."""
-        rate = PEAK_BF16 * self.utilisation * self.devices
-        return self.batch * self.operations / rate
+        return BATCH * self.operations / (PEAK_BF16 * self.utilisation * self.devices)
 
     @property
     def network_bytes(self) -> float:
@@ -74,67 +184,58 @@ class Estimate:
     @property
     def images_per_second(self) -> float:
         """Over all devices, with no overlap of computing and sending."""
-        return self.batch / (self.compute_seconds + self.network_seconds)
+        return BATCH / (self.compute_seconds + self.network_seconds)
 
     def hours(self, images: int, epochs: int) -> float:
         """For passes over a data set, incomplete batches left out."""
-        steps = images // self.batch * epochs
-        return steps * self.batch / self.images_per_second / 3600
+        return images // BATCH * epochs * BATCH / self.images_per_second / 3600
 
 
-def loading_seconds() -> float:
-    """To read, decode, crop and scale one image on one core, as measured."""
-    measured = json.loads((RESULTS / "loading.json").read_text())["loading_ms"]
-    return float(measured[MEASURED_JPEG]["reduced size, uint8 batches"]) / 1e3
-
-
-def measured_rates() -> list[float]:
-    """Operations a second of exact dense steps over those of ordinary steps, on a CPU."""
-    rates: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in json.loads((RESULTS / "cost-cpu.json").read_text())["rows"]:
-        if row["precision"] != "float32" or row["num_steps"] > 1:
-            continue  # in bf16 fused attention is slow on that CPU
-        if row["method"] in ("ordinary", "exact"):
-            key = (row["model"], row["compiled"])
-            rate = row["operations"] / row["seconds"]["median"]
-            rates.setdefault(key, {})[row["method"]] = rate
-    return [pair["exact"] / pair["ordinary"] for pair in rates.values() if len(pair) == 2]
+Estimates = Mapping[str, Sequence[Estimate]]
 
 
 def parts() -> dict[str, str]:
     """The tables of the page, by the names of their places in it."""
     methods = {"dense": count(sparse=False), "sparse": count(sparse=True)}
+    estimates = {
+        f"{machine}, {name}": [
+            Estimate(devices, counted.operations, counted.parameters, share)
+            for share in UTILISATIONS
+        ]
+        for name, counted in methods.items()
+        for devices, machine in MACHINES.items()
+    }
     return {
         "counted": _counted_table(methods, count_ordinary()),
-        "rates": _rates_line(measured_rates()),
-        "time": _time_table(methods),
+        "rates": _rates_line(),
+        "time": _time_table(estimates),
         "memory": _memory_table(methods),
-        "loading": _loading_table(methods),
+        "loading": _loading_table(estimates),
     }
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _counted_table(methods: Mapping[str, Counted], ordinary: float) -> str:
     rows = [["ordinary training step", f"{ordinary / 1e9:.1f}", "1.00", ""]]
-    rows += [
-        [
-            f"restoration step, {name}",
-            f"{counted.operations / 1e9:.1f}",
-            f"{counted.operations / ordinary:.2f}",
-            f"{counted.peak_bytes / 1e6:.0f}",
-        ]
-        for name, counted in methods.items()
+    for name, counted in methods.items():
+        numbers = f"{counted.operations / 1e9:.1f}", f"{counted.operations / ordinary:.2f}"
+        rows.append([f"restoration step, {name}", *numbers, f"{counted.peak_bytes / 1e6:.0f}"])
+    table = markdown_table(["for one image", "GFLOP", "x", "float32 MB at the peak"], rows)
+    return f"{table}\n\nTrained parameters: {methods['dense'].parameters / 1e6:.1f} million."
+
+
+def _rates_line() -> str:
+    """Operations a second of exact dense steps over those of ordinary steps, on a CPU."""
+    measured = [
+        row
+        for row in json.loads((RESULTS / "cost-cpu.json").read_text())["rows"]
+        # In bf16 fused attention is slow on that CPU.
+        if (row["precision"], row["num_steps"]) == ("float32", 1)
     ]
-    parameters = methods["dense"].parameters
-    table = _table(["for one image", "GFLOP", "x", "float32 MB at the peak"], rows)
-    return f"{table}\n\nTrained parameters: {parameters / 1e6:.1f} million."
-
-
-def _rates_line(rates: Sequence[float]) -> str:
+    rates = []
+    for rows in grouped(measured, "model", "compiled").values():
+        found = {row["method"]: row["operations"] / row["seconds"]["median"] for row in rows}
+        if {"exact", "ordinary"} <= found.keys():
+            rates.append(found["exact"] / found["ordinary"])
     return (
         f"On the CPU of [cost.md](cost.md), in {len(rates)} pairs of measurements in float32, the\n"
         f"exact dense step does {min(rates):.2f} to {max(rates):.2f} times as many operations a "
@@ -142,28 +243,32 @@ def _rates_line(rates: Sequence[float]) -> str:
     )
 
 
-def _time_table(methods: Mapping[str, Counted]) -> str:
-    head = [
-        "", "images/s", "step, s", "sent by each GPU in a step", "of the step, s",
-        f"ImageNet-1K, {EPOCHS} epochs, h", "100 million images, one epoch, h",
-    ]  # fmt: skip
+def _time_table(estimates: Estimates) -> str:
+    return _table(estimates, {
+        "images/s": lambda each: each.images_per_second,
+        "step, s": lambda each: BATCH / each.images_per_second,
+        "sent by each GPU in a step": lambda each: f"{each.network_bytes / 1e9:.2f} GB",
+        "of the step, s": lambda each: _number(each.network_seconds),
+        f"ImageNet-1K, {EPOCHS} epochs, h": lambda each: each.hours(IMAGENET_IMAGES, EPOCHS),
+        "100 million images, one epoch, h": lambda each: each.hours(MANY_IMAGES, 1),
+    })  # fmt: skip
+
+
+def _table(estimates: Estimates, columns: Mapping[str, Callable[[Estimate], float | str]]) -> str:
+    """Numbers at the lowest, middle and highest utilisation; a text does not depend on it."""
     rows = []
-    for name, counted in methods.items():
-        for devices, machine in MACHINES.items():
-            made = [
-                Estimate(devices, counted.operations, counted.parameters, share)
-                for share in UTILISATIONS
-            ]
-            rows.append([
-                f"{machine}, {name}",
-                _range(each.images_per_second for each in made),
-                _range(each.batch / each.images_per_second for each in made),
-                f"{made[0].network_bytes / 1e9:.2f} GB",
-                _number(made[0].network_seconds),
-                _range(each.hours(IMAGENET_IMAGES, EPOCHS) for each in made),
-                _range(each.hours(MANY_IMAGES, 1) for each in made),
-            ])  # fmt: skip
-    return _table(head, rows)
+    for title, made in estimates.items():
+        cells = [[column(each) for each in made] for column in columns.values()]
+        texts = [
+            cell[0] if isinstance(cell[0], str) else " / ".join(map(_number, cell))
+            for cell in cells
+        ]
+        rows.append([title, *texts])
+    return markdown_table(["", *columns], rows)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _memory_table(methods: Mapping[str, Counted]) -> str:
@@ -172,7 +277,7 @@ def _memory_table(methods: Mapping[str, Counted]) -> str:
         [machine, *(f"{value / 1e9:.2f}" for value in fixed_bytes(devices, parameters))]
         for devices, machine in MACHINES.items()
     ]
-    fixed = _table(["GB on each GPU", "optimizer whole", "optimizer sharded"], gigabytes)
+    fixed = markdown_table(["GB on each GPU", "optimizer whole", "optimizer sharded"], gigabytes)
     fits = ", ".join(f"{images_at_once(counted):.0f} ({name})" for name, counted in methods.items())
     return f"{fixed}\n\nImages at once beside that, in float32, on a GPU of 80 GB: {fits}."
 
@@ -188,51 +293,25 @@ def images_at_once(counted: Counted) -> int:
     return int((0.9 * GPU_BYTES - fixed_bytes(1, counted.parameters)[0]) // counted.peak_bytes)
 
 
-def _loading_table(methods: Mapping[str, Counted]) -> str:
+def _loading_table(estimates: Estimates) -> str:
+    measured = json.loads((RESULTS / "loading.json").read_text())["loading_ms"]
+    milliseconds = measured[MEASURED_JPEG]["reduced size, uint8 batches"]  # on one core
     bytes_each = IMAGENET_BYTES / IMAGENET_IMAGES
-    rows = []
-    for name, counted in methods.items():
-        for devices, machine in MACHINES.items():
-            made = [
-                Estimate(devices, counted.operations, counted.parameters, share).images_per_second
-                for share in UTILISATIONS
-            ]
-            rows.append([
-                f"{machine}, {name}",
-                _range(rate * bytes_each / 1e6 for rate in made),
-                _range(rate * loading_seconds() for rate in made),
-            ])  # fmt: skip
-    sizes = (
+    table = _table(estimates, {
+        "MB/s to read": lambda each: each.images_per_second * bytes_each / 1e6,
+        "cores that load": lambda each: each.images_per_second * milliseconds / 1e3,
+    })  # fmt: skip
+    return (
         f"An image has {bytes_each / 1e3:.0f} kB on average; 100 million such images are "
         f"{MANY_IMAGES * bytes_each / 1e12:.1f} TB. Loading one takes a core\n"
-        f"{1e3 * loading_seconds():.1f} ms."
+        f"{milliseconds:.1f} ms.\n\n{table}"
     )
-    return f"{sizes}\n\n{_table(['', 'MB/s to read', 'cores that load'], rows)}"
-
-
-def _range(values: Iterable[float]) -> str:
-    """The values at the lowest, middle and highest utilisation."""
-    return " / ".join(_number(value) for value in values)
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def page(text: str) -> str:
     """The page with each table renewed between its markers."""
-    for name, part in parts().items():
-        before, begin, rest = text.partition(f"<!-- begin {name} -->")
-        _, end, after = rest.partition(f"<!-- end {name} -->")
-        assert begin, name
-        assert end, name
-        text = f"{before}{begin}\n\n{part}\n\n{end}{after}"
-    return text
-
-
-def main() -> None:
-    PAGE.write_text(page(PAGE.read_text()))
+    return fill(text, parts())
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(page(PAGE.read_text()))

@@ -14,10 +14,8 @@ from backfold.data.statistics import ChannelStatistics
 from backfold.embedding import EmbeddingChoice, embed
 from backfold.energy import EnergyModel
 from backfold.restoration import restore
-from backfold.training.config import PretrainConfig
-from backfold.training.config_file import config_to_dict
-from backfold.training.pretrained import Pretrained
-from backfold.training.run_folder import RunFolder, save_checkpoint
+from backfold.training.config import PretrainConfig, config_to_dict
+from backfold.training.run import Pretrained, RunFolder, save_checkpoint
 
 OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
 NAME = "vit_tiny_patch16_224"

@@ -14,11 +14,11 @@ from backfold.data.open import open_source
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
 from backfold.pretext import Masking
-from backfold.training import meter, stepper, trainer
+from backfold.training import pretrain as trainer
+from backfold.training import step
 from backfold.training.config import PretrainConfig
-from backfold.training.meter import Restored
 from backfold.training.optimizer import OptimizerSettings
-from backfold.training.stepper import Part, Stepper
+from backfold.training.step import Part, Restored, Stepper
 
 STATISTICS = ChannelStatistics((0.3,), (0.35,))
 OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -66,7 +66,7 @@ def test_unequal_micro_batches_weigh_by_their_images(energy, pictures, monkeypat
     def alike(clean, corruption, tokens, _):
         return Part(clean, corruption, tokens, 0.5)
 
-    assert_notices(check, monkeypatch, stepper, "Part", alike)
+    assert_notices(check, monkeypatch, step, "Part", alike)
 
 
 def test_the_logged_energy_gap_is_corrupted_minus_clean(energy, pictures, monkeypatch):
@@ -79,7 +79,7 @@ def test_the_logged_energy_gap_is_corrupted_minus_clean(energy, pictures, monkey
         assert part.energy_gap(energy) == pytest.approx(float((corrupted - clean).mean()), rel=1e-4)
 
     half = lambda clean, corrupted: float((corrupted - clean).mean()) / 2  # noqa: E731
-    assert_notices(check, monkeypatch, meter, "energy_gap", half)
+    assert_notices(check, monkeypatch, step, "energy_gap", half)
 
 
 def test_warm_up_sees_the_run_s_own_images(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from backfold.pretext import (
 )
 from backfold.training.config import PretrainConfig
 from backfold.training.optimizer import freeze_unreachable
-from backfold.training.stepper import Stepper
+from backfold.training.step import Stepper
 
 TASKS = (
     Masking(mask_patch_size=7), Sorting(sorting_patch_size=7), SuperResolution(), Denoising(),

@@ -14,12 +14,12 @@ from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.pretext import Denoising, Masking, Mixture
-from backfold.pretext.patches import FLAT, normalise_squares
+from backfold.pretext.masking import FLAT, normalise_squares
 from backfold.restoration import energy_gradient, eval_mode, training_step
-from backfold.training.compiled import CompiledStep, gradient_distance
+from backfold.training.autotune import gradient_distance
 from backfold.training.config import PretrainConfig, TaskSettings, doubtful_settings, watched_tasks
 from backfold.training.optimizer import OptimizerSettings
-from backfold.training.stepper import RestorationTraining, Stepper, step_seed
+from backfold.training.step import CompiledStep, RestorationTraining, Stepper, step_seed
 
 OPTIONS = {"patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 2}
 HALF = Masking(mask_patch_size=4, normalised_share=0.5)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -49,18 +49,14 @@ def compare_models(
     device: torch.device,
     deadline: float,
 ) -> Iterator[Results]:
-    """Measure the models one after another; each gets a share of the time that is left.
+    """Measure `MODELS` one after another, each in a share of the time that is left.
 
-    Yields the results of each model when it is done.
-
-    Args:
-        variants: what to measure of each of `MODELS`, in order of importance.
-        batch: images in a step; None takes the model's own.
-        repeats: rounds of timing.
-        device: where to run.
-        deadline: in seconds of `time.perf_counter`.
+    Variants come in order of importance. ``batch`` None takes the models' own; ``repeats`` are
+    rounds of timing; ``deadline`` is in seconds of `time.perf_counter`.
     """
-    weights = [sum(COMPILING if made.compiled else 1 for made in each) for each in variants.values()]
+    weights = [
+        sum(COMPILING if made.compiled else 1 for made in each) for each in variants.values()
+    ]
     for number, (name, wanted) in enumerate(variants.items()):
         model, now = MODELS[name], time.perf_counter()
         if now > deadline:
@@ -126,10 +122,6 @@ def measure(
         for case in cases.values():
             case.workload.clear_gradients()
 
-    def prepared(function: Callable[..., Any], *arguments: Any) -> Any:
-        prepare()
-        return function(*arguments)
-
     seconds = time_interleaved(steps, repeats, prepare, deadline=deadline)
     operations: dict[tuple[int, Variant], int] = {}
     for name, step in steps.items():
@@ -138,15 +130,18 @@ def measure(
         # Counted on the eager float32 step; the other ways to run it multiply as much.
         plain = replace(variant, compiled=False, precision="float32")
         if (key := (id(workload), plain)) not in operations:
-            operations[key] = prepared(count_operations, workload.step(plain))
+            prepare()
+            operations[key] = count_operations(workload.step(plain))
+        prepare()
         rows[name] |= {
             "seconds": taken,
             "images_per_second": workload.batch / taken["median"],
-            "peak_bytes": prepared(peak_memory, step, device),
+            "peak_bytes": peak_memory(step, device),
             "operations": operations[key],
         }
         if variant.method in PROFILED and variant.num_steps == 1:
-            rows[name]["time_by_kind"] = prepared(time_by_kind, step, device)
+            prepare()
+            rows[name]["time_by_kind"] = time_by_kind(step, device)
     prepare()
     return Results(list(rows.values()), left_out)
 

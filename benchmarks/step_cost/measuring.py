@@ -24,17 +24,18 @@ from torch.utils import benchmark
 
 Step = Callable[[], None]
 PRODUCTS = "matrix products and convolutions"
+ATTENTION, NORMS = "fused attention", "norms, softmax and activations"
+ELEMENTWISE, COPIES = "element-wise and sums", "copies and memory"
 REST = "generated kernels and Python"
-KINDS = {  # by the names of operations and kernels; the first that fits
-    "fused attention": r"flash|efficient_attention|cudnn_attention|fmha",
-    "norms, softmax and activations":
-        r"layer_norm|softmax|gelu|native_norm|batch_norm|relu|silu|tanh|erf|nll_loss",
+KINDS = (PRODUCTS, ATTENTION, NORMS, ELEMENTWISE, COPIES, REST)
+PATTERNS = {  # of names of operations and kernels; the first that fits
+    REST: r"^triton_(poi|per|red)",
+    ATTENTION: r"flash|efficient_attention|cudnn_attention|fmha",
+    NORMS: r"layer_norm|softmax|gelu|native_norm|batch_norm|relu|silu|tanh|erf|nll_loss",
     PRODUCTS: r"mm$|bmm|addmm|conv|gemm|cutlass|xmma|mkldnn|linear",
-    "copies and memory":
-        r"copy|cat$|empty|contiguous|clone|zero|fill|gather|index|stack|select|slice|memcpy"
-        r"|memset|expand|view|reshape|transpose|resize|as_strided|scatter|pad$",
-    "element-wise and sums": r"^aten::|elementwise|reduce",
-    REST: "",
+    COPIES: r"copy|cat$|empty|contiguous|clone|zero|fill|gather|index|stack|select|slice|memcpy"
+            r"|memset|expand|view|reshape|transpose|resize|as_strided|scatter|pad$",
+    ELEMENTWISE: r"^aten::|elementwise|reduce",
 }  # fmt: skip
 PACKAGES = ("torch", "timm", "transformers")
 
@@ -55,14 +56,8 @@ def time_interleaved(
     """Seconds of each step, taken in rounds: every step once, in order, then all of them again.
 
     So slow drifts of the machine (heat, neighbours) meet all steps alike. In each round a step runs
-    once to warm up, then on the clock.
-
-    Args:
-        steps: by name.
-        repeats: rounds at most.
-        prepare: called before each run, outside the clock.
-        clock: in seconds; waits for the device.
-        deadline: in seconds of `time.perf_counter`; no round but the first starts after it.
+    once to warm up, then on the clock, which waits for the device; ``prepare`` is called before
+    both, untimed. No round but the first starts after the deadline of `time.perf_counter`.
     """
     timers = {
         name: benchmark.Timer(
@@ -87,11 +82,9 @@ def time_interleaved(
 def peak_memory(step: Step, device: torch.device) -> int:
     """Bytes at the highest point of a step, above what was allocated before it.
 
-    On CUDA from the caching allocator's own statistics. On the CPU from the allocation events of
-    `torch.profiler`, summed in the order in which they happened: PyTorch's allocator reports each
-    one, to the byte, for eager operations and for the buffers of compiled graphs alike. What
-    libraries such as oneDNN take for themselves is not seen; neither is memory that freed tensors
-    leave in the process.
+    On CUDA from the caching allocator's statistics, on the CPU from the allocation events of
+    `torch.profiler`, to the byte, compiled graphs' buffers too; without what libraries such as
+    oneDNN take for themselves and what freed tensors leave in the process.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -132,9 +125,7 @@ def time_by_kind(step: Step, device: torch.device) -> dict[str, float]:
 
 
 def _kind(name: str) -> str:
-    if re.search(r"^triton_(poi|per|red)", name):
-        return REST
-    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
+    return next((kind for kind, pattern in PATTERNS.items() if re.search(pattern, name)), REST)
 
 
 def facts(device: torch.device) -> dict[str, Any]:

@@ -1,28 +1,108 @@
-"""Results as markdown."""
+"""Results as markdown, and the limits that this project sets itself."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-from step_cost.models import find
-from step_cost.profiling import KINDS
+from step_cost.measuring import KINDS
+from step_cost.workload import MODELS
 
 Row = dict[str, Any]
 MIB = 2**20
 GIGA = 1e9
 
 
+class Bar(NamedTuple):
+    """A quantity ("time", "memory" or "operations") of one step over another's, at most ``limit``.
+
+    ``step`` and ``over`` are facts of the two rows; ``models`` are those that the bar speaks of.
+    """
+
+    text: str
+    limit: float
+    quantity: str
+    step: dict[str, Any]
+    over: dict[str, Any]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    models: Sequence[str] = tuple(MODELS)
+
+
+def _facts(method: str, compiled: bool = False, precision: str = "float32") -> Row:
+    return {"method": method, "compiled": compiled, "precision": precision, "num_steps": 1}
+
+
+EXACT, SPARSE, PLAIN = _facts("exact"), _facts("sparse"), _facts("ordinary-plain")
+COMPILED, ORDINARY = _facts("ordinary", True), _facts("ordinary")
+EXACT_COMPILED, SPARSE_COMPILED = _facts("exact", True), _facts("sparse", True)
+EXACT_BF16 = _facts("exact", True, "bf16")
+SMALL_VITS = [name for name in MODELS if name.endswith("_32")]
+LARGE_VITS = [name for name in MODELS if name.startswith("vit") and name.endswith("_224")]
+CPU, CUDA, VIT_B = ("cpu",), ("cuda",), ["vit_base_224"]
+BARS = (
+    Bar("operations, dense over ordinary, 64 tokens", 2.10, "operations", EXACT, PLAIN,
+        models=SMALL_VITS),
+    Bar("operations, dense over ordinary, 196 tokens", 2.20, "operations", EXACT, PLAIN,
+        models=LARGE_VITS),
+    Bar("operations, sparse over ordinary dense", 1.10, "operations", SPARSE, PLAIN),
+    Bar("time, dense eager over ordinary eager", 2.3, "time", EXACT, ORDINARY, CPU),
+    Bar("time, dense compiled over ordinary compiled", 2.3, "time", EXACT_COMPILED, COMPILED, CPU),
+    Bar("time, sparse compiled over SimMIM compiled", 1.2, "time", SPARSE_COMPILED,
+        _facts("simmim", True), CPU),
+    Bar("peak memory, dense eager over ordinary eager", 2.5, "memory", EXACT, ORDINARY),
+    Bar("peak memory, dense compiled over ordinary compiled", 2.5, "memory", EXACT_COMPILED,
+        COMPILED),
+    Bar("peak memory, K = 4 over K = 1, eager", 1.05, "memory", EXACT | {"num_steps": 4}, EXACT),
+    Bar("peak memory, K = 4 over K = 1, compiled", 1.05, "memory",
+        EXACT_COMPILED | {"num_steps": 4}, EXACT_COMPILED),
+    Bar("time, bf16, dense compiled over ordinary compiled with unfused attention", 2.3, "time",
+        EXACT_BF16, _facts("ordinary-plain", True, "bf16"), CUDA, VIT_B),
+    Bar("time, bf16, dense compiled over ordinary compiled with fused attention", 2.8, "time",
+        EXACT_BF16, _facts("ordinary", True, "bf16"), CUDA, VIT_B),
+)  # fmt: skip
+
+
+def bars_table(content: dict[str, Any]) -> str:
+    """Each bar of the device with the ratios that the rows allow; one above its limit is marked."""
+    lines = []
+    for bar in BARS:
+        if content["facts"]["device"] not in bar.devices:
+            continue
+        found = []
+        for name, rows in grouped(content["rows"], "model").items():
+            step, over = select(rows, **bar.step), select(rows, **bar.over)
+            if name in bar.models and step and over:
+                ratio = quantity_of(step, bar.quantity) / quantity_of(over, bar.quantity)
+                mark = " **above**" if ratio > bar.limit else ""
+                found.append(f"{MODELS[name].title}: {ratio:.3f}{mark}")
+        lines.append([bar.text, f"{bar.limit:g}", "<br>".join(found) or "not measured"])
+    return markdown_table(["what", "at most", "measured"], lines)
+
+
 def mode(row: Row) -> str:
     return "compiled" if row["compiled"] else "eager"
 
 
-def select(rows: Sequence[Row], **facts: Any) -> Row | None:
+def select(rows: Iterable[Row], **facts: Any) -> Row | None:
     """The first row with these values, if there is one."""
-    return next(
-        (row for row in rows if all(row.get(key) == value for key, value in facts.items())), None
-    )
+    return next((row for row in rows if facts.items() <= row.items()), None)
 
 
-def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def grouped(rows: Iterable[Row], *keys: str) -> dict[Any, list[Row]]:
+    """The rows by a value, or by a tuple of values, in the order in which these come."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        values = tuple(row[key] for key in keys)
+        groups.setdefault(values if len(keys) > 1 else values[0], []).append(row)
+    return groups
+
+
+def quantity_of(row: Row, quantity: str) -> float:
+    """Median seconds ("time"), peak bytes ("memory") or operations of a row."""
+    if quantity == "time":
+        return float(row["seconds"]["median"])
+    return float(row["peak_bytes" if quantity == "memory" else "operations"])
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """First column to the left, the others to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
@@ -39,42 +119,30 @@ def facts_line(content: dict[str, Any]) -> str:
     )
 
 
-def left_out_lines(content: dict[str, Any]) -> str:
-    if not content["left_out"]:
-        return ""
-    return "Left out:\n\n" + "\n".join(f"- {line}" for line in content["left_out"])
-
-
 def cost_tables(content: dict[str, Any]) -> str:
     """One table for each model."""
-    names = list(dict.fromkeys(row["model"] for row in content["rows"]))
-    parts = [
-        f"### {find(name).title}\n\n"
-        + _model_table([row for row in content["rows"] if row["model"] == name])
-        for name in names
-    ]
-    return "\n\n".join([*parts, left_out_lines(content)]).strip()
-
-
-def _model_table(rows: Sequence[Row]) -> str:
     header = (
         "step", "precision", "mode", "ms (quartiles)", "images/s", "time x", "peak MiB",
         "memory x", "GFLOP an image", "operations x",
     )  # fmt: skip
-    return f"Batch {rows[0]['batch']}.\n\n" + markdown_table(
-        header, [_cells(row, reference(rows, row)) for row in rows]
-    )
+    parts = []
+    for name, rows in grouped(content["rows"], "model").items():
+        table = markdown_table(header, [_cells(row, rows) for row in rows])
+        parts.append(f"### {MODELS[name].title}\n\nBatch {rows[0]['batch']}.\n\n{table}")
+    return _with_left_out(parts, content)
 
 
-def reference(rows: Sequence[Row], row: Row) -> Row | None:
-    """The ordinary step with this row's precision and mode."""
-    same = {"precision": row["precision"], "compiled": row["compiled"]}
-    return select(rows, method="ordinary", **same)
+def _with_left_out(parts: list[str], content: dict[str, Any]) -> str:
+    if content["left_out"]:
+        lines = "\n".join(f"- {line}" for line in content["left_out"])
+        parts = [*parts, f"Left out:\n\n{lines}"]
+    return "\n\n".join(parts)
 
 
-def _cells(row: Row, ordinary: Row | None) -> list[str]:
-    seconds = row["seconds"]
-    times = [f"{1000 * seconds[key]:.0f}" for key in ("median", "lower", "upper")]
+def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
+    same = {key: row[key] for key in ("precision", "compiled")}
+    ordinary = select(rows, method="ordinary", **same)
+    times = [f"{1000 * row['seconds'][key]:.0f}" for key in ("median", "lower", "upper")]
     note = " (fell back to eager)" if row["warnings"] else ""
     return [
         row["title"],
@@ -82,61 +150,55 @@ def _cells(row: Row, ordinary: Row | None) -> list[str]:
         mode(row) + note,
         f"{times[0]} ({times[1]} to {times[2]})",
         f"{row['images_per_second']:.1f}",
-        _ratio(seconds["median"], ordinary and ordinary["seconds"]["median"]),
+        _ratio(row, ordinary, "time"),
         f"{row['peak_bytes'] / MIB:.0f}",
-        _ratio(row["peak_bytes"], ordinary and ordinary["peak_bytes"]),
+        _ratio(row, ordinary, "memory"),
         f"{row['operations'] / row['batch'] / GIGA:.2f}",
-        _ratio(row["operations"], ordinary and ordinary["operations"]),
+        _ratio(row, ordinary, "operations"),
     ]
 
 
-def _ratio(value: float, reference: float | None) -> str:
-    return f"{value / reference:.2f}" if reference else ""
+def _ratio(row: Row, reference: Row | None, quantity: str) -> str:
+    if reference is None or not quantity_of(reference, quantity):
+        return ""
+    return f"{quantity_of(row, quantity) / quantity_of(reference, quantity):.2f}"
 
 
 def kind_tables(content: dict[str, Any]) -> str:
     """Milliseconds of the dense, sparse and ordinary steps by kind of work, for each model."""
     parts = []
-    for name in dict.fromkeys(row["model"] for row in content["rows"]):
+    for name, of_model in grouped(content["rows"], "model").items():
         rows = [
-            row for row in content["rows"] if row["model"] == name and "time_by_kind" in row
-            and row["precision"] == content["rows"][0]["precision"]
+            row for row in of_model
+            if "time_by_kind" in row and row["precision"] == content["rows"][0]["precision"]
         ]  # fmt: skip
         kinds = [kind for kind in KINDS if any(kind in row["time_by_kind"] for row in rows)]
-        lines = [
-            [f"{row['title']}, {mode(row)}", *(_milliseconds(row, kind) for kind in kinds)]
-            for row in rows
-        ]
-        parts.append(f"### {find(name).title}\n\n" + markdown_table(["ms in", *kinds], lines))
+        lines = []
+        for row in rows:
+            milliseconds = 1000 * row["seconds"]["median"]
+            times = [f"{row['time_by_kind'].get(kind, 0.0) * milliseconds:.0f}" for kind in kinds]
+            lines.append([f"{row['title']}, {mode(row)}", *times])
+        table = markdown_table(["ms in", *kinds], lines)
+        parts.append(f"### {MODELS[name].title}\n\n{table}")
     return "\n\n".join(parts)
-
-
-def _milliseconds(row: Row, kind: str) -> str:
-    share = row["time_by_kind"].get(kind, 0.0)
-    return f"{1000 * share * row['seconds']['median']:.0f}"
 
 
 def growth_tables(content: dict[str, Any]) -> str:
     """One table for each factor: time and counted operations, relative to the first point."""
     titles = {"batch": "Batch", "tokens": "Tokens", "depth": "Depth", "num_steps": "Steps K"}
     parts = []
-    for factor in dict.fromkeys(row["factor"] for row in content["rows"]):
-        rows = [row for row in content["rows"] if row["factor"] == factor]
-        parts.append(f"### {titles[factor]}\n\n" + _growth_table(factor, rows))
-    return "\n\n".join([*parts, left_out_lines(content)]).strip()
+    for factor, rows in grouped(content["rows"], "factor").items():
+        others = [f"{name} {rows[0][name]}" for name in ("batch", "tokens", "depth")
+                  if name != factor]  # fmt: skip
+        setting = f"ViT-Ti's width, {', '.join(others)}."
+        parts.append(f"### {titles[factor]}\n\n{setting}\n\n{_growth_table(factor, rows)}")
+    return _with_left_out(parts, content)
 
 
 def growth(rows: Sequence[Row], quantity: str) -> list[float]:
-    """A quantity of rows relative to the first: "time", "memory" or "operations"."""
+    """A quantity of rows relative to the first; see `quantity_of`."""
     values = [quantity_of(row, quantity) for row in rows]
     return [value / values[0] for value in values]
-
-
-def quantity_of(row: Row, quantity: str) -> float:
-    """Median seconds, peak bytes or operations of a row."""
-    if quantity == "time":
-        return float(row["seconds"]["median"])
-    return float(row["peak_bytes" if quantity == "memory" else "operations"])
 
 
 def _growth_table(factor: str, rows: Sequence[Row]) -> str:
@@ -145,30 +207,15 @@ def _growth_table(factor: str, rows: Sequence[Row]) -> str:
         "time over ordinary", "operations over ordinary",
     ]  # fmt: skip
     lines = []
-    for series in series_of(rows):
+    for series in grouped(rows, "method", "compiled").values():
         grown = [growth(series, name) for name in ("time", "operations", "memory")]
         for row, *factors in zip(series, *grown, strict=True):
             value = 1 if factor == "num_steps" else row["value"]
             ordinary = select(rows, method="ordinary", value=value, compiled=row["compiled"])
-            ratios = [
-                _ratio(quantity_of(row, name), ordinary and quantity_of(ordinary, name))
-                for name in ("time", "operations")
-            ]
             lines.append([
                 str(row["value"]), row["title"].partition(", K")[0], mode(row),
                 f"{1000 * row['seconds']['median']:.0f}",
-                *(f"{times:.2f}" for times in factors), *ratios,
+                *(f"{times:.2f}" for times in factors),
+                *(_ratio(row, ordinary, name) for name in ("time", "operations")),
             ])  # fmt: skip
-    return f"{_setting(factor, rows[0])}\n\n" + markdown_table(header, lines)
-
-
-def series_of(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows of a factor, one list for each method and mode."""
-    kinds = dict.fromkeys((row["method"], row["compiled"]) for row in rows)
-    return [[row for row in rows if (row["method"], row["compiled"]) == kind] for kind in kinds]
-
-
-def _setting(factor: str, row: Row) -> str:
-    settings = {"batch": row["batch"], "tokens": row["tokens"], "depth": row["depth"]}
-    others = [f"{name} {value}" for name, value in settings.items() if name != factor]
-    return f"ViT-Ti's width, {', '.join(others)}."
+    return markdown_table(header, lines)

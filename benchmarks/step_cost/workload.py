@@ -17,7 +17,7 @@ from backfold.finite_difference import finite_difference_losses
 from backfold.pretext.masking import Masking
 from backfold.restoration import restoration_losses
 from backfold.sparse import running_tokens, token_size
-from backfold.training.stepper import RestorationTraining
+from backfold.training.step import RestorationTraining
 from step_cost.measuring import Step
 
 MASK_RATIO = 0.75
@@ -102,13 +102,9 @@ class Variant:
 
     def exists_for(self, model: Model) -> bool:
         """Whether the model has the method, and this is not the same as another variant."""
-        families = {
-            "mae": ("vit",),
-            "sparse": ("vit",),
-            "simmim": ("vit", "swin"),
-            "ordinary-plain": ("vit", "swin"),
-        }
-        if model.family not in families.get(self.method, (model.family,)):
+        if model.family == "convolutional" and self.method in ("simmim", "ordinary-plain"):
+            return False
+        if model.family != "vit" and self.method in ("mae", "sparse"):
             return False
         if self.precision != "float32" and self.method in ("masking", "finite-difference"):
             return False

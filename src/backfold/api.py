@@ -36,10 +36,9 @@ from backfold.errors import BrokenImage, UserError
 from backfold.exporting.export import Format, export_run
 from backfold.reporting.report import write_report
 from backfold.restoration import RestorationResult, eval_mode, restore
-from backfold.training import trainer
-from backfold.training.config import IN_MEMORY
-from backfold.training.config_file import config_from_dict
-from backfold.training.pretrained import Pretrained, load_pretrained
+from backfold.training import pretrain as training
+from backfold.training.config import IN_MEMORY, config_from_dict
+from backfold.training.run import Pretrained, load_pretrained
 
 Images = Tensor | Sequence[Image.Image | Path | str]
 
@@ -211,7 +210,7 @@ def pretrain(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    callback: trainer.Callback | None = None,
+    callback: training.Callback | None = None,
     **settings: Any,
 ) -> Backfold:
     """Pretrain a backbone; see `backfold.training.config.PretrainConfig` for the settings.
@@ -239,7 +238,7 @@ def pretrain(
             for name, value in values.items()
         }
     )
-    trainer.pretrain(config, resume=resume, overwrite=overwrite, source=source, callback=callback)
+    training.pretrain(config, resume=resume, overwrite=overwrite, source=source, callback=callback)
     return Backfold.load(config.out)
 
 

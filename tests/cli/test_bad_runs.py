@@ -6,8 +6,7 @@ import os
 import pytest
 import torch
 
-from backfold.training.pretrained import load_pretrained
-from backfold.training.run_folder import RunFolder
+from backfold.training.run import RunFolder, load_pretrained
 
 
 class Malice:

@@ -19,8 +19,7 @@ from backfold.cli.inference import ScoreSettings
 from backfold.cli.main import COMMANDS, main, recipe_names
 from backfold.evaluation.evaluate import EvaluateSettings
 from backfold.training.config import PretrainConfig
-from backfold.training.pretrained import load_pretrained
-from backfold.training.run_folder import RunFolder
+from backfold.training.run import RunFolder, load_pretrained
 from backfold.version import __version__
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 import backfold
 from backfold.cli.main import main
 from backfold.evaluation.results import read_rows
-from backfold.training.run_folder import RunFolder
+from backfold.training.run import RunFolder
 
 QUICK = [
     "--accelerator=cpu", "--labels=all,2", "--draws=2", "--test-images=6", "--num-workers=0",

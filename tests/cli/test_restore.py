@@ -12,8 +12,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from backfold.cli.main import main
 from backfold.data.decode import as_float
 from backfold.data.open import open_source
-from backfold.training.pretrained import load_pretrained
-from backfold.training.previews import to_display
+from backfold.training.run import load_pretrained
+from backfold.training.watch import to_display
 
 
 def restoration(run, path, corrupt, num_steps, step_size):

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from backfold.data.arrays import decode_npy, in_range
-from backfold.data.decode import decode, examine
+from backfold.data.decode import decode, decode_npy, examine, in_range
 from backfold.errors import BrokenImage
 
 

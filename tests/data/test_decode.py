@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from backfold.data.arrays import MAX_PIXELS
-from backfold.data.decode import as_float, decode, examine, to_channels
+from backfold.data.decode import MAX_PIXELS, as_float, decode, examine, to_channels
 from backfold.errors import BrokenImage, UserError
 
 RANDOM = np.random.default_rng(0)

@@ -8,7 +8,6 @@ from backfold.errors import UserError
 from backfold.evaluation import adaptation as module
 from backfold.evaluation.adaptation import CLEAN, DIFFERENCE, HARD, RESTORED, SHARE, UNCHANGED
 from backfold.evaluation.results import ACCURACY, severity_case
-from backfold.evaluation.severities import SEVERITIES, corrupt_images, corruption_names
 
 STATISTICS = ChannelStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 LABELS = torch.arange(60) % 4
@@ -58,9 +57,9 @@ def chosen(restorer, **options):
 def test_rows_are_counted_as_by_hand(threshold):
     found = table(restorer_of(nearest_template), module.RestorationChoice(1, 1.0, 0.0, threshold))
     hard = []
-    for name in corruption_names(3):
-        for level in SEVERITIES:
-            images = corrupt_images(TEMPLATES[LABELS], name, level, STATISTICS, 3)
+    for name in module.corruption_names(3):
+        for level in module.SEVERITIES:
+            images = module.corrupt_images(TEMPLATES[LABELS], name, level, STATISTICS, 3)
             right = (squares(images, 2).argmin(dim=1) == LABELS).double()
             high = squares(images).amin(dim=1) / 2 > threshold
             after = torch.where(high, (squares(images).argmin(dim=1) == LABELS).double(), right)

@@ -16,11 +16,11 @@ from backfold.errors import UserError
 from backfold.evaluation.energy import ONE_CLASS, auroc, energy, file_sizes
 from backfold.evaluation.evaluate import EvaluateSettings, Evaluation
 from backfold.evaluation.images import Images, Parts
-from backfold.evaluation.severities import SEVERITIES, pretext_severities
+from backfold.evaluation.restoration import SEVERITIES, pretext_severities
 from backfold.evaluation.subject import Subject
 from backfold.pretext import Masking, Sorting
 from backfold.training.config import PretrainConfig, TaskSettings
-from backfold.training.pretrained import Pretrained
+from backfold.training.run import Pretrained
 
 STATISTICS, SIZE = ChannelStatistics((0.5,), (0.25,)), (6, 6)
 TASKS = TaskSettings(Masking(mask_patch_size=2), Sorting(sorting_patch_size=2))

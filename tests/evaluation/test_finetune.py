@@ -19,7 +19,7 @@ from backfold.errors import UserError
 from backfold.evaluation import finetune as module
 from backfold.evaluation.evaluate import EvaluateSettings
 from backfold.evaluation.finetune import DivergedError, FineTuning, fine_tune, finetune, predict
-from backfold.evaluation.images import Images, Parts
+from backfold.evaluation.images import Images, Parts, batch_indices
 from backfold.evaluation.results import BEFORE, PRETRAINED, RANDOM, SCRATCH
 from backfold.evaluation.subject import Subject
 
@@ -69,27 +69,17 @@ def accuracy(given, contender, recipe, learned, images, tested):
     return 100 * float(right.double().mean())
 
 
-def test_crops_are_parts_of_the_asked_area_and_aspect():
-    """In images whose pixels hold their own column and row, from -1 to 1 at the image's ends."""
-    torch.manual_seed(0)
-    line = (torch.arange(16) + 0.5) / 8 - 1
-    ramp = torch.stack(torch.meshgrid(line, line, indexing="xy")).repeat(400, 1, 1, 1)
-    across, down = module.crop_and_flip(ramp, 0.25, horizontal_flip=False).unbind(1)
-    width, height = 8 * (across[:, 8, 9] - across[:, 8, 8]), 8 * (down[:, 9, 8] - down[:, 8, 8])
-    area, ratio, places = width * height, width / height, across[:, :, 7:9].mean(dim=(1, 2))
-    assert 0.24 < area.min() < 0.3 < 0.45 < area.median() < 0.75 < 0.9 < area.max()
-    assert 0.75 - 1e-3 < ratio.min() < 0.8 < 1.25 < ratio.max() < 4 / 3 + 1e-3
-    assert (places.abs() - (1 - width)).max() == pytest.approx(0, abs=0.02)
-
-
-def test_flips_and_noise_meet_a_share_of_the_images():
+def test_crops_flips_and_noise_meet_a_share_of_the_images():
     torch.manual_seed(0)
     images = torch.randn(400, 3, 6, 10)
-    flipped = module.crop_and_flip(images, 1.0, horizontal_flip=True)
-    erased, _ = module.augment(images.clone(), PLACES, 3, replace(OFF, random_erasing=0.25))
-    pairs = ((flipped, images), (flipped, images.flip(3)), (erased, images))
-    same, mirrored, whole = (((a - b).abs() < 1e-4).all(dim=(1, 2, 3)).sum() for a, b in pairs)
+    changes = {"horizontal_flip": True}, {"random_erasing": 0.25}, {"crop_scale": 0.3}
+    flipped, erased, cropped = (
+        module.augment(images.clone(), PLACES, 3, replace(OFF, **change))[0] for change in changes
+    )
+    pairs = ((flipped, images), (flipped, images.flip(3)), (erased, images), (cropped, images))
+    same, mirrored, whole, kept = (((a - b).abs() < 1e-4).flatten(1).all(1).sum() for a, b in pairs)
     assert 150 < same == 400 - mirrored < 250 < 260 < whole < 340
+    assert kept < 40
 
 
 def test_images_and_labels_are_mixed_by_the_same_weight():
@@ -138,7 +128,7 @@ def test_it_is_adamw_and_a_moving_average(on):
           "weight_decay": 0.1 * decays} for decays in (True, False)]
     )  # fmt: skip
     pixels = (given.parts.train.load()[0].float() / 255 - 0.5) / 0.25
-    for step, indices in enumerate(module.batch_indices(32, 8, 9)):
+    for step, indices in enumerate(batch_indices(32, 8, 9)):
         for group in optimizer.param_groups:
             group["lr"] = 0.5 / 64 * (1 + math.cos(math.pi * step / 9))
         optimizer.zero_grad()
@@ -162,7 +152,7 @@ def test_only_the_settings_decide_the_bits_and_each_of_them_does():
     first, *found = [parameters_to_vector(each.parameters()) for each in tuned]
     assert torch.equal(torch.get_rng_state(), before)
     assert [other.equal(first) for other in found] == [False] * 12 + [True]
-    whole = module.batch_indices(7, 8, 9).flatten()[:70].view(-1, 7)
+    whole = batch_indices(7, 8, 9).flatten()[:70].view(-1, 7)
     assert (whole.sort(dim=1).values == torch.arange(7)).all()  # once before any comes again
 
 

@@ -106,21 +106,6 @@ def test_few_labels_are_all_that_a_choice_sees(protocol):
     assert protocol(turned) == straight
 
 
-def test_test_images_in_training_are_noticed():
-    """Nearest neighbours of images that are in the bank are right, whoever is asked."""
-
-    def check(given):
-        assert cells(knn(given))["all labels", "pixels"].mean < 90
-
-    given = evaluation({PRETRAINED: 1.0})
-    check(given)
-    leaking = evaluation({PRETRAINED: 1.0})
-    test = leaking.parts.test
-    test.source.pixels[:] = leaking.parts.train.source.pixels[:80]
-    rows = cells(knn(leaking))
-    assert rows["all labels", "pixels"].mean > cells(knn(given))["all labels", "pixels"].mean + 10
-
-
 def test_one_embedding_can_be_asked_for():
     given = evaluation({PRETRAINED: 100.0}, embedding=frozen.EmbeddingChoice(-1, "max"))
     notes = {row.note.split(";")[0] for row in linear(given) if row.contender == PRETRAINED}
@@ -133,16 +118,13 @@ def test_layers_are_judged_on_validation_images():
     assert found["linear, layer -1, max", PRETRAINED].mean > 95
     assert found["linear, layer -1, max", BEFORE].mean < 60
     assert {row.metric for row in found.values()} == {"validation accuracy (%)"}
-    assert sum(case.startswith("linear, layer") for case, _ in found) == 2 * len(
-        {case for case, _ in found if case.startswith("linear, layer")}
-    )
 
 
 def test_pixels_in_four_forms():
     generator = torch.Generator().manual_seed(0)
     loud = torch.randn(50, 6, generator=generator) @ torch.randn(6, 2400, generator=generator)
     images = (loud + 0.01 * torch.randn(50, 2400, generator=generator)).view(50, 3, 40, 20)
-    found = PixelVectors([images[:25], images[25:]], 6, seed=0)(images)
+    found = PixelVectors(images, 6, seed=0)(images)
     small = F.interpolate(images, (32, 16), mode="bilinear", antialias=True)
     torch.testing.assert_close(found["raw pixels"], small.flatten(1))
     expected = torch.stack([image - image.mean(dim=(1, 2))[:, None, None] for image in small])

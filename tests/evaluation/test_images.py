@@ -9,7 +9,7 @@ from backfold.errors import UserError
 from backfold.evaluation.images import SEEN, Images, Parts, open_parts
 from backfold.evaluation.subject import Subject
 from backfold.training.config import PretrainConfig
-from backfold.training.setup import open_images
+from backfold.training.images import open_images
 
 
 def subject(own=None, size=(28, 28), **settings):

@@ -84,15 +84,6 @@ def test_minibatches_reach_what_all_images_at_once_do(monkeypatch):
     torch.testing.assert_close(*losses, atol=0.01, rtol=0)
 
 
-def test_names_of_classes_and_scales_of_features_do_not_matter():
-    x, y = overlapping(300)
-    names, scaled = torch.tensor([70, -3, 1_000_000]), torch.logspace(-3, 3, 12) * (x + 2)
-    plain = fit_linear_path(x, y, (0.1,), device="cpu")
-    other = fit_linear_path(scaled, names[y], (0.1,), device="cpu")
-    assert plain.std[5] == other.std[5] == 1
-    assert (names[plain.predict(x)] == other.predict(scaled)).double().mean() > 0.99
-
-
 def test_bad_input():
     x, y = torch.randn(4, 2), torch.tensor([0, 0, 1, 1])
     with pytest.raises(UserError, match="4 images are of 1; label images of another class"):

@@ -10,11 +10,10 @@ from torch import nn
 
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
-from backfold.evaluation.restoration import classical_restorations, mean_fill, restoration
-from backfold.evaluation.severities import SEVERITIES, pretext_severities
+from backfold.evaluation import restoration as module
 from backfold.pretext import Corruption, Denoising, Masking, Sorting
 from backfold.training.config import PretrainConfig, TaskSettings
-from backfold.training.pretrained import Pretrained
+from backfold.training.run import Pretrained
 
 STATISTICS = ChannelStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 TASKS = TaskSettings(Masking(mask_patch_size=4), Sorting(sorting_patch_size=8))
@@ -28,10 +27,14 @@ def evaluate(clean, num_steps=(1, 2), step_size=1.0):
     model.forward = lambda images: (images - clean).square().sum(dim=(1, 2, 3)) / 2
     config = PretrainConfig(tasks=TASKS, step_size=step_size)
     loaded = STATISTICS.denormalize(IMAGES), torch.arange(len(IMAGES))
-    given = Mock(device="cpu", settings=Mock(num_steps=num_steps, test_images=500, seed=0))
+    given = Mock(
+        device="cpu",
+        statistics=STATISTICS,
+        settings=Mock(num_steps=num_steps, test_images=500, seed=0),
+    )
     given.subject.run = Pretrained(model, config, STATISTICS, 3, (16, 24), step=0)
     given.parts.test.load.return_value = loaded
-    return {(row.case, row.contender, row.metric): row for row in restoration(given)}
+    return {(row.case, row.contender, row.metric): row for row in module.restoration(given)}
 
 
 def test_a_perfect_energy_restores_perfectly_and_another_images_energy_does_not():
@@ -55,10 +58,9 @@ def test_every_case_has_its_contenders_and_measures():
     ):
         contenders = "energy, 1 step", "energy, 2 steps", "mean fill", *own
         last = "patches placed right" if name == "sorting" else "chroma error"
-        for severity in SEVERITIES:
-            found = {
-                key[1:] for key in evaluate(IMAGES) if key[0] == f"{name}, severity {severity}"
-            }
+        for severity in module.SEVERITIES:
+            case = f"{name}, severity {severity}"
+            found = {key[1:] for key in evaluate(IMAGES) if key[0] == case}
             assert found == set(product(contenders, ("PSNR (dB)", "SSIM", last)))
 
 
@@ -72,9 +74,9 @@ def test_half_steps_halve_the_error():
 
 
 def test_psnr_counts_where_the_loss_does():
-    task = pretext_severities(TASKS, 3, (16, 24))["masking"][2]
+    task = module.pretext_severities(TASKS, 3, (16, 24))["masking"][2]
     corruption = task(IMAGES, torch.Generator().manual_seed(0))
-    errors = torch.where(corruption.loss_mask, mean_fill(corruption) - IMAGES, 0.0)
+    errors = torch.where(corruption.loss_mask, module.mean_fill(corruption) - IMAGES, 0.0)
     scaled = errors * torch.tensor(STATISTICS.std)[:, None, None]
     expected = -10 * scaled.square().mean(dim=(1, 2, 3)).log10()
     row = evaluate(IMAGES)["masking, severity 3", "mean fill", "PSNR (dB)"]
@@ -91,7 +93,7 @@ def test_classical_methods_are_scikit_image_s():
     )
     for images, (task, name, method, options) in product((IMAGES, IMAGES[:, :1]), methods):
         corruption = task(images, torch.Generator().manual_seed(0))
-        found = classical_restorations(task, corruption)[name][1].permute(1, 2, 0)
+        found = module.classical_restorations(task, corruption)[name][1].permute(1, 2, 0)
         array = corruption.corrupted[1].permute(1, 2, 0).double().numpy()
         masks = [corruption.loss_mask[1, 0].numpy()] if isinstance(task, Masking) else []
         expected = method(array, *masks, channel_axis=-1, **options).reshape(array.shape)
@@ -101,5 +103,5 @@ def test_classical_methods_are_scikit_image_s():
 def test_mean_fill_sees_only_what_is_visible():
     corrupted = torch.tensor([[1.0, 3.0], [8.0, 100.0]])[None, None].repeat(2, 1, 1, 1)
     mask = torch.tensor([[[False, False], [False, True]], [[True, True], [True, True]]])[:, None]
-    filled = mean_fill(Corruption(corrupted, mask))
+    filled = module.mean_fill(Corruption(corrupted, mask))
     assert filled.flatten(1).tolist() == [[4.0] * 4, [28.0] * 4]

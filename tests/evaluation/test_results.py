@@ -10,18 +10,15 @@ import pytest
 import torch
 
 from backfold.errors import UserError
+from backfold.evaluation import results
 from backfold.evaluation.results import (
-    ABSENT,
     Row,
     accuracy_rows,
     data_name,
-    merge_rows,
-    parse_case,
     read_rows,
-    severity_case,
     tables_of,
     write_rows,
-)  # fmt: skip
+)
 
 ROWS = [
     Row("knn", "all labels", "pretrained", "accuracy (%)", 71.25, 0.0, 1),
@@ -31,9 +28,9 @@ ROWS = [
 
 def test_rows_are_mean_and_deviation():
     values = [1.5, 2.25, 7.0]
-    row = Row.of("a", "b", "c", "d", values, "note")
+    row = Row.of("a", "b", "c", "d", values)
     assert (row.mean, row.std) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
-    assert row == Row("a", "b", "c", "d", row.mean, row.std, 3, note="note")
+    assert row == Row("a", "b", "c", "d", row.mean, row.std, 3)
     assert Row.of("a", "b", "c", "d", [4.0]) == Row("a", "b", "c", "d", 4.0, 0.0, 1)
 
 
@@ -47,10 +44,8 @@ def test_differences_are_paired_draw_by_draw():
     gaps = {f"pretrained over {n}": accuracies[0] - accuracies[i] for i, n in enumerate(names) if i}
     for name, values in {**dict(zip(names, accuracies, strict=True)), **gaps}.items():
         row = rows[name]
-        assert (row.protocol, row.case, row.metric) == ("knn", "case", "accuracy (%)")
         assert (row.mean, row.std) == pytest.approx((values.mean(), values.std(ddof=1)))
-        assert row.count == 5
-        assert row.note == ("a note" if name == "before" else "")
+        assert (row.count, row.note) == (5, "a note" if name == "before" else "")
 
 
 def test_one_draws_spread_is_the_standard_error_over_the_images():
@@ -91,14 +86,8 @@ def test_files_come_back_or_are_named(tmp_path, content):
 def test_new_rows_replace_those_of_the_same_protocol_and_case():
     grid = [Row(p, c, n, "m", 0.0, 0.0, 1) for p, c, n in itertools.product("pq", "cd", "xy")]
     new = [replace(grid[0], mean=1.0)]
-    assert merge_rows(grid, new) == [*grid[2:], *new]
-    assert merge_rows(merge_rows(grid, new), new) == [*grid[2:], *new]
-
-
-def test_cases_with_severities_are_read_back():
-    for case in ("denoising", "a, severity b", "noise, blur"):
-        assert parse_case(severity_case(case, 3)) == (case, 3)
-        assert parse_case(case) is None
+    assert results.merge_rows(grid, new) == [*grid[2:], *new]
+    assert results.merge_rows(results.merge_rows(grid, new), new) == [*grid[2:], *new]
 
 
 def cells(table):
@@ -130,18 +119,7 @@ def test_each_number_stands_in_its_cell():
     assert not rest
     plain, _ = tables_of(rows, severity=4)
     assert {row for row, _ in cells(plain)} == {"all labels", *(f"{c}, severity 4" for c in known)}
-    assert cells(plain)["noise, severity 4", "before"] == ABSENT
-
-
-def test_cells_round_and_sign():
-    for name, metric, mean, std, text in (
-        ("a over b", "accuracy (%)", 1.26, 0.34, "+1.3 ± 0.3"),
-        ("b over a", "accuracy (%)", -0.04, 0.0, "+0.0"),
-        ("a", "accuracy (%)", float("nan"), 0.0, "not finite"),
-        ("a", "AUROC", 0.98765, 0.0123, "0.988 ± 0.012"),
-    ):
-        (table,) = tables_of([Row("p", "c", name, metric, mean, std, 5)])
-        assert cells(table) == {("c", name): text}
+    assert cells(plain)["noise, severity 4", "before"] == results.ABSENT
 
 
 def test_names_of_data_hold_no_path(tmp_path, monkeypatch):

@@ -11,18 +11,11 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from backfold.backbone import create_backbone
-from backfold.data.segmentation import VOID
+from backfold.data.masks import VOID
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
+from backfold.evaluation import segmentation as module
 from backfold.evaluation.evaluate import EvaluateSettings, Evaluation
-from backfold.evaluation.segmentation import (
-    FeatureGrid,
-    SegmentationSettings,
-    mean_iou,
-    new_head,
-    resized,
-    segmentation,
-)  # fmt: skip
 from backfold.evaluation.subject import Subject
 
 # From Python 3.12 on, forking a process with threads warns; loaders fork their workers.
@@ -51,7 +44,7 @@ def test_mean_iou_against_counting():
     masks = torch.from_numpy(random.choice([0, 1, 2, VOID], (3, 5, 7)).astype(np.uint8))
     predicted = torch.from_numpy(random.choice([0, 1, 3], (3, 5, 7)).astype(np.uint8))
     batches = zip(predicted.split(2), masks.split(2), strict=True)
-    assert mean_iou(batches, 5) == pytest.approx(counted_iou(predicted, masks), rel=1e-5)
+    assert module.mean_iou(batches, 5) == pytest.approx(counted_iou(predicted, masks), rel=1e-5)
 
 
 FAMILIES = {
@@ -66,26 +59,26 @@ def test_feature_grids_are_timm_s_maps_of_an_image_that_is_not_square(name):
     # Built for another size than it is used with.
     backbone = create_backbone(name, (64, 64), options=FAMILIES[name]).eval()
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
-    wide = resized(backbone, (64, 96), 3, name)
+    wide = module.resized(backbone, (64, 96), 3, name)
     if "pos_embed" in before:
         given = {"new_size": (8, 12), "old_size": (8, 8), "num_prefix_tokens": 1}
         assert torch.equal(wide.pos_embed, resample_abs_pos_embed(before["pos_embed"], **given))
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        grid = FeatureGrid(wide, ChannelStatistics((0.0,) * 3, (1.0,) * 3))(images)
+        grid = module.FeatureGrid(wide, ChannelStatistics((0.0,) * 3, (1.0,) * 3))(images)
         expected = wide.forward_intermediates(
             images, indices=[-1], norm=True, intermediates_only=True, output_fmt="NCHW"
         )[0]
     assert torch.allclose(grid, expected, atol=1e-5)
     if "pos_embed" in before:
         with pytest.raises(UserError, match="; "):
-            resized(wide, (30, 32), 3, name)
+            module.resized(wide, (30, 32), 3, name)
 
 
 @pytest.mark.parametrize(("stride", "factor"), [(2, 1), (4, 1), (16, 4)])
 def test_the_decoder_s_logits_are_four_pixels_apart(stride, factor):
     with torch.no_grad():
-        logits = new_head("decoder", 6, 3, stride)(torch.randn(2, 6, 3, 5))
+        logits = module.new_head("decoder", 6, 3, stride)(torch.randn(2, 6, 3, 5))
     assert logits.shape == (2, 3, 3 * factor, 5 * factor)
 
 
@@ -130,10 +123,10 @@ def squares(tmp_path_factory):
 
 def evaluate(folder, subject, seed=3, num_workers=0, **options):
     chosen = {"void": 0, "epochs": 40, "finetune_epochs": 0, "seeds": 2, "batch_size": 4, **options}
-    own = SegmentationSettings(data=folder, **chosen)
+    own = module.SegmentationSettings(data=folder, **chosen)
     settings = EvaluateSettings(segmentation=own, num_workers=num_workers, seed=seed)
     given = Evaluation(settings, subject, torch.device("cpu"))
-    return {(row.case, row.contender): row for row in segmentation(given)}, given.pictures
+    return {(row.case, row.contender): row for row in module.segmentation(given)}, given.pictures
 
 
 def test_who_sees_the_colours_wins_whatever_the_name(squares):
@@ -173,8 +166,8 @@ def test_rows_are_the_same_wherever_images_and_maps_are_kept(squares, monkeypatc
     subject = subject_of({"pretrained": colours().state_dict()}, statistics=None)
     options = {"epochs": 2, "finetune_epochs": 1, "seeds": 1}
     kept, _ = evaluate(squares[0], subject, **options)
-    for module in ("backfold.data.segmentation", "backfold.evaluation.segmentation"):
-        monkeypatch.setattr(f"{module}.KEPT_BYTES", 0)
+    for name in ("backfold.data.masks", "backfold.evaluation.segmentation"):
+        monkeypatch.setattr(f"{name}.KEPT_BYTES", 0)
     anew, _ = evaluate(squares[0], subject, num_workers=2, **options)
     means = {key: row.mean for key, row in kept.items()}
     assert {key: row.mean for key, row in anew.items()} == pytest.approx(means)

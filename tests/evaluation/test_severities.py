@@ -5,14 +5,14 @@ from scipy.ndimage import gaussian_filter
 
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
-from backfold.evaluation import severities
-from backfold.evaluation.severities import SEVERITIES, corrupt_images, corruption_names
+from backfold.evaluation.adaptation import SEVERITIES, corrupt_images, corruption_names
+from backfold.evaluation.restoration import pretext_severities
 from backfold.pretext import Masking, Sorting
 from backfold.training.config import TaskSettings
 
 STATISTICS = ChannelStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 SIZE = (24, 32)
-TASKS = severities.pretext_severities(TaskSettings(Masking(mask_patch_size=4), Sorting(4)), 3, SIZE)
+TASKS = pretext_severities(TaskSettings(Masking(mask_patch_size=4), Sorting(4)), 3, SIZE)
 
 
 def generator(seed=0):
@@ -55,7 +55,7 @@ def test_what_is_hidden_or_moved_stays_so(pixels):
 
 def test_settings_are_kept_where_they_fit():
     settings = TaskSettings(Masking(mask_patch_size=8, fill="mean", hidden_share=0.5))
-    tasks = severities.pretext_severities(settings, 1, (28, 40))
+    tasks = pretext_severities(settings, 1, (28, 40))
     assert "colorization" not in tasks
     first = tasks["masking"][0]
     assert (first.mask_patch_size, first.fill, first.hidden_share) == (8, "mean", 1.0)

@@ -17,12 +17,10 @@ from backfold.evaluation.results import BEFORE, PRETRAINED, RANDOM
 from backfold.evaluation.subject import open_subject
 from backfold.exporting.export import export_run
 from backfold.pretext import Masking
-from backfold.training import run_parts
+from backfold.training import pretrain as trainer
 from backfold.training.config import PretrainConfig, TaskSettings
-from backfold.training.pretrained import load_pretrained
-from backfold.training.run_folder import RunFolder
-from backfold.training.setup import build_energy
-from backfold.training.trainer import pretrain
+from backfold.training.pretrain import pretrain
+from backfold.training.run import RunFolder, build_energy, load_pretrained
 
 NAME = "vit_tiny_patch16_224"
 OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -120,7 +118,7 @@ def assert_starts_from(folder, init):
 
 def test_before_is_what_a_run_was_given(continued, init, tmp_path, monkeypatch):
     assert_starts_from(continued, init)
-    monkeypatch.setattr(run_parts, "initialise", lambda *_: None)
+    monkeypatch.setattr(trainer, "initialise", lambda *_: None)
     bent = run(tmp_path, init=str(init))
     with pytest.raises(AssertionError):
         assert_starts_from(bent, init)
@@ -190,13 +188,10 @@ def test_drop_path_rises_to_the_last_block_and_changes_no_weight(fresh, caplog):
     assert "drop_path 0.2 has no effect on 'dla46x_c'" in caplog.text
 
 
-@pytest.mark.parametrize("given", ["no_such_model", "no/such/folder", "resnet18.no_such_tag"])
-def test_what_is_nothing_is_refused(given):
-    with pytest.raises(UserError, match="no run's folder, checkpoint, exported folder or timm"):
-        open_subject(given)
-
-
 def test_damaged_files_and_sizes_are_refused(fresh, tmp_path):
+    for given in ("no_such_model", "no/such/folder", "resnet18.no_such_tag"):
+        with pytest.raises(UserError, match="no run's folder, checkpoint, exported folder or timm"):
+            open_subject(given)
     with pytest.raises(UserError, match="30x30 is no multiple"):
         open_subject("test_vit", image_size=(30, 30))
     with pytest.raises(UserError, match="can't take images of 3 x 28x28"):

@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from backfold.training.config import PretrainConfig
-from backfold.training.config_file import config_to_dict
-from backfold.training.run_folder import RunFolder, save_checkpoint, write_json
-from backfold.training.setup import build_energy
+from backfold.files import write_json
+from backfold.training.config import PretrainConfig, config_to_dict
+from backfold.training.run import RunFolder, build_energy, save_checkpoint
 
 # timm name, options, image size.
 SWIN = {"embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}

@@ -16,8 +16,8 @@ from backfold.batch_norm import refresh_batch_norm
 from backfold.evaluation.results import Row, write_rows
 from backfold.exporting import export as exporting
 from backfold.exporting.export import export_run
-from backfold.training.pretrained import load_pretrained
-from backfold.training.run_folder import RunFolder, write_json, write_tensors
+from backfold.files import write_json
+from backfold.training.run import RunFolder, load_pretrained, write_tensors
 
 
 def test_an_export_is_a_folder_of_three_readable_files(make_run, tmp_path):

@@ -12,10 +12,10 @@ from backfold import EnergyModel, evaluate, restore
 from backfold.cli.main import main
 from backfold.data.statistics import ChannelStatistics
 from backfold.pretext import Masking
-from backfold.training.compiled import GRADIENT_TOLERANCE, CompiledStep, gradient_distance
+from backfold.training.autotune import GRADIENT_TOLERANCE, gradient_distance
 from backfold.training.config import PretrainConfig
 from backfold.training.optimizer import freeze_unreachable
-from backfold.training.stepper import RestorationTraining, Stepper
+from backfold.training.step import CompiledStep, RestorationTraining, Stepper
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 OPTIONS = {"patch_size": 16, "embed_dim": 128, "depth": 4, "num_heads": 4}

@@ -11,7 +11,7 @@ from backfold.errors import BrokenImage
 from backfold.inference.jobs import EmbeddingJob
 from backfold.inference.parts import Parts
 from backfold.training.config import PretrainConfig
-from backfold.training.pretrained import Pretrained
+from backfold.training.run import Pretrained
 
 OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
 

@@ -11,7 +11,7 @@ from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
 from backfold.inference.restored import read_images
 from backfold.training.config import PretrainConfig
-from backfold.training.pretrained import Pretrained
+from backfold.training.run import Pretrained
 
 SIZE = (16, 24)
 

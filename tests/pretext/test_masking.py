@@ -82,7 +82,7 @@ def test_fill_noise_is_white_and_gaussian(photographs):
 @pytest.mark.parametrize("ratio", [0.1, 0.4, 0.9])
 def test_every_patch_is_hidden_about_equally_often(ratio):
     for blocks in (False, True):
-        masks = Masking(ratio, 1, blocks=blocks).draw_mask(2000, 14, 14, seeded(0))
+        masks = Masking(ratio, 1, blocks=blocks)(torch.zeros(2000, 1, 14, 14), seeded(0)).loss_mask
         share = masks.double().mean(dim=0)
         spread = 0.2 * ratio if blocks else 5 * (ratio * (1 - ratio) / 2000) ** 0.5
         assert (share - ratio).abs().max() < spread
@@ -91,7 +91,8 @@ def test_every_patch_is_hidden_about_equally_often(ratio):
 @pytest.mark.parametrize("ratio", [0.1, 0.4, 0.75])
 def test_blocks_are_few_and_compact(ratio):
     def pieces_and_boundary(blocks):
-        masks = Masking(ratio, 1, blocks=blocks).draw_mask(50, 14, 14, seeded(0))[:, 0].numpy()
+        masks = Masking(ratio, 1, blocks=blocks)(torch.zeros(50, 1, 14, 14), seeded(0))
+        masks = masks.loss_mask[:, 0].numpy()
         pieces = [scipy.ndimage.label(mask)[1] for mask in masks]
         boundary = sum(np.diff(masks, axis=axis).sum() for axis in (1, 2))
         return pieces, boundary
@@ -161,7 +162,7 @@ def test_visible_patches_and_an_exact_number_of_hidden_ones_run(
 def test_hidden_patches_run_at_random(blocks):
     """Each hidden patch runs equally often, and neighbours run no more often together."""
     count, clean = 2000, torch.zeros(1, 1, 12, 12).expand(2000, 1, 12, 12)
-    hidden = Masking(0.5, 1, blocks=blocks).draw_mask(count, 12, 12, seeded(0)).double()
+    hidden = Masking(0.5, 1, blocks=blocks)(clean, seeded(0)).loss_mask.double()
     task = Masking(0.5, 1, blocks=blocks, hidden_share=0.25)
     runs = task(clean, seeded(0)).loss_mask.double()  # 18 of 72
     share = runs.sum(dim=0) / hidden.sum(dim=0)

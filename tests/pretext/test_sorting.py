@@ -5,7 +5,8 @@ import torch
 
 from backfold.errors import UserError
 from backfold.pretext import Sorting, patches_placed_right
-from backfold.pretext.patches import patch_mask_to_pixels, patchify, random_order, unpatchify
+from backfold.pretext.corruption import patch_mask_to_pixels, random_order
+from backfold.pretext.sorting import patchify, unpatchify
 
 
 def seeded(seed):

@@ -95,9 +95,8 @@ def write_run(folder: Path, *, parts: bool = True, facts: dict | None = None) ->
         (folder / "metrics.csv").write_text(METRICS)
         (folder / "health.json").write_text(json.dumps(health()))
         write_rows(folder / "evaluation.json", all_rows())
-        pictures = [
-            f"previews/step-{name}.png" for name in ("0600-masking", "1200-masking", "09-x")
-        ]
+        names = ("0600-masking", "1200-masking", "09-x")
+        pictures = [f"previews/step-{name}.png" for name in names]
         for name in (*pictures, "evaluation/segmentation.png"):
             (folder / name).parent.mkdir(exist_ok=True)
             Image.new("L", (900, 300), 60).save(folder / name)

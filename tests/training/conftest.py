@@ -7,8 +7,7 @@ from forked_runs import Forge, Runner
 from rich.console import Console
 from tiny_run import tiny_config, write_images
 
-from backfold.training.config import PretrainConfig
-from backfold.training.config_file import config_to_dict
+from backfold.training.config import PretrainConfig, config_to_dict
 
 
 @pytest.fixture

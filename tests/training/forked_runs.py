@@ -29,10 +29,10 @@ from torch.utils.data import get_worker_info
 from backfold.cli import commands  # noqa: F401
 from backfold.cli.main import main
 from backfold.data.formats import ParquetSource
-from backfold.training import recorder, trainer
-from backfold.training.meter import Meter
-from backfold.training.run_folder import RunFolder, load_checkpoint
-from backfold.training.stepper import Stepper
+from backfold.training import pretrain as trainer
+from backfold.training.log import Meter
+from backfold.training.run import RunFolder, load_checkpoint
+from backfold.training.step import Stepper
 
 LIMIT = 120.0  # seconds after which a run counts as hanging
 FOREVER = 10 * LIMIT
@@ -233,7 +233,7 @@ def install(happens: Moment, image_seconds: float) -> None:
     """Tell ``happens`` of every event."""
     trainer.LOG_EVERY = 1
     happens.told_by(trainer, "warm_up", "warm-up")
-    happens.told_by(recorder, "watch", "watch")
+    happens.told_by(trainer, "watch", "watch")
     happens.told_by(Stepper, "__call__", "step", "stepped")
     happens.told_by(Meter, "before_batch", "batch")
     rename, read = os.replace, ParquetSource.read

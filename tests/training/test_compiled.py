@@ -8,8 +8,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from backfold.energy import EnergyModel
-from backfold.training.compiled import CompiledStep, gradient_distance
-from backfold.training.stepper import RestorationTraining
+from backfold.training.autotune import gradient_distance
+from backfold.training.step import CompiledStep, RestorationTraining
 
 VIT = (
     "vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}, 16,

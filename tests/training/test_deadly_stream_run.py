@@ -15,9 +15,9 @@ from backfold import UserError
 from backfold.data import source
 from backfold.data import stream as stream_module
 from backfold.data.stream import StreamBatches
-from backfold.training import trainer
-from backfold.training.run_folder import RunFolder, load_checkpoint
-from backfold.training.trainer import pretrain
+from backfold.training import pretrain as trainer
+from backfold.training.pretrain import pretrain
+from backfold.training.run import RunFolder, load_checkpoint
 
 pytestmark = [
     # From Python 3.12 on, forking a process with threads warns; torch has threads and forks.

@@ -6,11 +6,7 @@ import pytest
 import torch
 
 from backfold.errors import UserError
-from backfold.training.distribution import (
-    launched_processes,
-    make_fabric,
-    refuse_strategy,
-)
+from backfold.training.devices import launched_processes, make_fabric, refuse_strategy
 
 VARIABLES = (
     "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_JOB_NAME", "MASTER_ADDR", "NODE_RANK",

@@ -9,12 +9,8 @@ from backfold.embedding import EmbeddingChoice
 from backfold.energy import EnergyModel
 from backfold.metrics import knn_accuracy
 from backfold.pretext import Colorization, Denoising, Masking, Sorting
-from backfold.training.health import (
-    HeldOut,
-    describe_health,
-    watch,
-    watch_task,
-)
+from backfold.training.images import HeldOut
+from backfold.training.watch import describe_health, watch, watch_task
 
 OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
 STATISTICS = ChannelStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -35,7 +31,7 @@ def test_measures_equal_written_out_ones(images):
     energy = make_energy()
     task, made = Masking(mask_patch_size=7), []
     kept = lambda *given: made.append(task(*given)) or made[-1]  # noqa: E731
-    health = watch_task(energy, kept, images, STATISTICS, **HOW)
+    measures, found = watch_task(energy, kept, images, STATISTICS, **HOW)
     corrupted, mask = (torch.cat([getattr(c, n) for c in made]) for n in ("corrupted", "loss_mask"))
     points = corrupted
     for _ in range(2):
@@ -48,12 +44,12 @@ def test_measures_equal_written_out_ones(images):
             for name, values in (("clean", images), ("corrupted", corrupted), ("restored", points))
         }
     for name, values in energies.items():
-        np.testing.assert_allclose(health.energies[name], values, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-4)
     gap = energies["corrupted"].mean() - energies["clean"].mean()
-    assert health.measures["energy_gap"] == pytest.approx(gap, rel=1e-3, abs=1e-4)
+    assert measures["energy_gap"] == pytest.approx(gap, rel=1e-3, abs=1e-4)
     labels = np.repeat([0, 1], 10)
     pooled = np.concatenate([energies["clean"], energies["corrupted"]])
-    assert health.measures["auroc"] == pytest.approx(roc_auc_score(labels, pooled))
+    assert measures["auroc"] == pytest.approx(roc_auc_score(labels, pooled))
     scale = torch.tensor(STATISTICS.std)[:, None, None]
     variants = {"corrupted": corrupted, "restored": points.detach(), "mean_fill": 0 * images}
     for name, variant in variants.items():
@@ -62,7 +58,7 @@ def test_measures_equal_written_out_ones(images):
             peak_signal_noise_ratio((clean * scale).numpy(), found, data_range=1)
             for clean, found in zip(images, pixels, strict=True)
         ]
-        assert health.measures[f"psnr_{name}_db"] == pytest.approx(np.mean(expected), abs=1e-3)
+        assert measures[f"psnr_{name}_db"] == pytest.approx(np.mean(expected), abs=1e-3)
 
 
 def test_a_look_is_the_same_each_time_and_changes_nothing(images):
@@ -79,16 +75,16 @@ def test_a_look_is_the_same_each_time_and_changes_nothing(images):
 
 def test_tasks_have_measures_in_their_own_terms(images):
     energy = make_energy()
-    sorting = watch_task(energy, Sorting(sorting_patch_size=7), images, STATISTICS, **HOW).measures
+    sorting, _ = watch_task(energy, Sorting(sorting_patch_size=7), images, STATISTICS, **HOW)
     assert sorting["patches_placed_right_corrupted"] == pytest.approx(0.5)
     assert 0 <= sorting["patches_placed_right_restored"] <= 1
-    colour = watch_task(energy, Colorization(), images, STATISTICS, **HOW).measures
+    colour, _ = watch_task(energy, Colorization(), images, STATISTICS, **HOW)
     weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
     chroma = images - (images * weights).sum(dim=1, keepdim=True)
     assert colour["chroma_error_corrupted"] == pytest.approx(float(chroma.abs().mean()), rel=1e-4)
     grey = EnergyModel("vit_tiny_patch16_224", image_size=14, channels=1, backbone_options=OPTIONS)
     statistics = ChannelStatistics((0.4,), (0.2,))
-    found = watch_task(grey, Denoising(), images[:, :1], statistics, **HOW).measures
+    found, _ = watch_task(grey, Denoising(), images[:, :1], statistics, **HOW)
     assert not any(name.startswith("chroma") for name in found)
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from backfold import UserError
 from backfold.backbone import create_backbone
 from backfold.energy import EnergyModel
-from backfold.training.initial import initialise, read_weights
-from backfold.training.run_folder import save_checkpoint
+from backfold.training.init import initialise, read_weights
+from backfold.training.run import save_checkpoint
 
 NAME = "vit_tiny_patch16_224"
 OPTIONS = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}

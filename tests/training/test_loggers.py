@@ -15,12 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from backfold.cli.main import main
 from backfold.errors import UserError
-from backfold.training import loggers as loggers_module
-from backfold.training import trainer
-from backfold.training.loggers import IDENTITIES, ServiceLoggers
-from backfold.training.metrics_log import COLUMNS
-from backfold.training.run_folder import RunFolder
-from backfold.training.trainer import pretrain
+from backfold.training import log
+from backfold.training import pretrain as trainer
+from backfold.training.log import COLUMNS, IDENTITIES, ServiceLoggers
+from backfold.training.pretrain import pretrain
+from backfold.training.run import RunFolder
 
 SETTINGS = {"seed": 3, "tasks": {"masking": {"mask_ratio": 0.5}}}
 
@@ -123,7 +122,7 @@ def folder(tmp_path):
 def test_a_service_that_fails_costs_no_run(wandb, mlflow, folder, monkeypatch):
     loggers = ServiceLoggers(["wandb", "mlflow"], folder, SETTINGS)
     warned = Mock()
-    monkeypatch.setattr(loggers_module.LOGGER, "warning", warned)
+    monkeypatch.setattr(log.LOGGER, "warning", warned)
     with monkeypatch.context() as patch:
         failing = Mock(side_effect=ConnectionError("no route\nto anywhere"))
         patch.setattr(mlflow, "log_batch", failing)

@@ -11,9 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from backfold.pretext import Corruption
-from backfold.training.meter import Meter, Restored
-from backfold.training.metrics_log import COLUMNS, MetricsLog
-from backfold.training.run_folder import RunFolder
+from backfold.training.log import COLUMNS, Meter, MetricsLog
+from backfold.training.run import RunFolder
+from backfold.training.step import Restored
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def clock(monkeypatch):
     """A clock that stands still until it is moved."""
     face = SimpleNamespace(now=1000.0)
     fake = SimpleNamespace(monotonic=lambda: face.now)
-    monkeypatch.setattr("backfold.training.meter.time", fake)
+    monkeypatch.setattr("backfold.training.log.time", fake)
     return face
 
 

@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 
 from backfold.cli.main import main
 from backfold.pretext import ExcerptSettings, Masking, Sorting
-from backfold.training import setup, trainer
+from backfold.training import images
+from backfold.training import pretrain as trainer
 from backfold.training.config import TaskSettings
-from backfold.training.run_folder import RunFolder, load_checkpoint
-from backfold.training.stepper import Stepper
-from backfold.training.trainer import pretrain
+from backfold.training.pretrain import pretrain
+from backfold.training.run import RunFolder, load_checkpoint
+from backfold.training.step import Stepper
 
 # From Python 3.12 on, forking a process with threads warns; torch has threads and forks workers.
 pytestmark = pytest.mark.filterwarnings(
@@ -151,7 +152,7 @@ def test_resuming_twice_and_when_done_measures_nothing_again(tiny, quiet, monkey
     whole = pretrain(tiny(out=tmp_path / "whole", **settings), console=quiet)
     config = tiny(out=tmp_path / "broken", **settings)
     break_off(monkeypatch, config, 0)
-    monkeypatch.setattr(setup, "survey", lambda *_, **__: pytest.fail("normalisation measured"))
+    monkeypatch.setattr(images, "survey", lambda *_, **__: pytest.fail("normalisation measured"))
     folder = break_off(monkeypatch, config, 9, resume=True)  # an epoch has 9 steps
     for _ in range(2):
         assert main(["pretrain", "--resume", "--out", str(config.out)]) == 0

@@ -18,15 +18,15 @@ from backfold.data.formats import ParquetSource
 from backfold.data.loading import evaluation_batches
 from backfold.data.open import open_source
 from backfold.errors import UserError
-from backfold.training import meter, recorder, setup, trainer
-from backfold.training.config import PretrainConfig
-from backfold.training.config_file import config_to_dict
-from backfold.training.health import watch_task
+from backfold.training import log
+from backfold.training import pretrain as trainer
+from backfold.training.config import PretrainConfig, config_to_dict
+from backfold.training.images import open_images
 from backfold.training.optimizer import OptimizerSettings
-from backfold.training.pretrained import load_pretrained
-from backfold.training.run_folder import load_checkpoint
-from backfold.training.stepper import Stepper
-from backfold.training.trainer import pretrain
+from backfold.training.pretrain import pretrain
+from backfold.training.run import load_checkpoint, load_pretrained
+from backfold.training.step import Stepper
+from backfold.training.watch import watch_task
 
 TASKS = ("masking", "sorting", "superresolution", "denoising")
 RESNET = {
@@ -95,13 +95,13 @@ def test_a_backbone_with_batch_norms(tiny, quiet, first_state):
     watched = json.loads(folder.health.read_text())["history"][-1]["tasks"]["masking"]
     run = load_pretrained(folder.root)
     run.energy.backbone.load_state_dict(load_file(folder.backbone))
-    images = normalised(run, setup.open_images(config).held_out)
-    health = watch_task(
+    images = normalised(run, open_images(config).held_out)
+    measures, _ = watch_task(
         run.energy, config.tasks.masking, images, run.statistics,
         num_steps=1, step_size=1.0, batch_size=8,
     )  # fmt: skip
     for name in ("psnr_restored_db", "psnr_corrupted_db", "psnr_mean_fill_db"):
-        assert health.measures[name] == pytest.approx(watched[name], abs=0.01)
+        assert measures[name] == pytest.approx(watched[name], abs=0.01)
 
 
 def test_sub_folders_are_classes_only_on_request(tmp_path):
@@ -109,8 +109,8 @@ def test_sub_folders_are_classes_only_on_request(tmp_path):
         path = tmp_path / f"day {number % 2}" / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         Image.new("L", (8, 8), 20 * number).save(path)
-    assert setup.open_images(PretrainConfig(data=tmp_path)).training.labels is None
-    asked = setup.open_images(PretrainConfig(data=tmp_path, watch_labels=True)).training
+    assert open_images(PretrainConfig(data=tmp_path)).training.labels is None
+    asked = open_images(PretrainConfig(data=tmp_path, watch_labels=True)).training
     assert asked.class_names == ("day 0", "day 1")
     assert len(asked.labels) == len(asked)
 
@@ -224,7 +224,7 @@ def test_waiting_for_slow_images_is_warned_of_once(tiny, quiet, monkeypatch):
 
     monkeypatch.setattr(ParquetSource, "read", slow)
     monkeypatch.setattr(trainer, "LOG_EVERY", 1)
-    monkeypatch.setattr(meter, "LONG_WAIT", 0.05)  # the machine may be busy otherwise
+    monkeypatch.setattr(log, "LONG_WAIT", 0.05)  # the machine may be busy otherwise
     folder = pretrain(tiny(max_steps=45, epochs=100), console=quiet)
     warnings = [line for line in folder.log.read_text().splitlines() if "WARNING" in line]
     (line,) = warnings
@@ -234,9 +234,9 @@ def test_waiting_for_slow_images_is_warned_of_once(tiny, quiet, monkeypatch):
 @pytest.mark.parametrize(
     ("place", "name", "advice"),
     [
-        (setup, "calibrate", "choose a smaller image size"),
+        (trainer, "calibrate", "choose a smaller image size"),
         (Stepper, "__call__", "8 images at once; set --micro-batch 4"),
-        (recorder, "watch", "8 images at once; set --micro-batch 4"),
+        (trainer, "watch", "8 images at once; set --micro-batch 4"),
     ],
 )
 def test_running_out_of_memory_anywhere_is_one_line_of_advice(

@@ -5,8 +5,9 @@ from unittest.mock import Mock
 import pytest
 
 from backfold.errors import UserError
-from backfold.training import run_folder
-from backfold.training.run_folder import RunFolder, claim, write_atomically
+from backfold.files import write_atomically
+from backfold.training import run as run_folder
+from backfold.training.run import RunFolder, claim
 
 FRESH = {"resume": False, "overwrite": False}
 RESUME = {"resume": True, "overwrite": False}

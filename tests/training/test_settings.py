@@ -18,10 +18,11 @@ from backfold.training.config import (
     TaskSettings,
     build_tasks,
     combine_tasks,
+    config_from_dict,
+    config_to_dict,
     doubtful_settings,
     parse_image_size,
 )
-from backfold.training.config_file import config_from_dict, config_to_dict
 from backfold.training.optimizer import OptimizerSettings
 
 UNUSUAL = PretrainConfig(

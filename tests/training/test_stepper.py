@@ -12,12 +12,11 @@ from backfold.data.open import open_source
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
 from backfold.pretext import Denoising, Masking, Mixture
-from backfold.training import warm_up as module
-from backfold.training.compiled import CompiledStep
+from backfold.training import autotune as module
+from backfold.training.autotune import find_micro_batch, warm_up
 from backfold.training.config import PretrainConfig
 from backfold.training.optimizer import OptimizerSettings, freeze_unreachable
-from backfold.training.stepper import Stepper, split_sizes, step_seed
-from backfold.training.warm_up import find_micro_batch, warm_up
+from backfold.training.step import CompiledStep, Stepper, step_seed
 
 STATISTICS = ChannelStatistics((0.3,), (0.35,))
 MASKING = Masking(mask_patch_size=7)
@@ -60,9 +59,9 @@ def assert_close(left, right, tolerance):
 
 
 def test_parts_of_a_batch_are_as_equal_as_possible_and_give_its_gradient(pictures):
-    assert split_sizes(16, 7) == [6, 5, 5]
     whole, step_whole = make(num_steps=2)
     parts, step_parts = make(num_steps=2, micro_batch=7)
+    assert [len(part.clean) for part in step_parts.parts(pictures, 0)] == [6, 5, 5]
     loss_whole, norm_whole, _ = step_whole(pictures, 0)
     loss_parts, norm_parts, last = step_parts(pictures, 0)
     assert float(loss_parts) == pytest.approx(float(loss_whole), rel=1e-5)
@@ -125,7 +124,7 @@ def quick_compiler(monkeypatch):
     """Traces as always, but makes no C++."""
     torch._dynamo.reset()
     monkeypatch.setattr(
-        "backfold.training.stepper.CompiledStep",
+        "backfold.training.step.CompiledStep",
         lambda step, **_: CompiledStep(step, backend="aot_eager"),
     )
     yield
@@ -181,7 +180,7 @@ def test_a_compiled_step_with_another_gradient_is_not_used(
         plain = stepper.restoration.restore
         made = CompiledStep(plain, backend="aot_eager")
         made.compiled = lambda *given: (1.01 * plain(*given)[0], *plain(*given)[1:])
-        monkeypatch.setattr("backfold.training.stepper.CompiledStep", lambda *_, **__: made)
+        monkeypatch.setattr("backfold.training.step.CompiledStep", lambda *_, **__: made)
     with caplog.at_level(logging.INFO, logger="backfold"):
         warm_up(stepper, pictures, steps_left=10, decisions={})
     (message,) = caplog.messages

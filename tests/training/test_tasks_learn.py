@@ -14,7 +14,7 @@ from backfold.data.augmentation import Augmentation
 from backfold.pretext import Masking, Sorting
 from backfold.training.config import TaskSettings
 from backfold.training.optimizer import OptimizerSettings
-from backfold.training.trainer import pretrain
+from backfold.training.pretrain import pretrain
 
 TILE = 28
 

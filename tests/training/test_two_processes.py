@@ -21,8 +21,8 @@ from two_processes import (
 )
 
 from backfold.data.loading import training_loader
-from backfold.training import setup
-from backfold.training.run_folder import RunFolder, load_checkpoint
+from backfold.training.images import open_images
+from backfold.training.run import RunFolder, load_checkpoint
 
 TOLERANCE = 1e-6
 
@@ -85,7 +85,7 @@ def test_three_steps_equal_those_of_one_process_with_the_whole_batch(ranks, alon
 
 def test_the_processes_see_disjoint_images_that_are_one_process_s_batch(ranks, folder):
     config = run_config(folder)
-    training = setup.open_images(config).training
+    training = open_images(config).training
     batches = training_loader(training, (28, 28), 1, config.augmentation, 8, 3, 0, 4)
     for step, batch in enumerate(batches):
         shares = [result["run"]["images"][step] for result in ranks]
@@ -117,7 +117,7 @@ def test_only_the_first_process_writes(ranks, folder):
 def torn_images(folder, rank, world_size=2):
     """The lines on images that this process could not read, those held out left aside."""
     config = torn_config(folder)
-    training = setup.open_images(config).training
+    training = open_images(config).training
     batches = training_loader(
         training, (28, 28), 1, config.augmentation, 8 // world_size, 3, 0, 9, rank, world_size
     )

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from backfold.errors import UserError
-from backfold.training.run_folder import DEMO_RUN, RunFolder
+from backfold.training.run import DEMO_RUN, RunFolder
 
 if TYPE_CHECKING:
     from backfold.training.config import PretrainConfig
@@ -55,8 +55,8 @@ class ReportSettings:
 
 def run_pretrain(config: "PretrainConfig", resume: bool, overwrite: bool, command: str) -> None:
     """`backfold pretrain`."""
-    from backfold.training.progress import is_first_process
-    from backfold.training.trainer import pretrain
+    from backfold.training.log import is_first_process
+    from backfold.training.pretrain import pretrain
 
     pretrain(config, resume=resume, overwrite=overwrite, command=command)
     if is_first_process():
@@ -67,7 +67,7 @@ def run_restore(settings: RestoreSettings) -> None:
     """`backfold restore`: writes the pictures, prints the numbers."""
     from backfold.inference import restored
     from backfold.training.config import build_tasks
-    from backfold.training.pretrained import load_pretrained
+    from backfold.training.run import load_pretrained
 
     if settings.num_steps < 0:
         raise UserError(f"num_steps is {settings.num_steps}; give 0 or more")
@@ -117,8 +117,8 @@ def run_demo(config: "PretrainConfig", command: str) -> None:
     from backfold.cli.evaluation import print_tables, print_verdict
     from backfold.evaluation.evaluate import EvaluateSettings, evaluate_each
     from backfold.reporting.report import write_report
-    from backfold.training.progress import is_first_process, log_to, terminal
-    from backfold.training.trainer import pretrain
+    from backfold.training.log import is_first_process, log_to, terminal
+    from backfold.training.pretrain import pretrain
 
     console = terminal()
     pretrain(config, overwrite=True, command=command, console=console)

@@ -1,6 +1,6 @@
 """`backfold evaluate`: the rows as tables, and what they say."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from rich.table import Table
 from backfold.evaluation.evaluate import PROTOCOLS, EvaluateSettings, evaluate_each
 from backfold.evaluation.results import Row, tables_of
 from backfold.reporting.verdicts import payoff
-from backfold.training.progress import log_to, terminal
-from backfold.training.run_folder import RunFolder
+from backfold.training.log import log_to, terminal
+from backfold.training.run import RunFolder
 
 SHOWN_SEVERITY = 3  # the report has them all
 
@@ -24,7 +24,9 @@ def run_evaluate(settings: EvaluateSettings) -> None:
         for found in evaluate_each(settings):
             rows += found
             print_tables(console, found)
-    print_verdict(console, rows)
+    verdict = payoff(rows)
+    if verdict.state != "unknown":
+        console.print(f"Did pretraining pay? {verdict.headline}", soft_wrap=True)
     folder = settings.out or RunFolder.of(settings.checkpoint)
     if folder is not None:
         print(f"rows: {RunFolder(Path(folder)).evaluation}")
@@ -47,10 +49,3 @@ def print_tables(console: Console, rows: Iterable[Row]) -> None:
             if row.note:
                 line = f"  {row.contender}, {row.case}: {row.note}"
                 console.print(line, style="dim", soft_wrap=True)
-
-
-def print_verdict(console: Console, rows: Sequence[Row]) -> None:
-    """Did pretraining pay? Nothing where no row says so."""
-    verdict = payoff(rows)
-    if verdict.state != "unknown":
-        console.print(f"Did pretraining pay? {verdict.headline}", soft_wrap=True)

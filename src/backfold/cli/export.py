@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backfold.exporting.export import Format, export_run
-from backfold.training.progress import log_to, terminal
-from backfold.training.run_folder import DEMO_RUN
+from backfold.training.log import log_to, terminal
+from backfold.training.run import DEMO_RUN
 
 
 @dataclass

@@ -14,14 +14,14 @@ from backfold.data.open import open_source
 from backfold.data.source import Split
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
+from backfold.files import write_atomically
 from backfold.inference.contact_sheet import render_contact_sheet
 from backfold.inference.jobs import EmbeddingJob, Job, ScoringJob
 from backfold.inference.parts import Engine, Parts, check_out, compute, local_parts, ray_parts
 from backfold.training.config import IDENTITY, build_tasks
-from backfold.training.distribution import choose_device
-from backfold.training.pretrained import load_pretrained
-from backfold.training.progress import log_to, terminal
-from backfold.training.run_folder import DEMO_RUN, write_atomically
+from backfold.training.devices import choose_device
+from backfold.training.log import log_to, terminal
+from backfold.training.run import DEMO_RUN, load_pretrained
 
 
 @dataclass

@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _fail(error, "; free space or choose another --out")
     except RunStopped as stop:
-        from backfold.training.progress import is_first_process
+        from backfold.training.log import is_first_process
 
         print(f"backfold: {stop}", file=sys.stderr)
         # Launchers take another process's failure for a reason to kill the first.
@@ -214,7 +214,7 @@ def _import(name: str) -> Any:
 
 
 def _pretrain(run: Any, config: Any, given: Namespace, command: str) -> None:
-    from backfold.training.stopping import was_requeued
+    from backfold.training.signals import was_requeued
 
     requeued = was_requeued(config.out)
     if given.resume:
@@ -361,7 +361,7 @@ def _refuse_early(name: str, arguments: list[str]) -> None:
                 f"there is no option --{_dashed(option)}; {hint}see `backfold {name} --help`"
             )
     if "strategy" in _options(arguments):
-        from backfold.training.distribution import refuse_strategy
+        from backfold.training.devices import refuse_strategy
 
         refuse_strategy(_value(arguments, "--strategy", ""))
     data = _value(arguments, "--data", "")
@@ -430,8 +430,8 @@ def _dashed(name: str) -> str:
 
 
 def _refuse_changes(config: Any) -> None:
-    from backfold.training.config_file import config_to_dict
-    from backfold.training.run_folder import RunFolder, load_checkpoint
+    from backfold.training.config import config_to_dict
+    from backfold.training.run import RunFolder, load_checkpoint
 
     checkpoint = RunFolder(config.out).last_checkpoint
     if not checkpoint.exists():

@@ -9,13 +9,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from backfold.data.arrays import MAX_PIXELS
+from backfold.data.decode import MAX_PIXELS
 from backfold.data.loading import default_workers
 from backfold.data.open import open_source
 from backfold.data.survey import Survey, survey
 from backfold.errors import UserError
-from backfold.training.progress import log_to, terminal
-from backfold.training.run_folder import write_json
+from backfold.files import write_json
+from backfold.training.log import log_to, terminal
 
 SHOWN = 5  # broken files and groups of duplicates on the terminal
 

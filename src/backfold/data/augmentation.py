@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,13 +43,12 @@ class Augmentation:
             )
 
 
-class Augmenter:
-    """Applies an `Augmentation`; draws from torch's global random generator.
+# Scales each image to cover the size, and cuts out the centre.
+UNCHANGED = Augmentation(random_crop=False, horizontal_flip=False)
 
-    Args:
-        augmentation: what to do.
-        image_size: (height, width) of the result, in pixels.
-    """
+
+class Augmenter:
+    """Applies an `Augmentation`; draws from torch's global generator."""
 
     def __init__(self, augmentation: Augmentation, image_size: ImageSize) -> None:
         self._augmentation, self._image_size = augmentation, image_size
@@ -64,6 +64,13 @@ class Augmenter:
             return longest
         area = math.prod(self._image_size) * CROP_RATIO[1] / self._augmentation.crop_scale[0]
         return max(longest, math.ceil(math.sqrt(area)))
+
+    def seeded(self, image: Tensor, *words: int) -> Tensor:
+        """As a call, with draws that these numbers alone decide."""
+        if self._augmentation != UNCHANGED:
+            seed = np.random.SeedSequence(words).generate_state(1, np.uint64)
+            torch.default_generator.manual_seed(int(seed[0]))
+        return self(image)
 
     def __call__(self, image: Tensor) -> Tensor:
         """From (channels, any height, any width) to (channels, *image_size); same dtype."""
@@ -85,8 +92,5 @@ def cover(image: Tensor, image_size: ImageSize) -> Tensor:
     if (height, width) == image_size:
         return image
     scale = max(image_size[0] / height, image_size[1] / width)
-    scaled = [
-        max(image_size[0], round(height * scale)),
-        max(image_size[1], round(width * scale)),
-    ]
+    scaled = [max(image_size[0], round(height * scale)), max(image_size[1], round(width * scale))]
     return TF.center_crop(TF.resize(image, scaled, antialias=True), list(image_size))

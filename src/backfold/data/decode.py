@@ -1,4 +1,4 @@
-"""From the bytes of an image file to a tensor, and from one channel count to another.
+"""From an image file's bytes or an array to a tensor, and from one channel count to another.
 
 Pillow decodes what it keeps whole: torchvision's own decoders are deprecated since torchvision
 0.29. Of what Pillow cuts to 8 bits or to the first channels, imagecodecs decodes PNG, and tifffile
@@ -10,58 +10,43 @@ import logging
 import math
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import imagecodecs
 import numpy as np
+import tifffile
 import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from tifffile import (
-    EXTRASAMPLE,
-    PHOTOMETRIC,
-    PLANARCONFIG,
-    SAMPLEFORMAT,
-    TiffFile,
-    TiffPage,
-    TiffPageSeries,
-)
+from tifffile import EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG, SAMPLEFORMAT
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from backfold.data.arrays import (
-    ALPHA_ON_BLACK,
-    MAX_PIXELS,
-    NPY_MAGIC,
-    Pixels,
-    check_size,
-    decode_npy,
-    in_range,
-    on_black,
-    to_tensor,
-)
 from backfold.errors import BrokenImage, UserError
 
+Pixels = NDArray[Any]  # (height, width, channels) unless said otherwise
+
+# What Pillow calls a decompression bomb: a quarter of a gibibyte of colour pixels.
+MAX_PIXELS = 89_478_485
+MAX_CHANNELS = 32
 # Pillow's other decoders are old, rare, or call other programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+NPY_MAGIC, PNG_MAGIC = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n"
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION = 274
 MOST_PAGES = 1000  # channels, thumbnails and the levels of a pyramid
 ALPHA = {EXTRASAMPLE.UNASSALPHA, EXTRASAMPLE.ASSOCALPHA}
+PLAIN = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB)
 # What Pillow reads without loss when it has 8 bits and no channels but the usual ones.
 PILLOW_SAMPLES = {
-    PHOTOMETRIC.MINISWHITE: 1,
-    PHOTOMETRIC.MINISBLACK: 1,
-    PHOTOMETRIC.RGB: 3,
-    PHOTOMETRIC.PALETTE: 1,
+    **dict.fromkeys((PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.PALETTE), 1),
+    **dict.fromkeys((PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR, PHOTOMETRIC.CIELAB), 3),
     PHOTOMETRIC.SEPARATED: 4,
-    PHOTOMETRIC.YCBCR: 3,
-    PHOTOMETRIC.CIELAB: 3,
 }
-PLAIN = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB)
-TURNED = "turned as EXIF says"
+TURNED, ALPHA_ON_BLACK = "turned as EXIF says", "alpha composited on black"
 _OPENING = threading.Lock()
 # Each damaged file is counted and described by us; tifffile would log it on the terminal too.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
@@ -70,19 +55,12 @@ logging.getLogger("tifffile").propagate = False
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image, and what was done to it on the way.
+    """An image, and what was done to it on the way."""
 
-    Attributes:
-        image: (channels, height, width), as `decode` returns it.
-        format: of the file, as "JPEG".
-        kind: how its values are stored, as "uint16".
-        conversions: what is not as it was stored, as "alpha composited on black".
-    """
-
-    image: Tensor
-    format: str
-    kind: str
-    conversions: tuple[str, ...] = ()
+    image: Tensor  # (channels, height, width), as `decode` returns it
+    format: str  # of the file, as "JPEG"
+    kind: str  # of its values in the file, as "uint16"
+    conversions: tuple[str, ...] = ()  # what is not as it was stored, as `ALPHA_ON_BLACK`
 
 
 def decode(content: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -99,7 +77,7 @@ def decode(content: bytes, min_side: int | None = None, max_pixels: int = MAX_PI
         min_side: pixels; where given, JPEG images may come at a half, a quarter or an eighth of
             their size, as long as both sides keep this length. Their pixels are then close to the
             means of the full ones (45 dB and more), in down to half of the time.
-        max_pixels: larger images are refused as broken before memory is taken for them.
+        max_pixels: larger images are refused before memory is taken for them.
 
     Raises:
         BrokenImage: no image, a damaged or too large one, or numbers that are not finite.
@@ -118,7 +96,7 @@ def examine(content: bytes, min_side: int | None = None, max_pixels: int = MAX_P
             if tiff is not None:
                 return tiff
         with _open_pillow(content) as image:
-            check_size(image.height, image.width, 1, max_pixels)
+            check_size((image.height, image.width, 1), max_pixels)
             if content.startswith(PNG_MAGIC) and content[24] == 16:
                 return _decode_deep_png(content, image)
             if min_side is not None:
@@ -129,7 +107,10 @@ def examine(content: bytes, min_side: int | None = None, max_pixels: int = MAX_P
     except Exception as error:
         # Decoders raise whatever damaged bytes lead them to: OSError, SyntaxError, struct.error,
         # zlib.error, IndexError and more.
-        raise BrokenImage(_reason(content, error)) from error
+        reason = "empty" if not content else " ".join(f"{type(error).__name__}: {error}".split())
+        if content and isinstance(error, UnidentifiedImageError):
+            reason = "not an image in a known format"
+        raise BrokenImage(reason) from error
 
 
 @contextmanager
@@ -146,55 +127,41 @@ def _open_pillow(content: bytes) -> Iterator[Image.Image]:
 
 
 def decode_pillow(image: Image.Image) -> Decoded:
-    """Any image of Pillow's; see `decode`.
-
-    Raises:
-        BrokenImage: numbers that are not finite.
-    """
-    tag = _orientation(image)
+    """Any image of Pillow's; numbers that are not finite raise `BrokenImage`."""
+    tag = image.getexif().get(ORIENTATION)
     image.load()
     array, conversions = _pixels(image)
-    left = _orientation(image)  # Pillow turns TIFF images itself, and takes the tag away
-    array, turned = _upright(array, left)
-    if left == 1 and tag != 1:
+    # Pillow turns TIFF images itself, and takes the tag away.
+    array, turned = _upright(array, image.getexif().get(ORIENTATION))
+    if not turned and tag in range(2, 9):
         turned = (TURNED,)
-    kind = "bool" if image.mode == "1" else _kind(image.mode)
+    kind = "uint16" if image.mode.startswith("I;16") else "uint8"
+    kind = {"1": "bool", "I": "int32", "F": "float32"}.get(image.mode, kind)
     format = "JPEG" if image.format == "MPO" else image.format or "Pillow"
     return Decoded(to_tensor(array), format, kind, (*conversions, *turned))
-
-
-def _kind(mode: str) -> str:
-    if mode.startswith("I;16"):
-        return "uint16"
-    return {"I": "int32", "F": "float32"}.get(mode, "uint8")
 
 
 def _pixels(image: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
     mode = image.mode
     if mode in ("I", "F") or mode.startswith("I;16"):
-        array = np.array(image)
-        return in_range(array if array.ndim == 3 else array[..., None]), ()
+        return in_range(np.atleast_3d(np.array(image))), ()
     if image.has_transparency_data:
         target = "LA" if mode in ("1", "L", "LA", "La") else "RGBA"
         array = np.array(image if mode == target else image.convert(target))
         return on_black(array), (ALPHA_ON_BLACK,)
-    if mode == "1":
-        return np.array(image.convert("L"))[..., None], ()
-    if mode == "L":
-        return np.array(image)[..., None], ()
-    if mode == "RGB":
-        return np.array(image), ()
+    if mode in ("1", "L", "RGB"):
+        return np.atleast_3d(np.array(image.convert("L") if mode == "1" else image)), ()
     return np.array(image.convert("RGB")), (f"{'palette' if mode == 'P' else mode} made RGB",)
 
 
 def _decode_deep_png(content: bytes, image: Image.Image) -> Decoded:
-    array = imagecodecs.png_decode(content)
-    values = in_range(array if array.ndim == 3 else array[..., None])
+    values = in_range(np.atleast_3d(imagecodecs.png_decode(content)))
     conversions: tuple[str, ...] = ()
     if values.shape[2] in (2, 4):
         values, conversions = on_black(values), (ALPHA_ON_BLACK,)
     # Asking Pillow for the tag decodes the pixels once more where it comes after them.
-    values, turned = _upright(values, _orientation(image) if b"eXIf" in content else 1)
+    tag = image.getexif().get(ORIENTATION) if b"eXIf" in content else None
+    values, turned = _upright(values, tag)
     return Decoded(to_tensor(values), "PNG", "uint16", (*conversions, *turned))
 
 
@@ -202,10 +169,10 @@ def _decode_tiff(content: bytes, max_pixels: int) -> Decoded | None:
     """What Pillow would lose bits or channels of; None where it loses nothing."""
     _check_pages(content)
     # Another file that the metadata name is never opened.
-    with TiffFile(io.BytesIO(content), _multifile=False) as file:
+    with tifffile.TiffFile(io.BytesIO(content), _multifile=False) as file:
         series = file.series[0]
         page = series.keyframe
-        if not isinstance(page, TiffPage) or _pillow_reads(series, page):
+        if not isinstance(page, tifffile.TiffPage) or _pillow_reads(series, page):
             return None
         if page.photometric not in PLAIN:
             raise BrokenImage(
@@ -213,8 +180,7 @@ def _decode_tiff(content: bytes, max_pixels: int) -> Decoded | None:
                 "store grey or RGB"
             )
         array, conversions = _values(_read_series(series, max_pixels), page)
-        tag = page.tags.valueof(ORIENTATION, 1)
-        array, turned = _upright(array, tag if tag in range(1, 9) else 1)
+        array, turned = _upright(array, page.tags.valueof(ORIENTATION))
         return Decoded(to_tensor(array), "TIFF", str(series.dtype), (*conversions, *turned))
 
 
@@ -237,7 +203,7 @@ def _check_pages(content: bytes) -> None:
         return  # the chain ends too early: what there is of it may still be an image
 
 
-def _pillow_reads(series: TiffPageSeries, page: TiffPage) -> bool:
+def _pillow_reads(series: tifffile.TiffPageSeries, page: tifffile.TiffPage) -> bool:
     extra = tuple(page.extrasamples)
     return (
         len(series) == 1
@@ -250,7 +216,7 @@ def _pillow_reads(series: TiffPageSeries, page: TiffPage) -> bool:
     )
 
 
-def _read_series(series: TiffPageSeries, max_pixels: int) -> Pixels:
+def _read_series(series: tifffile.TiffPageSeries, max_pixels: int) -> Pixels:
     lengths = dict(zip(series.axes, series.shape, strict=True))
     others = [axis for axis in series.axes if axis not in "YX"]
     if not {"Y", "X"} <= set(lengths) or len(others) > 1:
@@ -258,7 +224,7 @@ def _read_series(series: TiffPageSeries, max_pixels: int) -> Pixels:
             f"axes {series.axes} of {series.shape}; give height, width and one axis of channels"
         )
     channels = lengths[others[0]] if others else 1
-    check_size(lengths["Y"], lengths["X"], channels, max_pixels)
+    check_size((lengths["Y"], lengths["X"], channels), max_pixels)
     # One tile or strip may be far larger than the image that it holds a corner of.
     segment = math.prod(series.keyframe.chunks)
     if segment > 4 * max_pixels:
@@ -268,7 +234,7 @@ def _read_series(series: TiffPageSeries, max_pixels: int) -> Pixels:
     return array.transpose(order).reshape(lengths["Y"], lengths["X"], channels)
 
 
-def _values(array: Pixels, page: TiffPage) -> tuple[Pixels, tuple[str, ...]]:
+def _values(array: Pixels, page: tifffile.TiffPage) -> tuple[Pixels, tuple[str, ...]]:
     conversions = []
     if page.photometric == PHOTOMETRIC.MINISWHITE and array.dtype.kind in "bu":
         top = True if array.dtype.kind == "b" else 2**page.bitspersample - 1
@@ -287,16 +253,11 @@ def _values(array: Pixels, page: TiffPage) -> tuple[Pixels, tuple[str, ...]]:
     return on_black(joined), tuple(conversions)
 
 
-def _orientation(image: Image.Image) -> int:
-    tag = image.getexif().get(ORIENTATION, 1)
-    return tag if tag in range(1, 9) else 1
-
-
-def _upright(array: Pixels, orientation: int) -> tuple[Pixels, tuple[str, ...]]:
-    """Undo what the EXIF orientation (1 to 8) says was done to (height, width, channels)."""
-    if orientation == 1:
+def _upright(array: Pixels, orientation: object) -> tuple[Pixels, tuple[str, ...]]:
+    """Undo what the EXIF orientation (2 to 8) says was done to (height, width, channels)."""
+    if orientation not in range(2, 9):
         return array, ()
-    if orientation >= 5:
+    if orientation in (5, 6, 7, 8):
         array = array.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         array = array[::-1]
@@ -305,12 +266,98 @@ def _upright(array: Pixels, orientation: int) -> tuple[Pixels, tuple[str, ...]]:
     return array, (TURNED,)
 
 
-def _reason(content: bytes, error: Exception) -> str:
-    if not content:
-        return "empty"
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image in a known format"
-    return " ".join(f"{type(error).__name__}: {error}".split())
+def check_size(shape: Sequence[int], max_pixels: int) -> None:
+    """Raise `BrokenImage` for an empty or too large image before memory is taken for it.
+
+    Its shape is (height, width, channels). Channels beyond four count as more pixels.
+    """
+    height, width, channels = shape
+    if min(height, width, channels) < 1 or channels > MAX_CHANNELS:
+        raise BrokenImage(
+            f"{height} x {width} pixels of {channels} channels; give 1 to {MAX_CHANNELS} channels"
+        )
+    if height * width * max(1.0, channels / 4) > max_pixels:
+        raise BrokenImage(
+            f"{height} x {width} pixels of {channels} channel(s) are more than max_pixels "
+            f"{max_pixels}; raise it if the file can be trusted"
+        )
+
+
+def channels_last(array: Pixels) -> Pixels:
+    """(height, width, channels) from an array of two or three axes, else `BrokenImage`.
+
+    Of three axes the shorter of the first and the last holds the channels; the last, where they are
+    equally long.
+    """
+    if array.ndim == 2:
+        return array[..., None]
+    if array.ndim != 3:
+        raise BrokenImage(
+            f"an array of shape {array.shape}; give (height, width), (height, width, channels) or "
+            "(channels, height, width)"
+        )
+    return np.moveaxis(array, 0, 2) if array.shape[0] < array.shape[2] else array
+
+
+def in_range(array: Pixels, bits: int | None = None) -> Pixels:
+    """uint8 as it is; 9 to 16 unsigned bits as float32 in [0, 1]; all else as float32, unscaled.
+
+    True is 255; ``bits`` of an unsigned integer are in use, all by default. Other contents, or
+    values that are not finite, raise `BrokenImage`.
+    """
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind not in "iuf":
+        raise BrokenImage(f"an array of {array.dtype}; give integers or floating-point numbers")
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused
+        values = array.astype(np.float32)
+    if array.dtype.kind == "f" and not np.isfinite(values).all():
+        raise BrokenImage("values that are not finite (NaN or infinite)")
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        values /= np.float32(2 ** (bits or 16) - 1)
+    return values
+
+
+def on_black(array: Pixels) -> Pixels:
+    """Composite (height, width, colours and alpha) on black; float alpha lies in [0, 1]."""
+    colours, alpha = array[..., :-1], array[..., -1:]
+    if array.dtype == np.uint8:
+        product: Pixels = colours.astype(np.uint16) * alpha + 127
+        return (product // 255).astype(np.uint8)
+    return colours * alpha
+
+
+def to_tensor(array: Pixels) -> Tensor:
+    """(channels, height, width) from (height, width, channels) in the machine's byte order."""
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(np.require(native, requirements=["C", "W"])).permute(2, 0, 1)
+
+
+def decode_npy(content: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """The array in a ``.npy`` file's bytes as (height, width, channels); see `channels_last`.
+
+    What is damaged, too large or no image's array raises `BrokenImage`. Nothing is unpickled.
+    """
+    stream = io.BytesIO(content)
+    try:
+        major, minor = np.lib.format.read_magic(stream)
+        read_header = getattr(np.lib.format, f"read_array_header_{major}_{minor}")
+        shape, fortran_order, kind = read_header(stream)
+    except Exception as error:  # whatever a damaged header leads NumPy's parser to
+        raise BrokenImage(f"no readable NumPy file ({type(error).__name__})") from error
+    if kind.hasobject or kind.kind not in "biuf":
+        raise BrokenImage(f"an array of {kind}; give integers or floating-point numbers")
+    size, count = len(content) - stream.tell(), math.prod(shape)
+    if min(shape, default=0) < 1 or size != count * kind.itemsize:
+        raise BrokenImage(
+            f"{size} bytes of pixels for shape {shape} of {kind}: empty, truncated or damaged"
+        )
+    flat = np.frombuffer(content, kind, count, stream.tell())
+    array = channels_last(flat.reshape(shape, order="F" if fortran_order else "C"))
+    check_size(array.shape, max_pixels)
+    return array
 
 
 def as_float(image: Tensor) -> Tensor:
@@ -319,16 +366,10 @@ def as_float(image: Tensor) -> Tensor:
 
 
 def to_channels(image: Tensor, channels: int) -> Tensor:
-    """The image with ``channels`` channels; dtype and size stay.
+    """The image, (1 to 32, height, width), with ``channels`` channels; dtype and size stay.
 
-    One channel is repeated, and RGB becomes its luminance where one channel is asked.
-
-    Args:
-        image: (1 to 32, height, width) as `decode` returns it.
-        channels: 1 or more.
-
-    Raises:
-        UserError: no such conversion, as from RGB to 2 channels.
+    One channel is repeated, RGB becomes its luminance where one is asked, and other conversions, as
+    from RGB to 2 channels, raise `UserError`.
     """
     have = image.shape[0]
     if have == channels:
@@ -336,14 +377,10 @@ def to_channels(image: Tensor, channels: int) -> Tensor:
     if have == 1:
         return image.expand(channels, -1, -1)
     if have == 3 and channels == 1:
-        return _luminance(image)
+        # torchvision cuts decimals off; on floats it keeps them, so uint8 can be rounded here.
+        grey = TF.rgb_to_grayscale(image.float())
+        return grey if image.is_floating_point() else grey.round().to(image.dtype)
     choices = "1 or 3" if have == 3 else str(have)
     raise UserError(
         f"an image of {have} channels can't be given {channels}; set --channels to {choices}"
     )
-
-
-def _luminance(image: Tensor) -> Tensor:
-    # torchvision cuts decimals off; on floats it keeps them, so uint8 can be rounded here.
-    grey = TF.rgb_to_grayscale(image.float())
-    return grey if image.is_floating_point() else grey.round().to(image.dtype)

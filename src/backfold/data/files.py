@@ -19,22 +19,13 @@ WAYS = (
 )
 
 
-def is_remote(data: str) -> bool:
-    """Whether the text names a place on the network."""
-    return "://" in data
-
-
 def is_pattern(data: object) -> bool:
     """Whether the text has wildcards or brace ranges."""
     return any(sign in str(data) for sign in PATTERN_SIGNS)
 
 
 def refuse_command(data: object) -> None:
-    """Refuse ``pipe:COMMAND``, which the webdataset library would run.
-
-    Raises:
-        UserError: it is one.
-    """
+    """Raise `UserError` at ``pipe:COMMAND``, which the webdataset library would run."""
     if str(data).strip().lower().startswith("pipe:"):
         raise UserError(
             f"{data}: pipe: runs a shell command and is not supported; download, or give https:// "
@@ -43,13 +34,9 @@ def refuse_command(data: object) -> None:
 
 
 def refuse_missing(data: str) -> None:
-    """Refuse what is neither there nor a pattern, an address or a name on the hub.
-
-    Raises:
-        UserError: the path does not exist, or is a command.
-    """
+    """Raise `UserError` at what is neither there nor a pattern, an address or a name on the hub."""
     refuse_command(data)
-    if not (Path(data).exists() or is_remote(data) or is_pattern(data) or HUB_NAME.fullmatch(data)):
+    if not (Path(data).exists() or "://" in data or is_pattern(data) or HUB_NAME.fullmatch(data)):
         raise UserError(f"{data} does not exist; {WAYS}")
 
 
@@ -61,29 +48,28 @@ def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     """
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
+        here = Path(place)
         folders[:] = [
             name
             for name in folders
-            if not name.startswith(".") and not _leads_back(Path(place, name))
+            if not name.startswith(".")
+            and not (
+                (here / name).is_symlink()
+                and here.resolve().is_relative_to((here / name).resolve())
+            )
         ]
-        relative = Path(place).relative_to(folder)
         found += [
-            (relative / name).as_posix()
+            (here.relative_to(folder) / name).as_posix()
             for name in names
             if name.lower().endswith(suffixes) and not name.startswith(".")
         ]
     return sorted(found)
 
 
-def _leads_back(folder: Path) -> bool:
-    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
-
-
 def read_file(path: Path) -> bytes:
     """A regular file's bytes.
 
-    Raises:
-        BrokenImage: it can't be read, or is a pipe or device, which could keep a reader for ever.
+    What can't be read, or is a pipe or device, which could keep a reader for ever, is broken.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -94,11 +80,7 @@ def read_file(path: Path) -> bytes:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that brace ranges as ``{000..012}`` stand for.
-
-    Raises:
-        UserError: unbalanced braces, or a command among the names.
-    """
+    """The names that brace ranges as ``{000..012}`` stand for; commands are refused."""
     try:
         names = list(braceexpand(pattern))
     except ValueError as error:
@@ -118,13 +100,10 @@ def expand_pattern(pattern: str) -> list[Path]:
     """
     files: list[Path] = []
     for name in expand_braces(pattern):
-        if Path(name).is_file():
-            files.append(Path(name))
-            continue
-        matched = sorted(Path(path) for path in glob.glob(name, recursive=True))  # noqa: PTH207
+        matched = [name] if Path(name).is_file() else glob.glob(name, recursive=True)  # noqa: PTH207
         if not matched:
             raise UserError(f"{name} does not exist; check the pattern {pattern!r}")
-        files += [path for path in matched if path.is_file()]
+        files += sorted(path for path in map(Path, matched) if path.is_file())
     if not files:
         raise UserError(f"{pattern!r} matches folders only; match files, or give one folder")
     return files

@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,15 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backfold.data.arrays import (
+from backfold.data.decode import (
     MAX_CHANNELS,
     MAX_PIXELS,
     channels_last,
     check_size,
+    decode_pillow,
     in_range,
     to_tensor,
 )
-from backfold.data.decode import decode_pillow
 from backfold.data.files import IMAGE_SUFFIXES, find_files, read_file
 from backfold.data.source import EncodedSource, Labels
 from backfold.errors import BrokenImage, UserError
@@ -42,13 +42,9 @@ Place = tuple[int, int]  # offset and size
 class FolderSource(EncodedSource):
     """The images at any depth below a folder, in the order of their paths.
 
-    Hidden files and folders are left out. Labels are the first-level sub-folders' names.
-
-    Args:
-        folder: where to look.
-        labelled: give labels, if all images lie in sub-folders and at least two of these hold any.
-        class_names: the classes, if they should not come from this folder alone.
-        max_pixels: larger images are broken.
+    Hidden files and folders are left out. Labels are the first-level sub-folders' names, if all
+    images lie in such and at least two of them hold any; ``class_names`` are the classes if they
+    should not come from this folder alone.
 
     Raises:
         UserError: there is no image.
@@ -58,11 +54,10 @@ class FolderSource(EncodedSource):
         self,
         folder: Path,
         labelled: bool = False,
-        class_names: Sequence[str] | None = None,
         max_pixels: int = MAX_PIXELS,
+        class_names: Sequence[str] = (),
     ) -> None:
-        self.name, self.max_pixels = str(folder), max_pixels
-        self._folder = folder
+        self.name, self.max_pixels, self._folder = str(folder), max_pixels, folder
         self._paths = find_files(folder, IMAGE_SUFFIXES)
         if not self._paths:
             raise UserError(
@@ -96,10 +91,12 @@ class ParquetSource(EncodedSource):
     Hugging Face's schema metadata, or else are the numbers.
 
     Args:
-        files: one file or more with the same columns.
+        files: one or more with the same columns.
         labelled: read the labels, if there are any.
-        name: for logs; the files' paths by default.
         max_pixels: larger images are broken.
+        name: for logs; the files' paths by default.
+        column: another one to take images from.
+        remedy: what to do where there is no such column.
 
     Raises:
         UserError: no parquet file, no images, or labels that are no integers from 0.
@@ -109,21 +106,23 @@ class ParquetSource(EncodedSource):
         self,
         files: Path | Sequence[Path],
         labelled: bool = True,
-        name: str | None = None,
         max_pixels: int = MAX_PIXELS,
+        name: str | None = None,
+        column: str = "image",
+        remedy: str = "rename the column that holds the images' bytes to `image`",
     ) -> None:
         self.max_pixels = max_pixels
         self._files = [files] if isinstance(files, Path) else list(files)
         self.name = name or first_and_more(self._files)
-        tables = [read_parquet(file, ("image", "label")) for file in self._files]
+        tables = [_read_parquet(file, (column, "label"), remedy) for file in self._files]
         self._ends = np.cumsum([len(table) for table in tables])
         if not self._ends[-1]:
             raise UserError(f"{self.name}: no rows; give parquet files that hold images")
         pairs = list(zip(tables, self._files, strict=True))
-        columns = [encoded_column(table, "image", file) for table, file in pairs]
-        self._images = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
+        encoded = [chunk for pair in pairs for chunk in _encoded_column(*pair, column).chunks]
+        self._images = pa.chunked_array(encoded)
         if labelled and all("label" in table.column_names for table in tables):
-            self.labels = np.concatenate([_label_column(table, file) for table, file in pairs])
+            self.labels = np.concatenate([_label_column(*pair) for pair in pairs])
             metadata = json.loads((tables[0].schema.metadata or {}).get(b"huggingface", b"{}"))
             label = metadata.get("info", {}).get("features", {}).get("label", {})
             self.class_names = tuple(label.get("names") or numbered(self.labels))
@@ -155,16 +154,11 @@ def numbered(labels: Labels) -> tuple[str, ...]:
     return tuple(map(str, range(int(labels.max()) + 1)))
 
 
-def read_parquet(file: Path, columns: Sequence[str], remedy: str = "") -> pa.Table:
-    """Those of the columns that there are; the first must be there.
-
-    Raises:
-        UserError: it is not, with what to do about it, or this is no parquet file.
-    """
+def _read_parquet(file: Path, columns: Sequence[str], remedy: str) -> pa.Table:
+    """Those of the columns that there are; the first must be there."""
     try:
         names = pq.read_schema(file).names
         if columns[0] not in names:
-            remedy = remedy or "rename the column that holds the images' bytes to `image`"
             raise UserError(
                 f"{file} has columns {', '.join(names)} but no `{columns[0]}`; {remedy}"
             )
@@ -174,8 +168,7 @@ def read_parquet(file: Path, columns: Sequence[str], remedy: str = "") -> pa.Tab
         raise UserError(f"{file} is no readable parquet file ({reason}); replace it") from error
 
 
-def encoded_column(table: pa.Table, name: str, file: Path) -> pa.ChunkedArray:
-    """A column's bytes, where it has such or a struct with ``bytes``; else a `UserError`."""
+def _encoded_column(table: pa.Table, file: Path, name: str) -> pa.ChunkedArray:
     column = table[name]
     if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
         column = pc.struct_field(column, "bytes")
@@ -206,28 +199,17 @@ class TarSource(EncodedSource):
     ``"label"`` where there is no ``.cls``).
 
     Opening reads every member's header, a few microseconds each, and remembers where each image
-    lies: shards are then as good as a folder. Nothing is ever extracted, and links are not
-    followed.
-
-    Args:
-        files: the shards.
-        labelled: read labels, if every sample has one.
-        class_names: the classes' names, where other shards have more of them.
-        max_pixels: larger images are broken.
+    lies: shards are then as good as a folder. Nothing is ever extracted, links are not followed,
+    and labels are read if every sample has one.
 
     Raises:
         UserError: a compressed, damaged or truncated shard; no images; two images in one sample.
     """
 
     def __init__(
-        self,
-        files: Sequence[Path],
-        labelled: bool = False,
-        class_names: Sequence[str] | None = None,
-        max_pixels: int = MAX_PIXELS,
+        self, files: Sequence[Path], labelled: bool = False, max_pixels: int = MAX_PIXELS
     ) -> None:
-        self._files = list(files)
-        self.max_pixels = max_pixels
+        self._files, self.max_pixels = list(files), max_pixels
         self.name = first_and_more(self._files)
         index = [
             (number, *found)
@@ -238,12 +220,16 @@ class TarSource(EncodedSource):
             raise UserError(
                 f"{self.name}: no images; give shards with members named *.jpg, *.png and so on"
             )
-        shards, places, names, labels = zip(*index, strict=True)
+        shards, extents, names, labels = zip(*index, strict=True)
         self._shards = np.array(shards, dtype=np.int32)
-        self._places = np.array(places, dtype=np.int64)
+        self._places = np.array(extents, dtype=np.int64)
         self._names = np.array([name.encode(errors="surrogateescape") for name in names])
         if labelled and None not in labels:
-            self.labels, self.class_names = number_labels(labels, class_names)
+            classes = sorted(set(labels))
+            counting = all(name.isdecimal() and len(name) < 7 for name in classes)
+            places = {name: int(name) if counting else at for at, name in enumerate(classes)}
+            self.labels = np.array([places[name] for name in labels], dtype=np.int64)
+            self.class_names = numbered(self.labels) if counting else tuple(classes)
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -270,13 +256,13 @@ class TarSource(EncodedSource):
 def _index_shard(file: Path, labelled: bool) -> Iterator[tuple[Place, str, str | None]]:
     """Where each image lies, its member's name, and its label."""
     try:
-        with tarfile.open(file, "r:") as tar:  # "r:" takes no compression
-            for key, sample in group_members(_members(tar, file.stat().st_size)):
-                kind = image_kind(key, sample, str(file))
-                if kind is not None:
-                    label = _read_label(tar, sample) if labelled else None
-                    yield sample[kind], f"{key}.{kind}", label
-            _check_end(tar, file)
+        with tarfile.open(file, "r:") as tar, file.open("rb") as raw:  # "r:" takes no compression
+            for name, place, sample in image_samples(_members(tar, file.stat().st_size), str(file)):
+                yield place, name, _read_label(raw, sample) if labelled else None
+            raw.seek(tar.offset)
+            # tarfile takes a damaged header for the end, and would leave out all that follows.
+            if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise UserError(f"{file} is damaged at byte {tar.offset}; replace it")
     except UserError:
         raise
     except (tarfile.TarError, ValueError, OSError, EOFError) as error:
@@ -296,20 +282,13 @@ def _members(tar: tarfile.TarFile, size: int) -> Iterator[tuple[str, Place]]:
             yield member.name, (member.offset_data, member.size)
 
 
-def _check_end(tar: tarfile.TarFile, file: Path) -> None:
-    # tarfile takes a damaged header for the end, and would leave out all that follows.
-    with file.open("rb") as raw:
-        raw.seek(tar.offset)
-        rest = raw.read(tarfile.BLOCKSIZE)
-    if rest.strip(b"\0"):
-        raise UserError(f"{file} is damaged at byte {tar.offset}; replace it")
-
-
-def group_members(members: Iterable[tuple[str, Data]]) -> Iterator[tuple[str, dict[str, Data]]]:
-    """The key of each sample, and its members by what follows the key and a dot, in lower case.
+def image_samples(
+    members: Iterable[tuple[str, Data]], shard: str
+) -> Iterator[tuple[str, Data, dict[str, Data]]]:
+    """The name and the data of each sample's image, and all data of the sample by suffix.
 
     Raises:
-        UserError: a sample with two members of one name.
+        UserError: a sample with two members of one name, or two images.
     """
     named = (
         (match[1], match[2].lower(), data)
@@ -322,63 +301,29 @@ def group_members(members: Iterable[tuple[str, Data]]) -> Iterator[tuple[str, di
             if kind in sample:
                 raise UserError(f"sample {key} has two members {kind}; give shards with one each")
             sample[kind] = data
-        yield key, sample
+        kinds = [kind for kind in sample if kind in IMAGE_KINDS]
+        if len(kinds) > 1:
+            raise UserError(
+                f"{shard}: sample {key} has images {' and '.join(kinds)}; give one image a sample"
+            )
+        if kinds:
+            yield f"{key}.{kinds[0]}", sample[kinds[0]], sample
 
 
-def image_kind(key: str, sample: dict[str, Data], shard: str) -> str | None:
-    """The suffix of a sample's image; None where it has none.
-
-    Raises:
-        UserError: it has two.
-    """
-    kinds = [kind for kind in sample if kind in IMAGE_KINDS]
-    if len(kinds) > 1:
-        raise UserError(
-            f"{shard}: sample {key} has images {' and '.join(kinds)}; give one image a sample"
-        )
-    return kinds[0] if kinds else None
-
-
-def _read_label(tar: tarfile.TarFile, sample: dict[str, Place]) -> str | None:
+def _read_label(shard: BinaryIO, sample: dict[str, Place]) -> str | None:
     """The class that a sample's ``cls`` or else ``json`` names; None where there is none."""
     kind = next((kind for kind in LABEL_KINDS if kind in sample), None)
     if kind is None or sample[kind][1] > LARGEST_LABEL:
         return None
-    assert tar.fileobj is not None
-    before = tar.fileobj.tell()
-    tar.fileobj.seek(sample[kind][0])
-    content = tar.fileobj.read(sample[kind][1])
-    tar.fileobj.seek(before)
+    shard.seek(sample[kind][0])
+    content = shard.read(sample[kind][1])
     try:
         if kind == "cls":
             return str(content.decode().strip()) or None
-        values = json.loads(content)
-    except (UnicodeDecodeError, ValueError, RecursionError):
+        label = json.loads(content)["label"]
+    except (ValueError, RecursionError, TypeError, LookupError):
         return None
-    label = values.get("label") if isinstance(values, dict) else None
     return None if label is None else str(label)
-
-
-def number_labels(
-    labels: Sequence[str], class_names: Sequence[str] | None = None
-) -> tuple[Labels, tuple[str, ...]]:
-    """(labels as int64, class names): numbers stay, names are numbered in their order.
-
-    Raises:
-        UserError: a class that ``class_names`` lacks.
-    """
-    if class_names is None:
-        if all(label.isdecimal() and len(label) < 7 for label in labels):
-            numbers = np.array([int(label) for label in labels], dtype=np.int64)
-            return numbers, numbered(numbers)
-        class_names = sorted(set(labels))
-    position = {name: number for number, name in enumerate(class_names)}
-    unknown = sorted(set(labels) - set(position))
-    if unknown:
-        raise UserError(
-            f"classes {', '.join(unknown[:3])} are in one split only; name them in both"
-        )
-    return np.array([position[label] for label in labels], dtype=np.int64), tuple(class_names)
 
 
 class MapDataset(Protocol):
@@ -393,63 +338,41 @@ class DatasetSource:
     """An `ImageSource` of the items of a Python data set.
 
     An item is an image, a tuple or list that starts with one, as (image, label), or a mapping with
-    the key ``image``. An image is
-
-    - of Pillow, read as a file of the same kind would be (see `decode`);
-    - a tensor, (height, width) or (channels, height, width);
-    - a NumPy array, (height, width), (height, width, channels) or (channels, height, width): see
-      `channels_last` for how these are told apart;
-
-    with values as in files: uint8, uint16 (65535 is 1), or floats and other integers, kept as they
-    are. Random transforms make a run differ from its continuation: let them be done here, after
-    reading. An item that raises is broken.
-
-    Args:
-        dataset: has ``len`` and items by number; pickled for worker processes that are not forked.
-        labels: integers from 0, one an item; ``dataset.targets`` by default, where it has them.
-        class_names: of the labels; ``dataset.classes`` by default, where it has them.
-        name: for logs and messages.
-        max_pixels: larger images are broken.
+    the key ``image``. An image is of Pillow, read as a file of the same kind would be; a tensor,
+    (height, width) or (channels, height, width); or a NumPy array, which may have its channels last
+    too (see `channels_last`). Values are as in files (see `decode`). Random transforms make a run
+    differ from its continuation: let them be done here, after reading. An item that raises is
+    broken. Labels are ``dataset.targets``, integers from 0, and ``dataset.classes`` their names,
+    where it has them.
 
     Raises:
         UserError: an empty or unsized data set, or labels that don't fit it.
     """
 
-    def __init__(
-        self,
-        dataset: MapDataset,
-        labels: Sequence[int] | Labels | None = None,
-        class_names: Sequence[str] = (),
-        name: str | None = None,
-        max_pixels: int = MAX_PIXELS,
-    ) -> None:
-        self._dataset, self._max_pixels = dataset, max_pixels
-        self.name = name or type(dataset).__name__
+    def __init__(self, dataset: MapDataset, max_pixels: int = MAX_PIXELS) -> None:
+        self._dataset, self._max_pixels, self.name = dataset, max_pixels, type(dataset).__name__
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise UserError(f"{self.name} has no length or no items; give a map-style Dataset")
         if not len(dataset):
             raise UserError(f"{self.name} is empty; give at least one image")
         self.labels: Labels | None = None
         self.class_names: tuple[str, ...] = ()
-        given = getattr(dataset, "targets", None) if labels is None else labels
-        if given is not None:
-            self.labels = self._check_labels(given)
-            names = tuple(class_names) or tuple(getattr(dataset, "classes", ()))
-            self.class_names = names or numbered(self.labels)
-            if len(self.class_names) <= self.labels.max():
-                raise UserError(
-                    f"{self.name} has {len(self.class_names)} class names and labels to "
-                    f"{self.labels.max()}; name every class"
-                )
-
-    def _check_labels(self, given: Any) -> Labels:
-        labels = np.asarray(given)
-        if labels.shape != (len(self),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        given = getattr(dataset, "targets", None)
+        if given is None:
+            return
+        values = np.asarray(given)
+        if values.shape != (len(dataset),) or values.dtype.kind not in "iu" or values.min() < 0:
             raise UserError(
-                f"{self.name}: labels are {labels.dtype} of shape {labels.shape}; give "
-                f"{len(self)} integers from 0 or none"
+                f"{self.name}: labels are {values.dtype} of shape {values.shape}; give "
+                f"{len(dataset)} integers from 0 or none"
             )
-        return labels.astype(np.int64)
+        self.labels = values.astype(np.int64)
+        self.class_names = tuple(getattr(dataset, "classes", ())) or numbered(self.labels)
+        if len(self.class_names) <= self.labels.max():
+            raise UserError(
+                f"{self.name} has {len(self.class_names)} class names and labels to "
+                f"{self.labels.max()}; name every class"
+            )
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -457,7 +380,12 @@ class DatasetSource:
     def read(self, index: int, min_side: int | None = None) -> Tensor:  # noqa: ARG002
         """See `ImageSource.read`."""
         try:
-            return image_tensor(_image_of(self._dataset[index]), self._max_pixels)
+            item = self._dataset[index]
+            if isinstance(item, Mapping):
+                item = next((item[key] for key in IMAGE_KEYS if key in item), item)
+            elif isinstance(item, (tuple, list)) and item:
+                item = item[0]
+            return _image_tensor(item, self._max_pixels)
         except BrokenImage:
             raise
         except Exception as error:  # the data set is the user's own: it may raise anything
@@ -468,33 +396,19 @@ class DatasetSource:
         return f"{self.name} item {index}"
 
 
-def _image_of(item: Any) -> Any:
-    if isinstance(item, Mapping):
-        return next((item[key] for key in IMAGE_KEYS if key in item), item)
-    return item[0] if isinstance(item, (tuple, list)) and item else item
-
-
-def image_tensor(image: Any, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """(channels, height, width) of uint8 or float32 from an image of Pillow, a tensor or an array.
-
-    Raises:
-        BrokenImage: anything else, too large, or numbers that are not finite.
-    """
+def _image_tensor(image: Any, max_pixels: int) -> Tensor:
     if isinstance(image, Image.Image):
-        check_size(image.height, image.width, 1, max_pixels)
+        check_size((image.height, image.width, 1), max_pixels)
         return decode_pillow(image).image
     if isinstance(image, Tensor):
-        image = image.detach().cpu()
-        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
-        array = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
-        if array.ndim == 2:
-            array = array[..., None]
-        if array.ndim != 3 or array.shape[2] > MAX_CHANNELS:
+        if image.ndim not in (2, 3) or (image.ndim == 3 and len(image) > MAX_CHANNELS):
             raise BrokenImage(f"a tensor of {tuple(image.shape)}; give (channels, height, width)")
+        image = image.detach().cpu()[None] if image.ndim == 2 else image.detach().cpu()
+        image = image.float() if image.dtype == torch.bfloat16 else image
+        array = np.moveaxis(image.numpy(), 0, -1)
     elif isinstance(image, np.ndarray):
         array = channels_last(image)
     else:
         raise BrokenImage(f"a {type(image).__name__}; give an image of Pillow, a tensor or array")
-    height, width, channels = array.shape
-    check_size(height, width, channels, max_pixels)
+    check_size(array.shape, max_pixels)
     return to_tensor(in_range(array))

@@ -1,10 +1,12 @@
 """Images of the ``datasets`` library: saved folders, names on the hub, parquet on disk.
 
-Imported where it is needed: ``datasets`` takes most of a second to import.
+Imported where it is needed: ``datasets`` takes most of a second to import. What it can't read is a
+`UserError`.
 """
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import datasets
 import fsspec
 import numpy as np
 
-from backfold.data.arrays import MAX_PIXELS
+from backfold.data.decode import MAX_PIXELS
 from backfold.data.files import read_file
 from backfold.data.formats import numbered
 from backfold.data.source import EncodedSource
@@ -26,14 +28,8 @@ class HuggingFaceSource(EncodedSource):
     """Images of a ``datasets.Dataset``, which lies on disk and is mapped into memory.
 
     The image column is the only one of images, or else ``image`` or ``img`` of bytes. Labels are
-    the only column of classes, or else integers in a column ``label``.
-
-    Args:
-        dataset: the images.
-        name: for logs and messages.
-        folders: where a path that stands in place of bytes may lead.
-        labelled: read the labels, if there are any.
-        max_pixels: larger images are broken.
+    the only column of classes, or else integers in a column ``label``. A path that stands in place
+    of bytes may lead into the ``folders`` only.
 
     Raises:
         UserError: no rows, or no single image column.
@@ -51,8 +47,9 @@ class HuggingFaceSource(EncodedSource):
         self._folders = [folder.resolve() for folder in folders]
         if not len(dataset):
             raise UserError(f"{name}: no rows; give a data set that holds images")
-        column = image_column(dataset.features, name)
-        label = label_column(dataset.features) if labelled else None
+        self._column = image_column(dataset.features, name)
+        self._images = undecoded(dataset, self._column)
+        label = _label_column(dataset.features) if labelled else None
         if label is not None:
             labels = np.array(dataset[label][:], dtype=object)
             if all(isinstance(value, int) and value >= 0 for value in labels):
@@ -60,8 +57,6 @@ class HuggingFaceSource(EncodedSource):
                 kind = dataset.features[label]
                 names = kind.names if isinstance(kind, datasets.ClassLabel) else None
                 self.class_names = tuple(names or numbered(self.labels))
-        self._images = undecoded(dataset, column).select_columns([column])
-        self._column = column
 
     def __len__(self) -> int:
         return len(self._images)
@@ -76,14 +71,10 @@ class HuggingFaceSource(EncodedSource):
 
 
 def image_bytes(value: Any, folders: Sequence[Path] = ()) -> bytes:
-    """The encoded image in a row's image column.
+    """The encoded image in a row: bytes, or ``{"bytes": ..., "path": ...}``.
 
-    Args:
-        value: bytes, or ``{"bytes": ..., "path": ...}``.
-        folders: resolved; a path that leads anywhere else is not followed, whoever wrote it.
-
-    Raises:
-        BrokenImage: neither bytes nor such a path.
+    A path that leads out of the (resolved) folders is not followed, whoever wrote it: this and
+    anything else raises `BrokenImage`.
     """
     content = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(content, bytes):
@@ -101,18 +92,14 @@ def image_bytes(value: Any, folders: Sequence[Path] = ()) -> bytes:
 
 
 def undecoded(dataset: Any, column: str) -> Any:
-    """The data set with the column's images as encoded bytes."""
+    """The data set's column alone, with images as encoded bytes."""
     if isinstance(dataset.features[column], datasets.Image):
-        return dataset.cast_column(column, datasets.Image(decode=False))
-    return dataset
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset.select_columns([column])
 
 
 def image_column(features: datasets.Features | None, name: str) -> str:
-    """The column that holds the images.
-
-    Raises:
-        UserError: none, or several and none named ``image``.
-    """
+    """The column of images; a `UserError` if there is none, or several and none is ``image``."""
     columns = dict(features or {})
     images = [key for key, kind in columns.items() if isinstance(kind, datasets.Image)]
     usual = [key for key in IMAGE_COLUMNS if key in (images or columns)]
@@ -124,79 +111,48 @@ def image_column(features: datasets.Features | None, name: str) -> str:
     )
 
 
-def label_column(features: datasets.Features) -> str | None:
-    """The column that holds the classes, if one can be told."""
+def _label_column(features: datasets.Features) -> str | None:
     classes = [key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     if len(classes) == 1:
         return str(classes[0])
     return next((key for key in LABEL_COLUMNS if key in features), None)
 
 
-def load_saved(folder: Path) -> dict[str, datasets.Dataset]:
-    """What ``save_to_disk`` wrote, by split; the only split of a single data set is "".
-
-    Raises:
-        UserError: it can't be read.
-    """
+@contextmanager
+def _users_error(what: str, remedy: str) -> Iterator[None]:
     try:
-        loaded = datasets.load_from_disk(str(folder))
+        yield
     except Exception as error:  # pyarrow, JSON and datasets itself each raise their own
-        raise UserError(
-            f"{folder} is no readable saved data set ({_reason(error)}); save it again"
-        ) from error
+        reason = textwrap.shorten(str(error), 200) or type(error).__name__
+        raise UserError(f"{what} ({reason}); {remedy}") from error
+
+
+def load_saved(folder: Path) -> dict[str, datasets.Dataset]:
+    """What ``save_to_disk`` wrote, by split; the only split of a single data set is ""."""
+    with _users_error(f"{folder} is no readable saved data set", "save it again"):
+        loaded = datasets.load_from_disk(str(folder))
     return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
 
 
-def load_parquet(files: Sequence[Path], cache: Path | None = None) -> datasets.Dataset:
-    """Parquet files too large for memory, converted once into a cache that is mapped.
-
-    Raises:
-        UserError: they can't be read.
-    """
-    try:
-        return datasets.load_dataset(
-            "parquet",
-            data_files=[str(file) for file in files],
-            split="train",
-            cache_dir=None if cache is None else str(cache),
-        )
-    except Exception as error:
-        raise UserError(
-            f"{files[0]} and the files beside it can't be read ({_reason(error)}); replace them"
-        ) from error
+def load_parquet(files: Sequence[Path]) -> datasets.Dataset:
+    """Parquet files too large for memory, converted once into a cache that is mapped."""
+    with _users_error(f"{files[0]} and the files beside it can't be read", "replace them"):
+        return datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
 
 
 def open_builder(name: str) -> datasets.DatasetBuilder:
-    """What the hub knows of ``owner/name`` or ``owner/name/configuration``.
-
-    Raises:
-        UserError: no such data set, or no connection.
-    """
+    """What the hub knows of ``owner/name`` or ``owner/name/configuration``."""
     owner, dataset, *configuration = name.split("/")
-    try:
+    with _users_error(
+        f"{name} is neither a path nor a data set on the Hugging Face hub that can be opened",
+        "check --data and the connection",
+    ):
         return datasets.load_dataset_builder(f"{owner}/{dataset}", *configuration)
-    except Exception as error:
-        raise UserError(
-            f"{name} is neither a path nor a data set on the Hugging Face hub that can be opened "
-            f"({_reason(error)}); check --data and the connection"
-        ) from error
 
 
 def download(builder: datasets.DatasetBuilder) -> dict[str, datasets.Dataset]:
-    """All splits, downloaded into the library's cache.
-
-    Raises:
-        UserError: the download failed.
-    """
-    try:
+    """All splits, downloaded into the library's cache."""
+    remedy = "try again, or download it yourself and give the folder"
+    with _users_error(f"can't download {builder.dataset_name}", remedy):
         builder.download_and_prepare()
         return dict(builder.as_dataset())
-    except Exception as error:
-        raise UserError(
-            f"can't download {builder.dataset_name} ({_reason(error)}); try again, or download it "
-            "yourself and give the folder"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    return textwrap.shorten(str(error), 200) or type(error).__name__

@@ -54,11 +54,7 @@ class Expendable(Generic[Argument, Result]):
 
     One process serves all calls, from the first on, and another takes its place when it dies.
     Calls cost least by `each`. Worker processes of a DataLoader can use this too, though they may
-    not start what `multiprocessing` starts.
-
-    Args:
-        function: reads an image; its argument and its result are pickled.
-        seconds: for each image.
+    not start what `multiprocessing` starts. Arguments and results are pickled.
     """
 
     def __init__(self, function: Callable[[Argument], Result], seconds: float) -> None:
@@ -73,7 +69,7 @@ class Expendable(Generic[Argument, Result]):
             self._end(self._child, kill=True)
 
     def __call__(self, argument: Argument) -> Result:
-        """What the function returns; raises what `each` does, and BrokenImage where it would."""
+        """What the function returns or raises; see `each`."""
         (outcome,) = self.each([argument])
         if isinstance(outcome, BrokenImage):
             raise outcome
@@ -89,11 +85,8 @@ class Expendable(Generic[Argument, Result]):
         """What the function returns for each, or how the image is broken.
 
         It is a `FatalImage` if it takes too long or ends two processes: the first may have died of
-        something else, as where memory runs out.
-
-        Raises:
-            UserError: the function does; of the first that does.
-            RuntimeError: the function raises anything else; its traceback is the message.
+        something else, as where memory runs out. The first `UserError` of the function is raised,
+        and anything else as a RuntimeError, with its traceback as the message.
         """
         outcomes: list[Result | BrokenImage] = []
         for first in range(0, len(arguments), TOGETHER):
@@ -111,11 +104,10 @@ class Expendable(Generic[Argument, Result]):
                 outcomes.update(zip(todo, reply, strict=True))
                 continue
             number = todo[int.from_bytes(child.memory[:WORD], "little")]
+            fate = f"ends the process that decodes it (exit code {reply})"
             if reply == -signal.SIGALRM:
                 fate = f"takes its decoder more than {self._seconds:g} seconds"
-                outcomes[number] = FatalImage(fate)
-            elif number in suspects:
-                fate = f"ends the process that decodes it (exit code {reply})"
+            if reply == -signal.SIGALRM or number in suspects:
                 outcomes[number] = FatalImage(fate)
             suspects.add(number)
         return [outcomes[number] for number in range(len(arguments))]

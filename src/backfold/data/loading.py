@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from backfold.data.augmentation import Augmentation, Augmenter, ImageSize, cover
+from backfold.data.augmentation import UNCHANGED, Augmentation, Augmenter, ImageSize
 from backfold.data.decode import as_float, to_channels
 from backfold.data.isolation import IMAGE_SECONDS, Expendable, FatalImage
 from backfold.data.source import ImageSource
@@ -35,19 +35,14 @@ Item = TypeVar("Item")
 
 @dataclass
 class Batch:
-    """Images and where they come from.
+    """Images and where they come from."""
 
-    Attributes:
-        images: (batch, channels, height, width), uint8 in 0..255, or float32 (see `as_float`)
-            where one of them has more than 8 bits. `ChannelStatistics.normalize` takes both:
-            converting on the device spares workers and their shared memory four times the bytes.
-        indices: int64 (batch,), the images' indices in the source.
-        broken: a line for every file that could not be read; the next readable took its place.
-    """
-
+    # (batch, channels, height, width), uint8 in 0..255, or float32 (see `as_float`) where one has
+    # more than 8 bits. `ChannelStatistics.normalize` takes both: converting on the device spares
+    # workers and their shared memory four times the bytes.
     images: Tensor
-    indices: Tensor
-    broken: list[str]
+    indices: Tensor  # int64 (batch,), in the source
+    broken: list[str]  # a line for every file that could not be read, which the next replaced
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory; DataLoader calls this."""
@@ -79,32 +74,27 @@ class DeadWorker(LoadingError, RuntimeError):  # noqa: N818 - torch's own is a R
     """A process that loads images is gone: killed, most often because memory ran out."""
 
 
+@dataclass(eq=False)
 class BatchDataset(Dataset[Batch]):
     """Maps a list of (epoch, position) keys to a `Batch`.
 
-    Args:
-        source: the images.
-        image_size: (height, width) in pixels.
-        channels: see `to_channels`.
-        augmentation: None scales each image to cover the size and cuts out the centre.
-        seed: with an image's epoch and position it alone decides the augmentation.
-        indices: the source's images to use, in this order; all by default.
+    The next image replaces a broken one. An image of an unfit channel count, or too many broken
+    files in a row raise `LoadingError`.
+    The seed, an image's epoch and its position alone decide its augmentation. Positions count in
+    ``indices``, the source's images to use; all by default.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        image_size: ImageSize,
-        channels: int,
-        augmentation: Augmentation | None = None,
-        seed: int = 0,
-        indices: Sequence[int] | None = None,
-    ) -> None:
-        self._source, self._image_size, self._channels = source, image_size, channels
-        self._seed = seed
-        self._augmenter = Augmenter(augmentation, image_size) if augmentation else None
-        self._min_side = self._augmenter.min_side if self._augmenter else max(image_size)
-        self._indices = range(len(source)) if indices is None else [int(index) for index in indices]
+    source: ImageSource
+    image_size: ImageSize
+    channels: int
+    augmentation: Augmentation = UNCHANGED
+    seed: int = 0
+    indices: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        self._augmenter = Augmenter(self.augmentation, self.image_size)
+        every: Sequence[int] = range(len(self.source))
+        self._indices = every if self.indices is None else [int(index) for index in self.indices]
         self._apart = Expendable(self._load, IMAGE_SECONDS)
         self._fatal: dict[int, FatalImage] = {}  # which are not tried again
 
@@ -112,11 +102,6 @@ class BatchDataset(Dataset[Batch]):
         return len(self._indices)
 
     def __getitem__(self, keys: Sequence[Key]) -> Batch:
-        """Load, augment and stack; the next readable image takes a broken one's place.
-
-        Raises:
-            LoadingError: an image of an unfit channel count, or too many broken files in a row.
-        """
         broken: list[str] = []
         images, indices = [], []
         # torchvision draws from the global generator: lend it, once a batch as that takes long.
@@ -141,11 +126,8 @@ class BatchDataset(Dataset[Batch]):
                 (outcome,) = self._load_each([wanted])
             if not isinstance(outcome, BrokenImage):
                 return wanted[0], outcome
-            broken.append(f"{self._source.describe(wanted[0])}: {outcome}")
-        raise LoadingError(
-            f"{self._source.name}: {tries} images in a row can't be read, the last is "
-            f"{broken[-1]}; mend or remove them"
-        )
+            broken.append(f"{self.source.describe(wanted[0])}: {outcome}")
+        raise none_readable(self.source.name, tries, broken[-1])
 
     def _load_each(self, wanted: Sequence[Wanted]) -> list[NDArray[Any] | BrokenImage]:
         tried = [one for one in wanted if one[0] not in self._fatal]
@@ -158,14 +140,18 @@ class BatchDataset(Dataset[Batch]):
     def _load(self, wanted: Wanted) -> NDArray[Any]:
         index, *seeds = wanted
         try:
-            image = to_channels(self._source.read(index, self._min_side), self._channels)
+            image = self.source.read(index, self._augmenter.min_side)
+            image = to_channels(image, self.channels)
         except UserError as error:
-            raise LoadingError(f"{self._source.describe(index)}: {error}") from None
-        if self._augmenter is None:
-            return cover(image, self._image_size).numpy()
-        seed = np.random.SeedSequence((self._seed, *seeds)).generate_state(1, np.uint64)
-        torch.default_generator.manual_seed(int(seed[0]))
-        return self._augmenter(image).numpy()
+            raise LoadingError(f"{self.source.describe(index)}: {error}") from None
+        return self._augmenter.seeded(image, self.seed, *seeds).numpy()
+
+
+def none_readable(name: str, tries: int, last: str) -> LoadingError:
+    """What ends loading after so many broken images; ``last`` is the line of the last."""
+    return LoadingError(
+        f"{name}: {tries} images in a row can't be read, the last is {last}; mend or remove them"
+    )
 
 
 def stack_images(images: list[Tensor]) -> Tensor:
@@ -175,60 +161,45 @@ def stack_images(images: list[Tensor]) -> Tensor:
     return torch.stack([as_float(image) for image in images]).contiguous()
 
 
+@dataclass(eq=False)
 class StepSampler(Sampler[list[Key]]):
-    """For each optimizer step, this rank's (epoch, index) keys.
+    """For each optimizer step, this rank's (epoch, index) keys; see `training_loader`.
 
-    Every epoch is a permutation of all images that depends on (seed, epoch) only; images that do
-    not fill a last global batch sit that epoch out.
-
-    Args:
-        count: number of images; for the others see `training_loader`.
+    Every epoch is a permutation of all ``count`` images that depends on (seed, epoch) only; images
+    that do not fill a last global batch sit that epoch out.
 
     Raises:
         UserError: fewer images than one global batch, or a negative seed.
     """
 
-    def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        seed: int,
-        start_step: int,
-        total_steps: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        assert start_step >= 0
-        assert 0 <= rank < world_size
-        if seed < 0:
-            raise UserError(f"seed is {seed}; give 0 or more")
-        self.steps_per_epoch = steps_per_epoch(count, batch_size * world_size)
-        self._count, self._batch_size, self._seed = count, batch_size, seed
-        self._start_step, self._total_steps = start_step, total_steps
-        self._rank, self._world_size = rank, world_size
+    count: int
+    batch_size: int
+    seed: int
+    start_step: int
+    total_steps: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; give 0 or more")
+        self.steps_per_epoch = steps_per_epoch(self.count, self.batch_size * self.world_size)
 
     def __len__(self) -> int:
-        return max(0, self._total_steps - self._start_step)
+        return max(0, self.total_steps - self.start_step)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        step = self._start_step
-        while step < self._total_steps:
-            epoch, first = divmod(step, self.steps_per_epoch)
-            order = np.random.default_rng([self._seed, epoch]).permutation(self._count)
-            last = min(self.steps_per_epoch, first + self._total_steps - step)
-            for step_in_epoch in range(first, last):
-                start = (step_in_epoch * self._world_size + self._rank) * self._batch_size
-                chosen = order[start : start + self._batch_size].tolist()
-                yield [(epoch, index) for index in chosen]
-            step += last - first
+        for step in range(self.start_step, self.total_steps):
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            if step_in_epoch == 0 or step == self.start_step:
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            start = (step_in_epoch * self.world_size + self.rank) * self.batch_size
+            chosen = order[start : start + self.batch_size].tolist()
+            yield [(epoch, index) for index in chosen]
 
 
 def steps_per_epoch(count: int, global_batch_size: int) -> int:
-    """Full global batches in ``count`` images.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Full global batches in ``count`` images; none is a `UserError`."""
     if count < global_batch_size:
         raise UserError(
             f"{count} images are fewer than one global batch of {global_batch_size}; "
@@ -263,7 +234,7 @@ def training_loader(
         seed: of order and augmentation.
         start_step: steps already done; the batches are those that an unbroken run would see.
         total_steps: of the whole run.
-        rank: this process, from 0.
+        rank: this process, from 0, of ``world_size``.
         world_size: number of processes.
         num_workers: processes that load; 0 loads in this one, unprotected.
         prefetch: batches that each of these processes has loaded or is loading ahead, 1 or more.
@@ -288,21 +259,14 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """All images, or those of ``indices``, once, in order and without augmentation.
 
-    Args:
-        source: the images.
-        image_size: (height, width) in pixels.
-        channels: of the batches; see `to_channels`.
-        batch_size: images in a batch; the last may be smaller.
-        num_workers: processes that load; 0 loads in this one, unprotected.
-        indices: the source's images to load, in this order; all by default. A broken one is
-            replaced from these only.
+    A broken one is replaced from these only, and the last batch may be smaller. For what is not
+    said here see `training_loader`.
 
     Raises:
         UserError: while iterating, what `BatchDataset` and `watched` raise.
     """
-    count = len(source) if indices is None else len(indices)
-    positions = range(count)
-    batches = [positions[start : start + batch_size] for start in range(0, count, batch_size)]
+    places = range(len(source) if indices is None else len(indices))
+    batches = [places[start : start + batch_size] for start in places[::batch_size]]
     return guarded_batches(source, image_size, channels, batches, num_workers, indices)
 
 
@@ -346,11 +310,7 @@ def _unchanged(batch: object) -> object:
 
 
 def watched(loader: Iterable[Item]) -> Iterator[Item]:
-    """What a DataLoader gives.
-
-    Raises:
-        DeadWorker: one of its processes is gone; found at once, or some seconds later.
-    """
+    """What a DataLoader gives; a process of it that is gone is a `DeadWorker`, seconds later."""
     handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
     if str(getattr(handler, "__module__", "")).startswith("torch."):
         handler = signal.SIG_DFL

@@ -1,13 +1,12 @@
 """Opening whatever ``--data`` names, and one of its splits."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 
-from backfold.data.arrays import MAX_PIXELS
+from backfold.data.decode import MAX_PIXELS
 from backfold.data.files import (
     HUB_NAME,
     IMAGE_SUFFIXES,
@@ -16,11 +15,17 @@ from backfold.data.files import (
     expand_pattern,
     find_files,
     is_pattern,
-    is_remote,
     refuse_command,
     refuse_missing,
 )
-from backfold.data.formats import DatasetSource, FolderSource, MapDataset, ParquetSource, TarSource
+from backfold.data.formats import (
+    DatasetSource,
+    FolderSource,
+    MapDataset,
+    ParquetSource,
+    TarSource,
+    first_and_more,
+)
 from backfold.data.source import ImageSource, NoTestSplit, Split
 from backfold.data.stream import Stream, hub_stream, tar_stream
 from backfold.errors import UserError
@@ -33,13 +38,8 @@ IN_MEMORY_BYTES = 2**32  # parquet files of more are converted into a cache on d
 STREAMED_BYTES = 50 * 2**30  # data sets on the hub of more are not downloaded
 COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 SAVED_FILES = ("dataset_dict.json", "state.json")
+Options = tuple[bool, int]  # labelled and max_pixels
 Part = TypeVar("Part")
-
-
-@dataclass(frozen=True)
-class _Options:
-    labelled: bool
-    max_pixels: int
 
 
 def open_source(
@@ -53,8 +53,8 @@ def open_source(
     ``data`` may be
 
     - a folder with image files at any depth; or else with parquet files, or with tar shards;
-    - one or more parquet files or uncompressed tar shards, by wildcards (``shards/*.tar``) or brace
-      ranges (``shards/{000..012}.tar``);
+    - parquet files or uncompressed tar shards, by wildcards (``shards/*.tar``) or brace ranges
+      (``shards/{000..012}.tar``);
     - a folder that ``datasets`` saved with ``save_to_disk``;
     - a name on the Hugging Face hub, ``owner/name`` or ``owner/name/configuration``, where no such
       path exists; it is downloaded;
@@ -72,8 +72,7 @@ def open_source(
         data: see above; None takes the 28 x 28 grey images embedded in this package (10,000 to
             train and 2,000 to test, 10 classes).
         split: which part.
-        labelled: read labels too, where there are any (see `FolderSource`, `ParquetSource`,
-            `TarSource`, `HuggingFaceSource`).
+        labelled: read labels too, where there are any (see the classes).
         max_pixels: larger images are counted as broken.
 
     Raises:
@@ -84,17 +83,17 @@ def open_source(
         if split == "test":
             raise _no_test_split(type(data).__name__)
         return DatasetSource(data, max_pixels=max_pixels)
-    options = _Options(labelled, max_pixels)
+    options = labelled, max_pixels
     if data is None:
         name = f"embedded Fashion-MNIST sample, {split}"
-        return ParquetSource(EMBEDDED / f"fashion_mnist_{split}.parquet", labelled, name)
+        return ParquetSource([EMBEDDED / f"fashion_mnist_{split}.parquet"], *options, name)
     refuse_command(data)
     text, path = str(data), Path(data)
     if path.is_dir():
         return _open_folder(path, split, options)
     if path.is_file():
         return _open_files(text, [path], split, options)
-    if is_remote(text):
+    if "://" in text:
         raise UserError(
             f"{text} is elsewhere and is only read as a stream, by pretraining; download it"
         )
@@ -112,23 +111,22 @@ def open_stream(
     Streams are tar shards at addresses with ``://``, compressed tar shards, and data sets on the
     Hugging Face hub of more than `STREAMED_BYTES`.
 
-    Args:
-        data: as `open_source` takes it.
-        count: of the images; needed where the data don't say it.
-        max_pixels: larger images are counted as broken.
-
     Raises:
-        UserError: nothing there, no images, an unknown count, or an unknown kind of address.
+        UserError: nothing there, no images, an unknown kind of address, or no ``count`` of the
+            images where the data don't say it.
     """
     text = "" if data is None else str(data)
     refuse_command(text)
     path = Path(text)
     if not text or path.is_dir():
         return None
-    if is_remote(text):
+    if "://" in text:
         files = expand_braces(text)
         for file in files:
-            _check_address(file)
+            try:
+                fsspec.get_filesystem_class(file.partition("://")[0])
+            except (ImportError, ValueError) as error:  # what opens it is unknown or not installed
+                raise UserError(f"{file} can't be opened ({error}); download it") from error
     elif path.is_file() or is_pattern(text):
         files = [text] if path.is_file() else [str(file) for file in expand_pattern(text)]
         if not all(file.lower().endswith(COMPRESSED_TARS) for file in files):
@@ -136,13 +134,6 @@ def open_stream(
     else:
         return _stream_hub(text, count, max_pixels) if HUB_NAME.fullmatch(text) else None
     return tar_stream(files, _needed_count(text, count), max_pixels)
-
-
-def _check_address(address: str) -> None:
-    try:
-        fsspec.get_filesystem_class(address.partition("://")[0])
-    except (ImportError, ValueError) as error:  # what opens it is not installed, or unknown
-        raise UserError(f"{address} can't be opened ({error}); download it") from error
 
 
 def _needed_count(name: str, count: int | None) -> int:
@@ -164,24 +155,28 @@ def _stream_hub(name: str, count: int | None, max_pixels: int) -> Stream | None:
     return hub_stream(dataset, f"{name} {chosen}", _needed_count(name, count or known), max_pixels)
 
 
-def _open_folder(folder: Path, split: Split, options: _Options) -> ImageSource:
+def _open_folder(folder: Path, split: Split, options: Options) -> ImageSource:
     if any((folder / name).is_file() for name in SAVED_FILES):
-        return _open_saved(folder, split, options)
+        from backfold.data.hugging_face import load_saved
+
+        return _open_datasets(load_saved(folder), str(folder), [folder], split, options)
     by_name = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     test = next((by_name[name] for name in TEST_NAMES if name in by_name), None)
     if "train" in by_name and test is not None:
         folders = {"train": by_name["train"], "test": test}
-        names = _class_folders(folders.values()) if options.labelled else None
         files = _packed_files(folders[split])
         if files:
             return _open_packed(files, options)
-        return FolderSource(folders[split], options.labelled, names, options.max_pixels)
+        # Both splits' classes, so that a class missing in one of them doesn't shift the labels.
+        paths = [path for each in folders.values() for path in find_files(each, IMAGE_SUFFIXES)]
+        names = sorted({path.split("/")[0] for path in paths if "/" in path})
+        return FolderSource(folders[split], *options, names)
     files = _packed_files(folder)
     if files:
         return _open_files(str(folder), files, split, options)
     if split == "test":
         raise _no_test_split(folder)
-    return FolderSource(folder, options.labelled, max_pixels=options.max_pixels)
+    return FolderSource(folder, *options)
 
 
 def _packed_files(folder: Path) -> list[Path]:
@@ -192,7 +187,7 @@ def _packed_files(folder: Path) -> list[Path]:
     return [folder / path for path in found]
 
 
-def _open_files(name: str, files: list[Path], split: Split, options: _Options) -> ImageSource:
+def _open_files(name: str, files: list[Path], split: Split, options: Options) -> ImageSource:
     kinds = {file.suffix.lower() for file in files}
     if len(kinds) > 1 or not kinds <= {".parquet", ".tar"}:
         what = f"{len(files)} files of kind {' '.join(sorted(kinds))}"
@@ -214,30 +209,21 @@ def _choose(by_name: Mapping[str, Part | None], whole: Part, split: Split, data:
     return whole
 
 
-def _open_packed(files: list[Path], options: _Options) -> ImageSource:
+def _open_packed(files: list[Path], options: Options) -> ImageSource:
     if files[0].suffix.lower() == ".tar":
-        return TarSource(files, options.labelled, max_pixels=options.max_pixels)
+        return TarSource(files, *options)
     if sum(file.stat().st_size for file in files) <= IN_MEMORY_BYTES:
-        return ParquetSource(files, options.labelled, max_pixels=options.max_pixels)
+        return ParquetSource(files, *options)
     from backfold.data.hugging_face import HuggingFaceSource, load_parquet
 
-    name = f"{files[0]} and {len(files) - 1} more"
-    return HuggingFaceSource(load_parquet(files), name, (), options.labelled, options.max_pixels)
+    return HuggingFaceSource(load_parquet(files), first_and_more(files), (), *options)
 
 
-def _open_saved(folder: Path, split: Split, options: _Options) -> ImageSource:
-    from backfold.data.hugging_face import HuggingFaceSource, load_saved
-
-    chosen, dataset = _choose_part(load_saved(folder), split, str(folder))
-    name = f"{folder} {chosen}".rstrip()
-    return HuggingFaceSource(dataset, name, [folder], options.labelled, options.max_pixels)
-
-
-def _open_hub(name: str, split: Split, options: _Options) -> ImageSource:
+def _open_hub(name: str, split: Split, options: Options) -> ImageSource:
     import datasets
     import huggingface_hub
 
-    from backfold.data.hugging_face import HuggingFaceSource, download, open_builder
+    from backfold.data.hugging_face import download, open_builder
 
     builder = open_builder(name)
     size = builder.info.download_size or 0
@@ -246,30 +232,24 @@ def _open_hub(name: str, split: Split, options: _Options) -> ImageSource:
             f"{name} takes {size / 2**30:.0f} GiB to download and is only read as a stream; "
             "save what you need of it with `datasets` and give that folder"
         )
-    chosen, dataset = _choose_part(download(builder), split, name)
     caches = [datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE]
-    return HuggingFaceSource(
-        dataset, f"{name} {chosen}", map(Path, caches), options.labelled, options.max_pixels
-    )
+    return _open_datasets(download(builder), name, map(Path, caches), split, options)
 
 
-def _choose_part(parts: Mapping[str, Part], split: Split, name: str) -> tuple[str, Part]:
-    known = "train" in parts and set(parts) & set(TEST_NAMES)
-    if len(parts) > 1 and not known:
+def _open_datasets(
+    parts: Mapping[str, Any], name: str, folders: Iterable[Path], split: Split, options: Options
+) -> ImageSource:
+    from backfold.data.hugging_face import HuggingFaceSource
+
+    if len(parts) > 1 and not ("train" in parts and set(parts) & set(TEST_NAMES)):
         raise UserError(
             f"{name} has splits {', '.join(parts)}; name them train and test, or save one alone"
         )
     chosen = _choose({key: key for key in parts}, next(iter(parts)), split, name)
-    return chosen, parts[chosen]
+    return HuggingFaceSource(parts[chosen], f"{name} {chosen}".rstrip(), folders, *options)
 
 
 def _no_test_split(data: object) -> NoTestSplit:
     return NoTestSplit(
         f"{data} has no test split; add sub-folders `train` and `test`, or files named so"
     )
-
-
-def _class_folders(folders: Iterable[Path]) -> list[str]:
-    # Both splits' classes, so that a class missing in one of them doesn't shift the labels.
-    paths = [path for folder in folders for path in find_files(folder, IMAGE_SUFFIXES)]
-    return sorted({path.split("/")[0] for path in paths if "/" in path})

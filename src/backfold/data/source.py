@@ -1,7 +1,8 @@
 """What a source of images is, a part of one, and how many of its images may be broken."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -21,30 +22,19 @@ class NoTestSplit(UserError):  # noqa: N818 - the caller may split the data itse
 
 
 class ImageSource(Protocol):
-    """A fixed sequence of images; it can be pickled and read in forked processes.
+    """A fixed sequence of images; it can be pickled and read in forked processes."""
 
-    Attributes:
-        name: for logs and messages.
-        labels: (length,) int64, indices into ``class_names``; None where there are none.
-        class_names: empty where there are no labels.
-    """
-
-    name: str
-    labels: Labels | None
-    class_names: tuple[str, ...]
+    name: str  # for logs and messages
+    labels: Labels | None  # (length,) int64, indices into ``class_names``
+    class_names: tuple[str, ...]  # empty where there are no labels
 
     def __len__(self) -> int: ...
 
     def read(self, index: int, min_side: int | None = None) -> Tensor:
         """(channels, height, width), uint8 in 0..255, or float32 (see `decode`).
 
-        Args:
-            index: of the image, from 0.
-            min_side: the image may come smaller than it is stored, if that saves time and both
-                sides keep this many pixels; None asks for all pixels.
-
-        Raises:
-            BrokenImage: the image can't be read.
+        It may come smaller than it is stored, if that saves time and both sides keep ``min_side``
+        pixels. What can't be read raises `BrokenImage`.
         """
         ...
 
@@ -71,36 +61,20 @@ class SubsetSource:
         return self._source.read(int(self.indices[index]), min_side)
 
     def describe(self, index: int) -> str:
-        """As the other source says."""
+        """See `ImageSource.describe`."""
         return self._source.describe(int(self.indices[index]))
 
 
-class EncodedSource(ABC):
-    """An `ImageSource` of encoded files, wherever the bytes lie.
+class EncodedSource(ImageSource):
+    """An `ImageSource` of encoded files, wherever the bytes lie."""
 
-    Attributes:
-        max_pixels: larger images are broken.
-    """
-
-    name: str
     labels: Labels | None = None
     class_names: tuple[str, ...] = ()
-    max_pixels: int
-
-    @abstractmethod
-    def __len__(self) -> int: ...
+    max_pixels: int  # larger images are broken
 
     @abstractmethod
     def content(self, index: int) -> bytes:
-        """The encoded image.
-
-        Raises:
-            BrokenImage: there is none, or it can't be reached.
-        """
-
-    @abstractmethod
-    def describe(self, index: int) -> str:
-        """See `ImageSource.describe`."""
+        """The encoded image; `BrokenImage` if there is none, or it can't be reached."""
 
     def read(self, index: int, min_side: int | None = None) -> Tensor:
         """See `ImageSource.read`."""
@@ -110,15 +84,8 @@ class EncodedSource(ABC):
 def stratified_split(labels: Labels | int, share: float, seed: int) -> tuple[Labels, Labels]:
     """Sorted (train indices, test indices), the test part holding about ``share`` of every class.
 
-    Classes of one image stay in the train part.
-
-    Args:
-        labels: (length,) int64; or a count, for images without labels.
-        share: the test part, above 0 and below 1.
-        seed: of the random choice.
-
-    Raises:
-        UserError: too few images for such a split.
+    Classes of one image stay in the train part. Images without labels are given by their count; too
+    few for such a split are a `UserError`.
     """
     classes = np.zeros(labels, dtype=np.int64) if isinstance(labels, int) else labels
     names, members = np.unique(classes, return_counts=True)
@@ -137,16 +104,12 @@ def stratified_split(labels: Labels | int, share: float, seed: int) -> tuple[Lab
     return np.sort(np.concatenate([train, np.flatnonzero(single)])), np.sort(test)
 
 
+@dataclass
 class BrokenFiles:
-    """Counts distinct broken files, and stops the run when there are too many.
+    """Counts distinct broken files, and stops the run when there are more than are allowed."""
 
-    Args:
-        allowed: how many are put up with.
-    """
-
-    def __init__(self, allowed: int) -> None:
-        self.allowed = allowed
-        self._seen: dict[str, None] = {}
+    allowed: int
+    _seen: dict[str, None] = field(default_factory=dict)
 
     @classmethod
     def for_source(cls, source: ImageSource, max_broken_share: float = 0.01) -> "BrokenFiles":
@@ -159,11 +122,7 @@ class BrokenFiles:
         return list(self._seen)
 
     def add(self, descriptions: Sequence[str]) -> list[str]:
-        """Count a batch's broken files; returns those met for the first time.
-
-        Raises:
-            UserError: more distinct files than allowed.
-        """
+        """Count a batch's broken files; returns those met for the first time."""
         new = [line for line in dict.fromkeys(descriptions) if line not in self._seen]
         self._seen.update(dict.fromkeys(new))
         if len(self._seen) > self.allowed:

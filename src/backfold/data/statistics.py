@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import add
 from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from backfold.data.decode import as_float, to_channels
@@ -53,33 +55,27 @@ def measure_statistics(
 ) -> ChannelStatistics:
     """Channel means and deviations over a random sample of the source's readable images.
 
-    Every image weighs the same whatever its size, as all are scaled to one size later.
-
-    Args:
-        source: the images.
-        channels: the channel count that they are brought to.
-        max_images: the sample's size; a smaller source is read wholly.
-        seed: of the sample.
+    They are brought to this channel count, and every one weighs the same whatever its size, as all
+    are scaled to one size later.
 
     Raises:
         UserError: no image of the sample can be read.
     """
     order = np.random.default_rng(seed).permutation(len(source))[:max_images]
-    sums = ChannelSums(channels)
-    for image in _readable(source, order.tolist(), source.read):
-        sums.add(Moments.of(to_channels(image, channels)))
-    return sums.statistics()
+    images = _readable(source, order.tolist(), source.read)
+    return reduce(add, (Moments.of(to_channels(image, channels)) for image in images)).statistics()
 
 
 @dataclass(frozen=True)
 class Moments:
-    """One image's mean and mean square by channel, and whether it is of bytes.
+    """Sums over images of their mean and their mean square by channel.
 
-    Plain numbers: a tensor that leaves a worker process costs a file handle.
+    NumPy's arrays, as a tensor that leaves a worker process costs a file handle.
     """
 
-    means: tuple[float, ...]
-    squares: tuple[float, ...]
+    count: int
+    means: NDArray[np.float64]
+    squares: NDArray[np.float64]
     of_bytes: bool
 
     @classmethod
@@ -87,55 +83,35 @@ class Moments:
         """Of a decoded (channels, height, width) image, on the scale of `as_float`."""
         pixels = as_float(image).double()
         means, squares = pixels.mean(dim=(1, 2)), pixels.square().mean(dim=(1, 2))
-        return cls(tuple(means.tolist()), tuple(squares.tolist()), image.dtype == torch.uint8)
+        return cls(1, means.numpy(), squares.numpy(), image.dtype == torch.uint8)
 
-
-class ChannelSums:
-    """What means and deviations are made of, image by image.
-
-    Args:
-        channels: of every image.
-    """
-
-    def __init__(self, channels: int) -> None:
-        self.count = 0
-        self._means = torch.zeros(channels, dtype=torch.float64)
-        self._squares = torch.zeros(channels, dtype=torch.float64)
-        self._bytes_only = True
-
-    def add(self, moments: Moments) -> None:
-        """Count one image."""
-        self._means += torch.tensor(moments.means, dtype=torch.float64)
-        self._squares += torch.tensor(moments.squares, dtype=torch.float64)
-        self._bytes_only &= moments.of_bytes
-        self.count += 1
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(
+            self.count + other.count,
+            self.means + other.means,
+            self.squares + other.squares,
+            self.of_bytes and other.of_bytes,
+        )
 
     def statistics(self) -> ChannelStatistics:
-        """Of one image or more.
+        """Deviations of bytes are at least `STD_FLOOR`.
 
-        Deviations of bytes are at least `STD_FLOOR`. A constant channel of anything else is divided
-        by its own size, as its scale can't be known.
+        A constant channel of anything else is divided by its own size, as its scale can't be known.
         """
-        assert self.count > 0
-        mean = self._means / self.count
-        std = (self._squares / self.count - mean.square()).clamp(min=0.0).sqrt()
-        if self._bytes_only:
-            std = std.clamp(min=STD_FLOOR)
+        mean = self.means / self.count
+        std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 0.0))
+        if self.of_bytes:
+            std = np.maximum(std, STD_FLOOR)
         else:
-            size = torch.where(mean == 0, 1.0, mean.abs())
-            std = torch.where(std <= CONSTANT * mean.abs(), size, std)
+            std = np.where(std <= CONSTANT * abs(mean), np.where(mean == 0, 1.0, abs(mean)), std)
         return ChannelStatistics(tuple(mean.tolist()), tuple(std.tolist()))
 
 
 def count_channels(source: ImageSource, sample: int = 16, *, apart: bool = False) -> int:
-    """The most common channel count of readable images spread over the source.
+    """The most common channel count of so many readable images spread over the source.
 
     Where two counts are equally common the larger one wins: grey can be repeated without loss.
-
-    Args:
-        source: the images.
-        sample: how many are read.
-        apart: read them in a forked process, for decoders that crash or hang.
+    ``apart`` reads in a forked process, for decoders that crash or hang.
 
     Raises:
         UserError: none of the sampled images can be read.
@@ -145,11 +121,8 @@ def count_channels(source: ImageSource, sample: int = 16, *, apart: bool = False
     def channels_of(index: int) -> int:
         return source.read(index).shape[0]
 
-    if apart:
-        with Expendable(channels_of, IMAGE_SECONDS) as read:
-            counts = Counter(_readable(source, indices, read))
-    else:
-        counts = Counter(_readable(source, indices, channels_of))
+    with Expendable(channels_of, IMAGE_SECONDS) as read:
+        counts = Counter(_readable(source, indices, read if apart else channels_of))
     return max(counts, key=lambda channels: (counts[channels], channels))
 
 

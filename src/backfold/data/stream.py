@@ -14,18 +14,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from backfold.data.arrays import MAX_PIXELS
 from backfold.data.augmentation import Augmentation, Augmenter, ImageSize
-from backfold.data.decode import decode, to_channels
-from backfold.data.formats import first_and_more, group_members, image_kind
+from backfold.data.decode import MAX_PIXELS, decode, to_channels
+from backfold.data.formats import first_and_more, image_samples
 from backfold.data.isolation import IMAGE_SECONDS, Expendable
-from backfold.data.loading import MAX_REPLACEMENTS, Batch, LoadingError, stack_images, watched
+from backfold.data.loading import (
+    MAX_REPLACEMENTS,
+    Batch,
+    LoadingError,
+    none_readable,
+    stack_images,
+    watched,
+)
 from backfold.data.source import EncodedSource
 from backfold.errors import BrokenImage, UserError
 
@@ -33,31 +38,20 @@ LOGGER = logging.getLogger("backfold")
 LARGEST_MEMBER = 2**30  # bytes; a compressed tar can promise any size
 SHARD_FACTOR = 2**32  # `Batch.indices` of a stream: shard number x this + position in the shard
 Found = tuple[str, bytes | None, str]  # where, the encoded image, and why there is none
-Row = dict[str, Any]  # the same as place, content and reason, and the index
+Row = dict[str, Any]  # the same, and the index in `Batch.indices`, by these names
+ROW = ("place", "content", "reason", "index")
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Shards of encoded images, each read from its beginning.
-
-    Attributes:
-        name: for logs and messages.
-        count: of all images, at least roughly: it decides how long an epoch is.
-        shards: their names.
-        open_shard: the images of the shard of this number, in the same order each time.
-        max_pixels: larger images are broken.
-        first: the index of the first image that is trained on.
-
-    Raises:
-        UserError: a count that is not positive.
-    """
+    """Shards of encoded images, each read from its beginning; a count below 1 is a `UserError`."""
 
     name: str
-    count: int
-    shards: Sequence[str]
-    open_shard: Callable[[int], Iterator[Found]]
+    count: int  # of all images, at least roughly: it decides how long an epoch is
+    shards: Sequence[str]  # names
+    open_shard: Callable[[int], Iterator[Found]]  # of this number, in the same order each time
     max_pixels: int = MAX_PIXELS
-    first: int = 0
+    first: int = 0  # the index of the first image that is trained on
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -66,24 +60,20 @@ class Stream:
     def rows(self, shards: Sequence[int]) -> Iterator[Row]:
         """The images of these shards; one that ends too early has a last row without content."""
         for shard in shards:
-            index = shard * SHARD_FACTOR - 1
+            index = shard * SHARD_FACTOR
             try:
-                for place, content, reason in self.open_shard(shard):
-                    index += 1
+                for found in self.open_shard(shard):
                     if index >= self.first:
-                        yield _row(index, place, content, reason)
+                        yield dict(zip(ROW, (*found, index), strict=True))
+                    index += 1
             except UserError as error:
                 raise LoadingError(str(error)) from None
             except Exception as error:  # of the network, the format, or ``datasets`` itself
                 reason = " ".join(f"the shard ends here ({type(error).__name__} {error})".split())
-                yield _row(index + 1, self.shards[shard], None, reason)
+                yield dict(zip(ROW, (self.shards[shard], None, reason, index), strict=True))
 
     def hold_out(self, count: int) -> tuple["StreamHead", "Stream"]:
-        """The first images, in memory, and the stream without them.
-
-        Raises:
-            UserError: there are no images beyond these.
-        """
+        """The first images, in memory, and the stream without them, which must hold some."""
         rows = list(itertools.islice(self.rows(range(len(self.shards))), count + 1))
         if len(rows) <= count:
             raise UserError(
@@ -95,7 +85,7 @@ class Stream:
 
 @dataclass
 class StreamHead(EncodedSource):
-    """A stream's first images, as an `ImageSource` in memory."""
+    """A stream's first images, in memory."""
 
     name: str
     rows: list[Row]
@@ -113,10 +103,6 @@ class StreamHead(EncodedSource):
         return str(self.rows[index]["place"])
 
 
-def _row(index: int, place: str, content: bytes | None, reason: str) -> Row:
-    return {"index": index, "place": place, "content": content, "reason": reason}
-
-
 def _content(row: Row) -> bytes:
     if row["content"] is None:
         raise BrokenImage(row["reason"])
@@ -124,26 +110,15 @@ def _content(row: Row) -> bytes:
 
 
 def tar_stream(urls: Sequence[str], count: int, max_pixels: int = MAX_PIXELS) -> Stream:
-    """WebDataset shards, compressed or not, in files or at addresses; for samples see `TarSource`.
-
-    Args:
-        urls: of the shards: paths, or whatever ``fsspec`` opens.
-        count: of the images in all of them.
-        max_pixels: larger images are broken.
-
-    Raises:
-        UserError: a count that is not positive.
-    """
+    """WebDataset shards (see `TarSource`), compressed or not, in whatever ``fsspec`` opens."""
 
     def open_shard(shard: int) -> Iterator[Found]:
         from datasets.utils.file_utils import xopen  # tries again where a connection fails
 
         url = urls[shard]
         with xopen(url, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
-            for key, sample in group_members(_members(tar)):
-                kind = image_kind(key, sample, url)
-                if kind is not None:
-                    yield f"{url} member {key}.{kind}", *sample[kind]
+            for name, found, _ in image_samples(_members(tar), url):
+                yield f"{url} member {name}", *found
 
     return Stream(first_and_more(urls), count, urls, open_shard, max_pixels)
 
@@ -159,22 +134,12 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, tuple[bytes | None, st
 
 
 def hub_stream(dataset: Any, name: str, count: int, max_pixels: int = MAX_PIXELS) -> Stream:
-    """A streaming data set of ``datasets``, whose shards are its files.
-
-    Args:
-        dataset: a ``datasets.IterableDataset``.
-        name: for logs and messages.
-        count: of its images.
-        max_pixels: larger images are broken.
-
-    Raises:
-        UserError: no single image column, or a count that is not positive.
-    """
+    """A ``datasets.IterableDataset``, whose shards are its files."""
     from backfold.data.hugging_face import image_bytes, image_column, undecoded
 
     features = dataset.features or dataset._resolve_features().features  # or the first row tells
     column = image_column(features, name)
-    images = undecoded(dataset, column).select_columns([column])
+    images = undecoded(dataset, column)
     shards = [f"{name} shard {shard}" for shard in range(images.num_shards)]
 
     def open_shard(shard: int) -> Iterator[Found]:
@@ -197,14 +162,7 @@ class StreamBatches(IterableDataset[Batch]):
     Every epoch has each image of the share once, in another order; what does not fill a batch is
     kept for the next epoch. Broken images are passed over. An augmentation depends on the seed, the
     epoch and the image alone, the order on the numbers of ranks and workers too. What is iterable
-    is for the workers.
-
-    Args:
-        stream: the images; for what is not said here see `training_loader`.
-        image_size: (height, width) in pixels.
-        num_workers: processes that load, as many as this rank has shards at most.
-        buffer: encoded images that each of them keeps in memory to draw from.
-        state: what `where` said where this goes on; empty begins.
+    is for the workers. For what is not said here see `training_loader`.
     """
 
     stream: Stream
@@ -215,10 +173,10 @@ class StreamBatches(IterableDataset[Batch]):
     seed: int
     rank: int = 0
     world_size: int = 1
-    num_workers: int = 0
+    num_workers: int = 0  # as many as this rank has shards at most
     prefetch: int = 2
-    buffer: int = 500
-    state: str = ""
+    buffer: int = 500  # encoded images that each worker keeps in memory to draw from
+    state: str = ""  # what `where` said where this goes on; empty begins
     pin_memory: bool = False
 
     def __post_init__(self) -> None:
@@ -267,14 +225,9 @@ class StreamBatches(IterableDataset[Batch]):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11
                 loader = StatefulDataLoader(
-                    self,
-                    batch_size=None,
-                    num_workers=workers,
-                    prefetch_factor=self.prefetch if workers else None,
-                    pin_memory=self.pin_memory,
-                    collate_fn=_unchanged,
-                    generator=torch.Generator(),
-                )
+                    self, batch_size=None, num_workers=workers, pin_memory=self.pin_memory,
+                    prefetch_factor=self.prefetch if workers else None, generator=torch.Generator(),
+                )  # fmt: skip
             is_readable = self._place["loader"] is not None
             if is_readable:
                 loader.load_state_dict(self._place["loader"])
@@ -327,10 +280,7 @@ class StreamBatches(IterableDataset[Batch]):
                 broken.append(f"{row['place']}: {image}")
                 in_a_row += 1
                 if in_a_row == MAX_REPLACEMENTS:
-                    raise LoadingError(
-                        f"{self.stream.name}: {in_a_row} images in a row can't be read, the last "
-                        f"is {broken[-1]}; mend or remove them"
-                    )
+                    raise none_readable(self.stream.name, in_a_row, broken[-1])
             if len(found) == self.batch_size:
                 yield _batch(found, broken)
                 found, broken = [], []
@@ -344,16 +294,10 @@ class StreamBatches(IterableDataset[Batch]):
             image = to_channels(image, self.channels)
         except UserError as error:
             raise LoadingError(f"{row['place']}: {error}") from None
-        words = (self.seed, self._rows.epoch, *divmod(row["index"], SHARD_FACTOR))
-        seed = np.random.SeedSequence(words).generate_state(1, np.uint64)
-        torch.default_generator.manual_seed(int(seed[0]))
-        return self._augmenter(image).numpy()
+        place = divmod(row["index"], SHARD_FACTOR)
+        return self._augmenter.seeded(image, self.seed, self._rows.epoch, *place).numpy()
 
 
 def _batch(found: Sequence[tuple[Tensor, int]], broken: Sequence[str] = ()) -> Batch:
     images = stack_images([image for image, _ in found]) if found else torch.empty(0)
     return Batch(images, torch.tensor([index for _, index in found]), list(broken))
-
-
-def _unchanged(batch: Batch) -> Batch:
-    return batch

@@ -1,19 +1,20 @@
 """What a data set looks like: sizes, formats, channels, duplicates, broken files, statistics."""
 
 import hashlib
-from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from backfold.data.decode import Decoded, as_float, examine, to_channels
 from backfold.data.isolation import IMAGE_SECONDS, Expendable
 from backfold.data.loading import batch_loader, watched
 from backfold.data.source import EncodedSource, ImageSource
-from backfold.data.statistics import ChannelStatistics, ChannelSums, Moments, count_channels
+from backfold.data.statistics import ChannelStatistics, Moments, count_channels
 from backfold.errors import BrokenImage, UserError
 
 LISTED = 100  # broken files, and groups of duplicates, by name
@@ -21,51 +22,31 @@ BATCH = 16  # images that a worker looks at before it tells of them
 DIGEST_BYTES = 16
 
 
-@dataclass(frozen=True)
+@dataclass
 class Survey:
-    """What was found in a data set.
-
-    Attributes:
-        name: of the data.
-        images: how many there are.
-        looked_at: how many of these were read, or tried.
-        broken_count: how many of these can't be read.
-        broken: where and why, the first `LISTED` of them.
-        unfit_count: images whose channels can't be made ``channels``.
-        formats: images by file format.
-        kinds: images by the type of their values, as "uint16".
-        channel_counts: images by number of channels, alpha left out.
-        conversions: images by what was done to them in reading, as "alpha composited on black".
-        height: smallest, median and largest, in pixels.
-        width: smallest, median and largest, in pixels.
-        lowest: smallest value, on the scale of `as_float`.
-        highest: largest value.
-        duplicate_count: images whose content another image has too, but for one of each such group.
-        duplicates: where they are, the first `LISTED` groups.
-        channels: that the mean and the deviation are of.
-        mean: of each channel, every image weighing the same.
-        std: as `ChannelStatistics`.
-    """
+    """What was found in a data set, in plain data; values are on the scale of `as_float`."""
 
     name: str
-    images: int
-    looked_at: int
-    broken_count: int
-    broken: list[str]
-    unfit_count: int
-    formats: dict[str, int]
-    kinds: dict[str, int]
-    channel_counts: dict[str, int]
-    conversions: dict[str, int]
-    height: list[int]
-    width: list[int]
-    lowest: float
-    highest: float
-    duplicate_count: int
-    duplicates: list[list[str]]
-    channels: int
-    mean: list[float]
-    std: list[float]
+    images: int  # all of them
+    looked_at: int  # that were read, or tried
+    broken_count: int = 0
+    broken: list[str] = field(default_factory=list)  # where and why, the first `LISTED`
+    unfit_count: int = 0  # whose channels can't be made ``channels``
+    # Images by file format, type of values (as "uint16"), number of channels but alpha, and what
+    # was done to them in reading (as "alpha composited on black").
+    formats: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    channel_counts: dict[str, int] = field(default_factory=dict)
+    conversions: dict[str, int] = field(default_factory=dict)
+    height: list[int] = field(default_factory=list)  # smallest, median and largest, in pixels
+    width: list[int] = field(default_factory=list)
+    lowest: float = float("inf")
+    highest: float = float("-inf")
+    duplicate_count: int = 0  # images whose content another has too, but for one of each group
+    duplicates: list[list[str]] = field(default_factory=list)  # where, the first `LISTED` groups
+    channels: int = 0  # that mean and deviation are of, every image weighing the same
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)  # as `ChannelStatistics`
 
     @property
     def statistics(self) -> ChannelStatistics:
@@ -80,43 +61,24 @@ class Survey:
         ]
 
 
-@dataclass(frozen=True)
-class Look:
-    """What was found out about one image, in plain numbers that can leave a process.
+class Look(NamedTuple):
+    """What was found out about one image, in what can leave a process."""
 
-    Attributes:
-        format: of the file; see `Decoded`.
-        kind: see `Decoded`.
-        conversions: see `Decoded`.
-        size: channels, height and width.
-        digest: of the content.
-        extremes: lowest and highest value, on the scale of `as_float`.
-        moments: None where the image can't be given the channels asked for.
-    """
-
-    format: str
-    kind: str
-    conversions: tuple[str, ...]
-    size: tuple[int, int, int]
+    names: tuple[tuple[str, str], ...]  # fields of `Survey` that count, and what of
+    size: tuple[int, int]  # height and width
     digest: bytes
-    extremes: tuple[float, float]
-    moments: Moments | None
+    extremes: tuple[float, float]  # on the scale of `as_float`
+    moments: Moments | None  # None where the image can't be given the channels asked for
 
 
 class Looks(Dataset[list[Look | BrokenImage]]):
-    """Maps indices of a source's images to looks, or to how the images are broken.
-
-    Args:
-        source: the images.
-        channels: that the moments are of.
-    """
+    """Maps indices of a source's images to looks, or to how the images are broken."""
 
     def __init__(self, source: ImageSource, channels: int) -> None:
         self._source, self._channels = source, channels
         self._apart = Expendable(self._look, IMAGE_SECONDS)
 
     def __getitem__(self, indices: Sequence[int]) -> list[Look | BrokenImage]:
-        """Look at these images."""
         return self._apart.each_in_worker(indices)
 
     def _look(self, index: int) -> Look:
@@ -134,61 +96,11 @@ class Looks(Dataset[list[Look | BrokenImage]]):
         except UserError:
             moments = None
         count, height, width = found.image.shape
-        return Look(
-            found.format,
-            found.kind,
-            found.conversions,
-            (count, height, width),
-            hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest(),
-            (float(floats.min()), float(floats.max())),
-            moments,
-        )
-
-
-@dataclass
-class _Tally:
-    broken: list[str] = field(default_factory=list)
-    broken_count: int = 0
-    unfit_count: int = 0
-    formats: Counter[str] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
-    channel_counts: Counter[str] = field(default_factory=Counter)
-    conversions: Counter[str] = field(default_factory=Counter)
-    heights: "array[int]" = field(default_factory=lambda: array("q"))
-    widths: "array[int]" = field(default_factory=lambda: array("q"))
-    indices: "array[int]" = field(default_factory=lambda: array("q"))
-    digests: bytearray = field(default_factory=bytearray)
-    lowest: float = float("inf")
-    highest: float = float("-inf")
-
-    def add_broken(self, line: str) -> None:
-        self.broken_count += 1
-        self.broken += [line][: LISTED - len(self.broken)]
-
-    def add(self, index: int, look: Look, sums: ChannelSums) -> None:
-        self.formats[look.format] += 1
-        self.kinds[look.kind] += 1
-        self.channel_counts[str(look.size[0])] += 1
-        self.conversions.update(look.conversions)
-        self.heights.append(look.size[1])
-        self.widths.append(look.size[2])
-        self.indices.append(index)
-        self.digests += look.digest
-        self.lowest = min(self.lowest, look.extremes[0])
-        self.highest = max(self.highest, look.extremes[1])
-        if look.moments is None:
-            self.unfit_count += 1
-        else:
-            sums.add(look.moments)
-
-    def duplicates(self) -> list[list[int]]:
-        """Groups of images with one content, in the order of their first."""
-        digests = np.frombuffer(self.digests, dtype=f"V{DIGEST_BYTES}")
-        _, group, count = np.unique(digests, return_inverse=True, return_counts=True)
-        groups: dict[int, list[int]] = {}
-        for position in np.flatnonzero(count[group] > 1).tolist():
-            groups.setdefault(int(group[position]), []).append(self.indices[position])
-        return list(groups.values())
+        names = [("formats", found.format), ("kinds", found.kind), ("channel_counts", str(count))]
+        names += [("conversions", conversion) for conversion in found.conversions]
+        digest = hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+        extremes = float(floats.min()), float(floats.max())
+        return Look(tuple(names), (height, width), digest, extremes, moments)
 
 
 def survey(
@@ -216,53 +128,67 @@ def survey(
     order = np.random.default_rng(seed).permutation(len(source))[:max_images]
     indices = np.sort(order).tolist()
     channels = channels or count_channels(source, apart=num_workers > 0)
-    tally, sums, done = _Tally(), ChannelSums(channels), 0
-    batches = [indices[first : first + BATCH] for first in range(0, len(indices), BATCH)]
-    loader = batch_loader(Looks(source, channels), batches, num_workers)
-    for batch, looks in zip(batches, watched(loader), strict=True):
-        for index, look in zip(batch, looks, strict=True):
-            if isinstance(look, BrokenImage):
-                tally.add_broken(f"{source.describe(index)}: {look}")
-            else:
-                tally.add(index, look, sums)
-        done += len(looks)
-        progress(done)
-    if not sums.count:
-        reason = tally.broken[0] if tally.broken else f"none can be given {channels} channels"
+    found = Survey(source.name, len(source), len(indices), channels=channels)
+    counts: Counter[tuple[str, str]] = Counter()
+    total: Moments | None = None
+    kept = [("index", "q"), ("height", "q"), ("width", "q"), ("digest", f"V{DIGEST_BYTES}")]
+    known, readable = np.zeros(len(indices), dtype=kept), 0
+    for index, look in _looks(source, channels, indices, num_workers, progress):
+        if isinstance(look, BrokenImage):
+            found.broken_count += 1
+            if len(found.broken) < LISTED:
+                found.broken.append(f"{source.describe(index)}: {look}")
+            continue
+        known[readable] = (index, *look.size, look.digest)
+        readable += 1
+        counts.update(look.names)
+        found.lowest = min(found.lowest, look.extremes[0])
+        found.highest = max(found.highest, look.extremes[1])
+        if look.moments is None:
+            found.unfit_count += 1
+        else:
+            total = look.moments if total is None else total + look.moments
+    if total is None:
+        reason = found.broken[0] if found.broken else f"none can be given {channels} channels"
         raise UserError(
             f"{source.name}: none of {len(indices)} images can be used ({reason}); "
             "check the files, or --channels"
         )
-    return _summary(source, indices, channels, tally, sums)
-
-
-def _summary(
-    source: ImageSource, indices: list[int], channels: int, tally: _Tally, sums: ChannelSums
-) -> Survey:
-    statistics = sums.statistics()
-    groups = tally.duplicates()
-    return Survey(
-        name=source.name,
-        images=len(source),
-        looked_at=len(indices),
-        broken_count=tally.broken_count,
-        broken=tally.broken,
-        unfit_count=tally.unfit_count,
-        formats=dict(tally.formats.most_common()),
-        kinds=dict(tally.kinds.most_common()),
-        channel_counts=dict(tally.channel_counts.most_common()),
-        conversions=dict(tally.conversions.most_common()),
-        height=_spread(tally.heights),
-        width=_spread(tally.widths),
-        lowest=tally.lowest,
-        highest=tally.highest,
-        duplicate_count=sum(len(group) - 1 for group in groups),
-        duplicates=[[source.describe(index) for index in group] for group in groups[:LISTED]],
-        channels=channels,
-        mean=list(statistics.mean),
-        std=list(statistics.std),
+    known = known[:readable]
+    for (name, key), count in counts.most_common():
+        getattr(found, name)[key] = count
+    found.height, found.width = (
+        [int(measure(known[side])) for measure in (np.min, np.median, np.max)]
+        for side in ("height", "width")
     )
+    groups = _duplicates(known["index"], known["digest"])
+    found.duplicate_count = sum(len(group) - 1 for group in groups)
+    found.duplicates = [[source.describe(index) for index in group] for group in groups[:LISTED]]
+    statistics = total.statistics()
+    found.mean, found.std = list(statistics.mean), list(statistics.std)
+    return found
 
 
-def _spread(lengths: "array[int]") -> list[int]:
-    return [min(lengths), int(np.median(lengths)), max(lengths)]
+def _looks(
+    source: ImageSource,
+    channels: int,
+    indices: list[int],
+    num_workers: int,
+    progress: Callable[[int], None],
+) -> Iterator[tuple[int, Look | BrokenImage]]:
+    batches = [indices[first : first + BATCH] for first in range(0, len(indices), BATCH)]
+    loader = batch_loader(Looks(source, channels), batches, num_workers)
+    done = 0
+    for batch, looks in zip(batches, watched(loader), strict=True):
+        yield from zip(batch, looks, strict=True)
+        done += len(looks)
+        progress(done)
+
+
+def _duplicates(indices: NDArray[np.int64], digests: NDArray[np.void]) -> list[list[int]]:
+    """Groups of images with one content, in the order of their first."""
+    _, group, count = np.unique(digests, return_inverse=True, return_counts=True)
+    groups: dict[int, list[int]] = {}
+    for position in np.flatnonzero(count[group] > 1).tolist():
+        groups.setdefault(int(group[position]), []).append(int(indices[position]))
+    return list(groups.values())

@@ -8,20 +8,22 @@ known kinds of corruption in unknown images.
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Generator, Tensor
+from torchvision.transforms.v2 import functional as TF
 
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
 from backfold.evaluation.finetune import best_recipe, fine_tune
+from backfold.evaluation.images import normalised, some
+from backfold.evaluation.restoration import CHROMA_SHARES, FACTORS, SEVERITIES
 from backfold.evaluation.results import ACCURACY, OVER, PRETRAINED, Row, severity_case
-from backfold.evaluation.severities import SEVERITIES, corrupt_images, corruption_names
+from backfold.pretext.pixels import down_and_up
 from backfold.restoration import EnergyFn, eval_mode, restore
 
 if TYPE_CHECKING:
@@ -38,27 +40,28 @@ NUM_STEPS = (1, 2, 4)
 STEP_SIZES = (0.25, 0.5, 1.0)  # shares of the step size that the energy was trained with
 QUANTILES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
 ALLOWED_CLEAN_LOSS = 0.005
+CORRUPTIONS = {
+    "noise": (0.04, 0.08, 0.12, 0.18, 0.26),  # deviation of Gaussian noise
+    "blur": (0.5, 0.75, 1.0, 1.5, 2.0),  # Gaussian's sigma in pixels
+    "low resolution": FACTORS,  # both ways bicubic
+    "gray": CHROMA_SHARES,  # by Rec. 601; three channels only
+    # Share of the image that a rectangle of its shape covers in the data set's mean colour.
+    "occlusion": (0.05, 0.1, 0.2, 0.3, 0.45),
+}
+BLUR_RADIUS_SIGMAS, ROUNDING = 4, 1e-3
 
 
 def adaptation(given: "Evaluation") -> list[Row]:
-    """`adaptation_rows` of a classifier that was fine-tuned from the pretrained backbone.
-
-    Raises:
-        UserError: what fine-tuning or corrupting raises, energies that are not finite, or a class
-            of the test images without training images.
-    """
+    """`adaptation_rows` of a classifier that was fine-tuned from the pretrained backbone."""
     run, parts, settings = given.subject.run, given.parts, given.settings
     assert run is not None
     recipe = best_recipe(given, PRETRAINED, parts.fit)
     classifier = fine_tune(given, PRETRAINED, parts.fit, recipe)
     classes, classified = classifier.classes.cpu(), []
-    limit, seed = settings.test_images, settings.seed
-    order = np.random.default_rng(seed).permutation(len(parts.validation))[:limit]
-    drawn = parts.validation[torch.from_numpy(np.sort(order))].split(BATCH_SIZE)
-    chosen_on = parts.train.batches([places.tolist() for places in drawn])
-    for part, batches in ((parts.train, chosen_on), (parts.test, [parts.test.load(limit, seed)])):
-        loaded = [(given.statistics.normalize(images), places) for images, places in batches]
-        images, places = (torch.cat(each) for each in zip(*loaded, strict=True))
+    seed, tested = settings.seed, torch.arange(len(parts.test))
+    for part, candidates in ((parts.train, parts.validation), (parts.test, tested)):
+        places = some(candidates, settings.test_images, seed)
+        images = torch.cat([batch for batch, _ in normalised(given, part, places)])
         labels = part.labels[places]
         unknown = labels[~torch.isin(labels, classes)]
         if len(unknown):
@@ -76,19 +79,12 @@ def adaptation(given: "Evaluation") -> list[Row]:
 
 
 class RestorationChoice(NamedTuple):
-    """How images are restored before they are classified; by default not at all.
-
-    Args:
-        num_steps: K.
-        step_size: factor of the energy gradient.
-        quantile: share of clean validation images that are left alone; 0 restores all images.
-        threshold: energy at this quantile; images of a higher one are restored.
-    """
+    """How images are restored before they are classified; by default not at all."""
 
     num_steps: int = 0
     step_size: float = 0.0
-    quantile: float = 1.0
-    threshold: float = math.inf
+    quantile: float = 1.0  # share of clean validation images that are left alone
+    threshold: float = math.inf  # energy at this quantile; images of a higher one are restored
 
 
 NEVER = RestorationChoice()
@@ -106,16 +102,8 @@ class Attempts(NamedTuple):
         return np.where(self.energies > choice.threshold, restored, self.found[0, 0.0])
 
 
-@dataclass(frozen=True)
-class Restorer:
-    """A classifier and the energy that may restore its images, both on ``device``.
-
-    Args:
-        energy: images -> energies, (batch,).
-        classifier: normalised images -> logits (batch, classes).
-        statistics: of the normalisation.
-        device: where both are.
-    """
+class Restorer(NamedTuple):
+    """A classifier of normalised images and the energy that may restore them, both on a device."""
 
     energy: EnergyFn
     classifier: Callable[[Tensor], Tensor]
@@ -153,12 +141,9 @@ def choose_restoration(
 ) -> RestorationChoice:
     """The choice of the highest mean accuracy on corrupted validation images.
 
-    Every combination is tried on every corruption at severity 3 and above of these clean images,
-    normalised, and labels as the classifier counts them. Only those count that lose no more than
-    `ALLOWED_CLEAN_LOSS` on the clean images; between equals the first wins, and `NEVER` is first.
-
-    Raises:
-        UserError: images whose energies are not finite.
+    Every combination is tried on every corruption at severity 3 and above of these images. Only
+    those count that lose no more than `ALLOWED_CLEAN_LOSS` on the clean ones; between equals the
+    first wins, and `NEVER` is first.
     """
     clean = restorer.attempts(images, labels, num_steps, step_sizes)
     if not np.isfinite(clean.energies).all():
@@ -186,11 +171,8 @@ def adaptation_rows(
 ) -> list[Row]:
     """Accuracy on clean and on corrupted test images, with and without restoring them first.
 
-    Cases are `CLEAN`, "noise, severity 3" and so on, and `HARD`: the mean over all corruptions at
-    severity 3 and above. Contenders are `UNCHANGED`, `RESTORED` and their `DIFFERENCE`, for which
-    both are judged on the same images. The mean is that of all images, the spread that of bootstrap
-    samples of them, which are the same for all rows. Rows of `SHARE` say how many images the choice
-    restores. Raises what corrupting raises.
+    `HARD` is the mean over all corruptions at severity 3 and above. The mean is that of all images,
+    the spread that of bootstrap samples of them, which are the same for all rows.
     """
     samples = np.random.default_rng(seed).integers(len(images), size=(RESAMPLES, len(images)))
 
@@ -218,3 +200,45 @@ def adaptation_rows(
             mean, std = float(values.mean()), float(values[samples].mean(axis=1).std(ddof=1))
             rows.append(Row(PROTOCOL, case, contender, metric, mean, std, len(samples)))
     return rows
+
+
+def corruption_names(channels: int) -> tuple[str, ...]:
+    """What `corrupt_images` can do to images of so many channels."""
+    return tuple(name for name in CORRUPTIONS if name != "gray" or channels == 3)
+
+
+def corrupt_images(
+    images: Tensor, name: str, severity: int, statistics: ChannelStatistics, seed: int
+) -> Tensor:
+    """Corrupt normalised images: their pixels, which must be in [0, 1], stay in it.
+
+    Blur and low resolution are counted in pixels, so large images suffer less from them.
+    """
+    level, generator = CORRUPTIONS[name][severity - 1], Generator().manual_seed(seed)
+    height, width = images.shape[-2:]
+    if name == "occlusion":
+        places, inside = torch.rand(2, len(images), 1, generator=generator).to(images.device), []
+        for length, place in zip((height, width), places, strict=True):
+            extent = max(1, round(math.sqrt(level) * length))  # intervals grow around a place
+            start = (place * (length - extent + 1)).floor()
+            positions = torch.arange(length, device=images.device)
+            inside.append((positions >= start) & (positions < start + extent))
+        return images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0.0)
+    pixels = statistics.denormalize(images)
+    lowest, highest = float(pixels.min()), float(pixels.max())
+    if not -ROUNDING <= lowest <= highest <= 1 + ROUNDING:
+        raise UserError(
+            f"pixels lie between {lowest:.3g} and {highest:.3g}, and corruptions are defined for 0 "
+            "to 1; give images of 8 bits, or values scaled to 0..1"
+        )
+    if name == "noise":
+        pixels = pixels + level * torch.randn(pixels.shape, generator=generator).to(pixels)
+    elif name == "blur":
+        # The reflected border can't be wider than the image.
+        radius = min(round(BLUR_RADIUS_SIGMAS * level), height - 1, width - 1)
+        pixels = TF.gaussian_blur(pixels, [2 * radius + 1] * 2, [level, level])
+    elif name == "low resolution":
+        pixels = down_and_up(pixels, level)
+    else:
+        pixels = torch.lerp(pixels, TF.rgb_to_grayscale(pixels, 3), level)
+    return statistics.normalize(pixels.clamp(0.0, 1.0))

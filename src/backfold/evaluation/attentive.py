@@ -18,9 +18,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from backfold.backbone import feature_map
 from backfold.errors import UserError
-from backfold.evaluation.images import Images, label_case
-from backfold.evaluation.results import Row, accuracy_rows
-from backfold.evaluation.seeding import seeded
+from backfold.evaluation import images as data
+from backfold.evaluation.results import Row
 
 if TYPE_CHECKING:
     from backfold.evaluation.evaluate import Evaluation
@@ -33,8 +32,7 @@ KEPT_BYTES = 2**30  # of the feature maps of one part, in half precision
 class AttentionPooling(nn.Module):
     """Multi-head attention with a learned query a head, and a linear classifier on all heads.
 
-    The key projection is part of the query and the value projection of the classifier: the same
-    functions as with both written out, at a share of the cost.
+    The key projection is part of the query, and the value projection of the classifier.
     """
 
     def __init__(self, num_features: int, num_classes: int, num_heads: int) -> None:
@@ -57,21 +55,18 @@ def attentive(given: "Evaluation") -> list[Row]:
     Learning rate and weight decay have the lowest log loss on the validation images, over all
     draws; where all labels count, the probe then learns from the validation images, too.
     """
-    rows, parts, settings = [], given.parts, given.settings
+    parts = given.parts
     probes = {name: Probes(given, backbone) for name, backbone in given.backbones.items()}
     grid = list(itertools.product(LEARNING_RATES, WEIGHT_DECAYS))
-    for count, draws in parts.each(settings.label_counts(), settings.draws, settings.seed):
-        correct, notes = {}, {}
-        for name, of_name in probes.items():
-            losses = [of_name.train(places, grid).log_loss(parts.validation) for places in draws]
-            best = grid[int(torch.stack(losses).mean(dim=0).argmin())]
-            notes[name] = f"learning rate {best[0]:g}, weight decay {best[1]:g}"
-            correct[name] = [
-                of_name.train(places, [best]).predict(parts.test) == parts.test.labels
-                for places in ([torch.arange(len(parts.train))] if count is None else draws)
-            ]
-        rows += accuracy_rows("attentive", label_case(count), correct, notes)
-    return rows
+
+    def learn(name: str, _: str, draws: data.Places, learned: data.Places) -> data.Learned:
+        own = probes[name]
+        losses = [own.train(places, grid).log_loss(parts.validation) for places in draws]
+        best = grid[int(torch.stack(losses).mean(dim=0).argmin())]
+        predicted = [own.train(places, [best]).predict(parts.test) for places in learned]
+        return f"learning rate {best[0]:g}, weight decay {best[1]:g}", predicted
+
+    return data.rows_by_labels(given, "attentive", probes, learn)
 
 
 class Probes:
@@ -80,27 +75,29 @@ class Probes:
     def __init__(self, given: "Evaluation", backbone: nn.Module) -> None:
         self._given, self._images, self._backbone = given, given.parts.train, backbone
         self._kept: dict[int, Tensor] = {}
-        maps = self._maps(self._images.load(BATCH_SIZE, given.settings.seed)[0])
+        images, _ = self._images.load(BATCH_SIZE, given.settings.seed)
+        maps = self._maps(given.statistics.normalize(images.to(given.device)))
         std, self._mean = torch.std_mean(maps, dim=(0, 1), correction=0)
         varies = std > torch.finfo(std.dtype).eps * self._mean.abs()
         self._std = torch.where(varies, std, torch.ones_like(std))
         self._width, self._bytes = maps.shape[2], 2 * maps[0].numel()
 
-    def features(self, images: Images, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+    def features(self, images: data.Images, parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """Standardised maps (batch, positions, features) of these places, on the device."""
         if len(images) * self._bytes > KEPT_BYTES:
             yield from self._standardised(images, parts)
             return
         if id(images) not in self._kept:
-            every = torch.arange(len(images)).split(BATCH_SIZE)
             # Half precision holds no large numbers: standardised features are small.
-            maps = [batch.half().cpu() for batch in self._standardised(images, every)]
-            self._kept[id(images)] = torch.cat(maps)
+            every = self._standardised(images, torch.arange(len(images)))
+            self._kept[id(images)] = torch.cat([batch.half().cpu() for batch in every])
         for part in parts:
             yield self._kept[id(images)][part].to(self._given.device, torch.float32)
 
-    def _standardised(self, images: Images, parts: Sequence[Tensor]) -> Iterator[Tensor]:
-        for batch, _ in images.batches([part.tolist() for part in parts]):
+    def _standardised(
+        self, images: data.Images, places: Tensor | Sequence[Tensor]
+    ) -> Iterator[Tensor]:
+        for batch, _ in data.normalised(self._given, images, places):
             maps = (self._maps(batch) - self._mean) / self._std
             if not bool(torch.isfinite(maps).all()):
                 problem = "feature maps are not finite; the backbone diverged"
@@ -109,30 +106,25 @@ class Probes:
 
     @torch.inference_mode()
     def _maps(self, images: Tensor) -> Tensor:
-        normalised = self._given.statistics.normalize(images.to(self._given.device))
-        return feature_map(self._backbone, normalised).float()
+        return feature_map(self._backbone, images).float()
 
     def train(self, places: Tensor, grid: Sequence[tuple[float, float]]) -> "Probes":
-        """Train a new probe for each (learning rate, weight decay); returns self.
-
-        Images of a single class, or features that are not finite, raise a `UserError`.
-        """
+        """Train a new probe for each (learning rate, weight decay); returns self."""
         self._classes: Tensor = self._images.labels[places].unique()
         if len(self._classes) < 2:
             raise UserError("the attentive probe needs two classes and there is 1; label more")
         count, batch_size = len(places), min(BATCH_SIZE, len(places))
         steps = max(MIN_STEPS, math.ceil(EPOCHS * count / batch_size))
         device = self._given.device
-        with seeded(self._given.settings.seed, device):
+        with data.seeded(self._given.settings.seed, device):
             first = AttentionPooling(self._width, len(self._classes), NUM_HEADS)
-            passes = [torch.randperm(count) for _ in range(math.ceil(steps * batch_size / count))]
+            order = list(places[data.batch_indices(count, batch_size, steps)])
         self._models = [copy.deepcopy(first).to(device) for _ in grid]
         optimizer = AdamW(
             {"params": list(model.parameters()), "lr": rate, "weight_decay": decay}
             for model, (rate, decay) in zip(self._models, grid, strict=True)
         )
         schedule = CosineAnnealingLR(optimizer, steps)
-        order = places[torch.cat(passes)[: steps * batch_size]].split(batch_size)
         for part, maps in zip(order, self.features(self._images, order), strict=True):
             truth = self._targets(self._images.labels[part]).to(device)
             # Each probe's gradient is its own: the sum of their losses trains all of them.
@@ -155,7 +147,7 @@ class Probes:
         losses[:, self._classes[targets] != labels] = math.log(len(self._classes))
         return losses.mean(dim=1).nan_to_num(math.inf, math.inf)
 
-    def predict(self, images: Images) -> Tensor:
+    def predict(self, images: data.Images) -> Tensor:
         """Labels of all images by the first probe, int64 on the CPU."""
         return self._classes[self._logits(images, torch.arange(len(images)))[0].argmax(dim=1)]
 
@@ -164,7 +156,7 @@ class Probes:
         return torch.searchsorted(self._classes, labels).clamp(max=len(self._classes) - 1)
 
     @torch.inference_mode()
-    def _logits(self, images: Images, places: Tensor) -> Tensor:
+    def _logits(self, images: data.Images, places: Tensor) -> Tensor:
         """(probes, images, classes), on the CPU."""
         loaded = self.features(images, places.split(BATCH_SIZE))
         parts = [torch.stack([model(maps) for model in self._models]).cpu() for maps in loaded]

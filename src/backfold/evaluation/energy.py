@@ -2,16 +2,13 @@
 
 Every score is higher for a stranger image: the pretrained run's energy; the mean distance to the
 nearest training embeddings, on the same backbone; bytes of the image as a PNG file; and the total
-variation, the sum of absolute differences of neighbouring pixels. The last two know nothing of the
-data, nor whether strange images are busier or plainer than usual: an AUROC far below 0.5 separates
-as well as one far above, to who is told the sign.
+variation. The last two know nothing of the data, nor whether strange images are busier or plainer
+than usual: an AUROC far below 0.5 separates as well as one far above, to who is told the sign.
 
-The mean is that of all images, the spread that of bootstrap samples of them. Each image's
-corruption is drawn once and goes with the image, so chance in corruption is a part of the spread.
+The mean is that of all images, the spread that of bootstrap samples of them and their corruptions.
 """
 
 import io
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +28,16 @@ from backfold.data.statistics import ChannelStatistics
 from backfold.embedding import EmbeddingChoice, embed, embed_batches
 from backfold.errors import UserError
 from backfold.evaluation.images import Images
+from backfold.evaluation.restoration import SEVERITIES, pretext_severities, seeded_batches
 from backfold.evaluation.results import Row, severity_case
-from backfold.evaluation.severities import SEVERITIES, pretext_severities, seeded_batches
-from backfold.training.pretrained import Pretrained
+from backfold.pretext import PretextTask
+from backfold.training.run import Pretrained
 
 if TYPE_CHECKING:
     from backfold.evaluation.evaluate import Evaluation
 
 PROTOCOL, METRIC = "energy", "AUROC"
-RESAMPLES, BATCH_SIZE, NEIGHBOURS = 100, 256, 10
+RESAMPLES, NEIGHBOURS = 100, 10
 MOST_NEIGHBOURS = 5000  # training images among which they are looked for, where none are asked for
 KNN, ONE_CLASS = "kNN distance", "one class against the rest"
 
@@ -49,12 +47,10 @@ Scores = dict[str, Tensor]
 def energy(given: "Evaluation") -> list[Row]:
     """AUROCs of every score: test images against corrupted ones, other data and other classes.
 
-    Cases are "denoising, severity 3" (see `pretext_severities`), "test images against NAME", and
-    `ONE_CLASS`. In the last, the images of one test class are the usual ones and all other classes
-    are strange, each class in turn; the spread is that over the classes. The kNN distance is then
-    that to training images of the class. Nothing tells the energy (nor file size and variation)
-    which class is the usual one, so around 0.5 is all that it can reach on average. Energies that
-    are not finite raise a `UserError`, and so does a class without training images.
+    In `ONE_CLASS` the images of one test class are the usual ones and all other classes are
+    strange, each class in turn; the spread is that over the classes. The kNN distance is then that
+    to training images of the class. Nothing tells the energy (nor file size and variation) which
+    class is the usual one, so around 0.5 is all that it can reach on average.
     """
     run, settings, parts = given.subject.run, given.settings, given.parts
     assert run is not None
@@ -62,18 +58,22 @@ def energy(given: "Evaluation") -> list[Row]:
     train, train_places = parts.train.load(most, settings.seed)
     test, test_places = parts.test.load(settings.test_images, settings.seed)
     scorer = _Scorer(given, run, train)
-    usual, embeddings = scorer(scorer.normalised(test))
+    usual, embeddings = scorer(test)
     rows = []
     tasks = pretext_severities(run.config.tasks, run.channels, run.image_size)
     for name, levels in tasks.items():
         for severity, task in zip(SEVERITIES, levels, strict=True):
-            batches = seeded_batches(scorer.normalised(test), settings.seed)
-            strange, _ = scorer(task(*drawn).corrupted for drawn in batches)
+            strange, _ = scorer(test, task)
             rows += _rows(severity_case(name, severity), usual, strange, settings.seed, paired=True)
     for kind, data in (("near", settings.near), ("far", settings.far)):
         if data is not None:
-            images, _ = _open(data, given).load(settings.test_images, settings.seed)
-            strange, _ = scorer(scorer.normalised(images))
+            try:
+                source = open_source(data, "test", max_pixels=given.subject.max_pixels)
+            except NoTestSplit:
+                source = open_source(data, "train", max_pixels=given.subject.max_pixels)
+            found = Images(source, given.subject, given.num_workers)
+            images, _ = found.load(settings.test_images, settings.seed)
+            strange, _ = scorer(images)
             case = f"test images against {Path(data).name} ({kind})"
             rows += _rows(case, usual, strange, settings.seed, paired=False)
     if parts.train.source.labels is not None and parts.test.source.labels is not None:
@@ -83,43 +83,27 @@ def energy(given: "Evaluation") -> list[Row]:
     return rows
 
 
-def _open(data: str | Path, given: "Evaluation") -> Images:
-    pixels = given.subject.max_pixels
-    try:
-        source = open_source(data, "test", max_pixels=pixels)
-    except NoTestSplit:
-        source = open_source(data, "train", max_pixels=pixels)
-    return Images(source, given.subject, given.num_workers)
-
-
 class _Scorer:
     """Gives images all scores; the bank has the embeddings that distances are measured to."""
 
     def __init__(self, given: "Evaluation", run: Pretrained, neighbours: Tensor) -> None:
-        self._statistics, self._device = run.statistics, given.device
+        self._given, asked = given, given.settings.embedding
         self._energy = run.energy.to(given.device).eval()
-        asked = given.settings.embedding
         self._choice = asked if isinstance(asked, EmbeddingChoice) else EmbeddingChoice()
-        batches = self.normalised(neighbours)
-        self.bank = embed_batches(self._energy.backbone, batches, self._choice, self._device)
-
-    def normalised(self, images: Tensor) -> Iterator[Tensor]:
-        """Batches on the device, of images as they were loaded."""
-        for batch in images.split(BATCH_SIZE):
-            yield self._statistics.normalize(batch.to(self._device, non_blocking=True))
+        batches = (batch for batch, _ in seeded_batches(given, neighbours))
+        self.bank = embed_batches(self._energy.backbone, batches, self._choice, given.device)
 
     @torch.inference_mode()
-    def __call__(self, batches: Iterable[Tensor]) -> tuple[Scores, Tensor]:
+    def __call__(self, images: Tensor, task: PretextTask | None = None) -> tuple[Scores, Tensor]:
         """Every score by its name, (images,) each, and the embeddings, (images, features)."""
-        found = [
-            (
-                self._energy(batch).float().cpu(),
-                embed(self._energy.backbone, batch, self._choice).float().cpu(),
-                file_sizes(batch, self._statistics),
-                total_variation(batch, reduction="none").cpu(),
-            )
-            for batch in batches
-        ]
+        found = []
+        for clean, generator in seeded_batches(self._given, images):
+            batch = clean if task is None else task(clean, generator).corrupted
+            embeddings = embed(self._energy.backbone, batch, self._choice)
+            sizes = file_sizes(batch, self._given.statistics)
+            variation = total_variation(batch, reduction="none")
+            measured = (self._energy(batch).float(), embeddings.float(), sizes, variation)
+            found.append([each.cpu() for each in measured])
         energies, embeddings, sizes, variations = map(torch.cat, zip(*found, strict=True))
         broken = int((~torch.isfinite(energies)).sum())
         if broken:
@@ -177,8 +161,8 @@ def knn_distance(bank: Tensor, queries: Tensor) -> Tensor:
 
 def file_sizes(images: Tensor, statistics: ChannelStatistics) -> Tensor:
     """Bytes of each image as a PNG file, (images,); unless RGB, its channels lie below another."""
-    sizes = []
     images = statistics.denormalize(images).clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
+    sizes = []
     for pixels in images.cpu():
         buffer = io.BytesIO()
         to_pil_image(pixels if len(pixels) == 3 else pixels.flatten(0, 1)).save(buffer, "PNG")

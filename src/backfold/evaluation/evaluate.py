@@ -4,13 +4,12 @@ A protocol is a function of an `Evaluation` that returns rows, and one entry of 
 """
 
 import copy
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from typing import Protocol as Structural
 
 import torch
@@ -32,9 +31,10 @@ from backfold.evaluation.restoration import restoration
 from backfold.evaluation.results import RANDOM, Row, data_name, merge_rows, read_rows, write_rows
 from backfold.evaluation.segmentation import SegmentationSettings, open_masks, segmentation
 from backfold.evaluation.subject import Subject, open_subject
+from backfold.files import write_atomically
 from backfold.training.config import parse_image_size
-from backfold.training.distribution import choose_device
-from backfold.training.run_folder import DEMO_RUN, RunFolder, write_atomically
+from backfold.training.devices import choose_device
+from backfold.training.run import DEMO_RUN, RunFolder
 
 LOGGER = logging.getLogger("backfold")
 BATCH_NORM_IMAGES = 256
@@ -56,13 +56,11 @@ class EvaluateSettings:
         draws: how often few labels are drawn; the table shows mean and deviation.
         near: other images that look like the run's; how well the energy tells them apart.
         far: the same of images that look different.
-        train_images: labelled training images that are used, and the neighbours of energy; none
-            takes all.
+        train_images: labelled training images, and energy's neighbours; none takes all.
         test_images: test images of energy, restoration and adaptation, and of near and far.
         num_steps: restoration steps that are compared by restoration.
         finetuning: the recipe of finetune, lowshot and adaptation.
-        rate_factors: learning rates tried on validation images, as factors of finetuning's base_lr;
-            a single one is taken without a trial.
+        rate_factors: learning rates tried, as factors of finetuning's base_lr; one needs no trial.
         segmentation: data with masks, and how heads are trained on them.
         image_size: N or HxW pixels, of backbones that are no run's; none takes their own.
         channels: of the images of a timm model.
@@ -70,9 +68,6 @@ class EvaluateSettings:
         out: folder for evaluation.json and pictures; none takes the run's.
         accelerator: cpu, cuda, mps, or auto.
         num_workers: processes that decode images; none takes as many as there are cores but one.
-
-    Raises:
-        UserError: a value outside its range.
     """
 
     checkpoint: str | Path = DEMO_RUN
@@ -109,11 +104,7 @@ class EvaluateSettings:
         parse_image_size(self.image_size)
 
     def protocol_names(self) -> list[str]:
-        """The protocols asked for, each once.
-
-        Raises:
-            UserError: an unknown one, or none.
-        """
+        """The protocols asked for, each once; an unknown one, or none, raises a `UserError`."""
         names = _listed(self.protocols)
         unknown = [name for name in names if name not in PROTOCOLS]
         if unknown or not names:
@@ -124,16 +115,12 @@ class EvaluateSettings:
         return names
 
     def label_counts(self) -> list[int | float | None]:
-        """Labels a class; below 1 the share of each class; None for all.
-
-        Raises:
-            UserError: none of these.
-        """
+        """Labels a class; floats are the share of each class; None is all."""
         return [_count(text) for text in _listed(self.labels) or [""]]
 
 
 def _listed(given: str | Sequence[object]) -> list[str]:
-    parts = given.split(",") if isinstance(given, str) else [str(part) for part in given]
+    parts = given.split(",") if isinstance(given, str) else map(str, given)
     return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
 
 
@@ -150,53 +137,30 @@ def _count(text: str) -> int | float | None:
 
 
 class Evaluation:
-    """What the protocols share; images and backbones are made once, when they are needed.
-
-    Args:
-        settings: of all protocols.
-        subject: what is judged.
-        device: where to compute.
-
-    Attributes:
-        pictures: files for the folder of pictures, by name, that protocols leave.
-    """
+    """What the protocols share; images and backbones are made once, when they are needed."""
 
     def __init__(self, settings: EvaluateSettings, subject: Subject, device: torch.device) -> None:
         self.settings, self.subject, self.device = settings, subject, device
-        self.num_workers = (
-            default_workers() if settings.num_workers is None else settings.num_workers
-        )
-        self.pictures: dict[str, bytes] = {}
+        workers = settings.num_workers
+        self.num_workers = default_workers() if workers is None else workers
+        self.pictures: dict[str, bytes] = {}  # files that protocols leave, by name
 
     @cached_property
     def parts(self) -> Parts:
         """The images, with labels if they have any; see `backfold.evaluation.images.open_parts`."""
-        return open_parts(
-            self.settings.data,
-            self.subject,
-            seed=self.settings.seed,
-            num_workers=self.num_workers,
-            limit=self.settings.train_images,
-        )
+        own, workers = self.settings, self.num_workers
+        return open_parts(own.data, self.subject, own.seed, workers, own.train_images)
 
     @cached_property
     def frozen(self) -> FrozenVectors:
         """All contenders' vectors."""
         return FrozenVectors(self)
 
-    def with_labels(self, labels: list[str]) -> "Evaluation":
-        """The same images and backbones, with other numbers of labels."""
-        other = copy.copy(self)
-        other.settings = replace(self.settings, labels=labels)
-        return other
-
     @cached_property
     def statistics(self) -> ChannelStatistics:
         """What normalises the images: the subject's, or else measured on the training part."""
-        known = self.subject.statistics
-        if known is not None:
-            return known
-        return measure_statistics(self.parts.train.source, self.subject.channels)
+        known, channels = self.subject.statistics, self.subject.channels
+        return known or measure_statistics(self.parts.train.source, channels)
 
     @cached_property
     def backbones(self) -> Mapping[str, nn.Module]:
@@ -207,33 +171,24 @@ class Evaluation:
         }
         if RANDOM in made and batch_norms(made[RANDOM]):  # as training does with its own start
             images, _ = self.parts.train.load(BATCH_NORM_IMAGES, self.settings.seed)
-            normalised = self.statistics.normalize(images.to(self.device))
-            measure_batch_norm(made[RANDOM], normalised)
+            measure_batch_norm(made[RANDOM], self.statistics.normalize(images.to(self.device)))
         return made
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """How something is measured.
-
-    Args:
-        run: gives the rows.
-        title: of its section in the report.
-        sentence: what the numbers mean.
-        needs: "labels", "masks", or "energy", which only runs have.
-        uses: settings that not every protocol uses.
-    """
+class Protocol(NamedTuple):
+    """How something is measured."""
 
     run: Callable[[Evaluation], list[Row]]
-    title: str
-    sentence: str
-    needs: Literal["labels", "masks", "energy", "energy and labels"]
-    uses: tuple[str, ...]
+    needs: Literal["labels", "masks", "energy", "energy and labels"]  # only runs have an energy
+    uses: tuple[str, ...]  # settings that not every protocol uses
+    title: str  # of its section in the report
+    sentence: str  # what the numbers mean
 
 
 def lowshot(given: Evaluation) -> list[Row]:
     """`linear` and `finetune` with very few labels; numbers that a class lacks are left out."""
-    few = given.with_labels(["1", "5", "10", "25", "1%", "10%"])
+    few = copy.copy(given)  # the same images and backbones
+    few.settings = replace(given.settings, labels="1,5,10,25,1%,10%")
     return [*linear(few), *finetune(few)]
 
 
@@ -241,83 +196,54 @@ TUNING = ("finetuning", "rate_factors", "train_images")
 FROZEN = ("embedding", "draws", "train_images")
 PROTOCOLS: Mapping[str, Protocol] = {
     "knn": Protocol(
-        knn,
-        "Nearest neighbours",
+        knn, "labels", (*FROZEN, "labels"), "Nearest neighbours",
         "The 20 nearest training images in cosine similarity vote for a test image's class.",
-        "labels",
-        (*FROZEN, "labels"),
     ),
     "linear": Protocol(
-        linear,
-        "Linear probe",
+        linear, "labels", (*FROZEN, "labels"), "Linear probe",
         "A logistic regression reads the class from the frozen backbone's vectors.",
-        "labels",
-        (*FROZEN, "labels"),
     ),
     "layers": Protocol(
-        layers,
-        "By layer",
+        layers, "labels", ("embedding", "train_images"), "By layer",
         "What linear probes read from each layer and pooling, on validation images.",
-        "labels",
-        ("embedding", "train_images"),
     ),
     "attentive": Protocol(
-        attentive,
-        "Attentive probe",
+        attentive, "labels", ("labels", "draws", "train_images"), "Attentive probe",
         "Attention pooling and a linear classifier, trained on the frozen backbone's positions.",
-        "labels",
-        ("labels", "draws", "train_images"),
     ),
     "finetune": Protocol(
-        finetune,
-        "Fine-tuning",
+        finetune, "labels", (*TUNING, "labels", "draws"), "Fine-tuning",
         "The whole backbone is trained with labels; from scratch it starts at random with the same "
         "recipe, and each gets once or three times the steps, whichever is better on validation "
         "images.",
-        "labels",
-        (*TUNING, "labels", "draws"),
     ),
     "lowshot": Protocol(
-        lowshot,
-        "Few labels",
+        lowshot, "labels", (*TUNING, *FROZEN), "Few labels",
         "Linear probe and fine-tuning with 1 to 25 labels a class, and with 1 and 10 %.",
-        "labels",
-        (*TUNING, *FROZEN),
     ),
     "segmentation": Protocol(
-        segmentation,
-        "Segmentation",
+        segmentation, "masks", ("segmentation",), "Segmentation",
         "The class of every pixel, read from the feature map by a linear head and by a small "
         "decoder, frozen and fine-tuned; the mean intersection over union (mIoU) is 100 % where "
         "every pixel is right.",
-        "masks",
-        ("segmentation",),
     ),
     "energy": Protocol(
-        energy,
+        energy, "energy", ("embedding", "near", "far", "test_images", "train_images"),
         "What the energy knows",
         "How often a strange image's score is above a clean test image's: 1 is always, 0.5 is "
         "chance.",
-        "energy",
-        ("embedding", "near", "far", "test_images", "train_images"),
     ),
     "restoration": Protocol(
-        restoration,
-        "Restoration",
+        restoration, "energy", ("num_steps", "test_images"), "Restoration",
         "How close corrupted images come to the clean ones where they were corrupted, by the "
         "energy's steps and by methods that learn nothing.",
-        "energy",
-        ("num_steps", "test_images"),
     ),
     "adaptation": Protocol(
-        adaptation,
-        "Restoring before classifying",
+        adaptation, "energy and labels", (*TUNING, "test_images"), "Restoring before classifying",
         "A fine-tuned classifier's accuracy on corrupted test images, as they are and after the "
         "energy restored those that look implausible.",
-        "energy and labels",
-        (*TUNING, "test_images"),
     ),
-}
+}  # fmt: skip
 
 
 class Run(Structural):
@@ -330,19 +256,14 @@ def evaluate(subject: str | Path | Run | nn.Module, **settings: Any) -> list[Row
     """Judge a backbone, and leave the rows in its run's folder, or in ``out`` if that is given.
 
     Args:
-        subject: a run, its folder or a checkpoint of it, an exported folder, a timm name, or a
-            module.
+        subject: a run, its folder or checkpoint, an exported folder, a timm name, or a module.
         **settings: those of `EvaluateSettings`, such as ``data`` and ``protocols``.
 
     Raises:
         UserError: an unknown protocol, data that one of them can't use, or what it raises.
     """
-    if isinstance(subject, nn.Module):
-        found = evaluate_each(EvaluateSettings(**settings), subject)
-    else:
-        path = subject if isinstance(subject, (str, Path)) else subject.path
-        found = evaluate_each(EvaluateSettings(checkpoint=path, **settings))
-    return [row for rows in found for row in rows]
+    given = subject if isinstance(subject, (str, Path, nn.Module)) else subject.path
+    return [row for rows in evaluate_each(EvaluateSettings(**settings), given) for row in rows]
 
 
 def evaluate_each(
@@ -387,7 +308,7 @@ def _refuse(names: Sequence[str], evaluation: Evaluation) -> None:
     if needs - {"masks"}:
         parts = evaluation.parts
         if needs & {"labels", "energy and labels"}:
-            parts.refuse_unlabelled()
+            _ = parts.train.labels, parts.test.labels  # raise where there are none
     if "masks" in needs:
         open_masks(evaluation)
     if "energy" in names:
@@ -400,29 +321,20 @@ def _without_effect(settings: EvaluateSettings, names: Sequence[str]) -> list[st
     """Names of settings that were changed, and that none of these protocols uses."""
     of_some = {used for protocol in PROTOCOLS.values() for used in protocol.uses}
     used = {used for name in names for used in PROTOCOLS[name].uses}
-    return [
-        item.name
-        for item in dataclasses.fields(settings)
-        if item.name in of_some - used and getattr(settings, item.name) != _default(item)
-    ]
-
-
-def _default(item: dataclasses.Field[Any]) -> Any:
-    if item.default_factory is dataclasses.MISSING:
-        return item.default
-    return item.default_factory()
+    chosen, default = vars(settings), vars(EvaluateSettings())
+    return [name for name in chosen if name in of_some - used and chosen[name] != default[name]]
 
 
 def _signed(row: Row, evaluation: Evaluation) -> Row:
     """With the data's name, the run's step, and what can't be kept."""
     settings, run = evaluation.settings, evaluation.subject.run
     data = settings.data if settings.data is not None or run is None else run.config.data
-    caveat = "" if row.protocol == "segmentation" else evaluation.parts.caveat
     if row.protocol == "segmentation":
-        data = settings.segmentation.data or data
-    notes = [note for note in (row.note, caveat) if note]
-    step = None if run is None else run.step
-    return replace(row, data=data_name(data), step=step, note="; ".join(notes))
+        data, caveat = settings.segmentation.data or data, ""
+    else:
+        caveat = evaluation.parts.caveat
+    note = "; ".join(filter(None, (row.note, caveat)))
+    return replace(row, data=data_name(data), step=run.step if run else None, note=note)
 
 
 def _write(folder: RunFolder, rows: Sequence[Row], pictures: Mapping[str, bytes]) -> None:

@@ -24,9 +24,8 @@ from torchvision.transforms import v2
 
 from backfold.backbone import feature_map
 from backfold.errors import UserError
-from backfold.evaluation.images import Images, label_case
-from backfold.evaluation.results import BEFORE, PRETRAINED, SCRATCH, Row, accuracy_rows
-from backfold.evaluation.seeding import seeded
+from backfold.evaluation import images as data
+from backfold.evaluation.results import BEFORE, PRETRAINED, SCRATCH, Row
 from backfold.restoration import eval_mode
 
 if TYPE_CHECKING:
@@ -46,8 +45,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 HEAD_STD = 0.01
 BACKBONE = "backbone."
-BATCH_SIZE = 256
-CROP_RATIO = (3 / 4, 4 / 3)
+CROP_ASPECT = 4 / 3  # a part's at most, by the image's, and at least its inverse
 
 
 class DivergedError(UserError):
@@ -62,14 +60,12 @@ class FineTuning:
         epochs: passes over the labelled images.
         min_steps: optimizer steps at least, where epochs of few images would be fewer.
         longer: times the steps that is tried, too, at the best learning rate; 1 is off.
-        batch_size: images in a step, always: few images come several times, each time augmented
-            anew.
+        batch_size: images in a step; few come several times, each time augmented anew.
         base_lr: the head's learning rate for a batch of 256; lr = base_lr x batch_size / 256.
         layer_decay: factor of the learning rate from each layer to the one below; 1 is off.
         weight_decay: of all weights but norms and biases.
         warmup_share: of the steps.
-        crop_scale: smallest area of a random part that is scaled to the image size, as a share of
-            the image's; 1 is off.
+        crop_scale: smallest share of the image that is cut out and scaled up; 1 is off.
         horizontal_flip: mirror half of the images.
         random_erasing: share of the images in which a rectangle becomes noise; 0 is off.
         mixup: parameter of the beta distribution of the weights; 0 is off.
@@ -80,9 +76,6 @@ class FineTuning:
             this as 1 - (1 + step)^(-2/3). 0 is off.
         precision: "32-true" or "bf16-mixed".
         seed: of fresh weights, the head, the order, augmentation and drop path.
-
-    Raises:
-        UserError: a value outside its range.
     """
 
     epochs: float = 20.0
@@ -119,13 +112,11 @@ class FineTuning:
 class Classifier(nn.Module):
     """Averages the backbone's feature map over the positions, norms it and classifies it.
 
-    Args:
-        backbone: any module that `backfold.backbone.feature_map` takes.
-        classes: (classes,) whole numbers, rising: the labels that the logits stand for.
-        image_shape: (channels, height, width).
+    The backbone is any module that `backfold.backbone.feature_map` takes with images of this shape
+    (channels, height, width).
     """
 
-    classes: Tensor
+    classes: Tensor  # (classes,), rising: the labels that the logits stand for
 
     def __init__(
         self, backbone: nn.Module, classes: Tensor, image_shape: tuple[int, int, int]
@@ -146,10 +137,7 @@ class Classifier(nn.Module):
         return logits
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """From a parameter's name to its layer, counted from the images; see timm's models.
-
-        The head is where timm's own classifier would be.
-        """
+        """As timm's: from a parameter's name to its layer; the head is where timm's would be."""
         backbone: Any = self.backbone
         known = getattr(backbone, "pretrained_cfg", None) or {}
         head = known.get("classifier") or "head"
@@ -166,36 +154,25 @@ def fine_tune(
 ) -> Classifier:
     """Train a contender's backbone with a new head; returns both in eval mode on the device.
 
-    Nothing but the arguments decides the result; on one CPU it is the same bit for bit. The global
-    random generators are left as they were.
-
-    Args:
-        given: the training images, how they are normalised, the device, and the weights.
-        contender: whose weights training starts from.
-        places: int64, of the training images that are learned from.
-        settings: the recipe.
-
-    Raises:
-        UserError: no images, or none with labels.
-        DivergedError: the loss is not finite.
+    Nothing but the arguments decides the result; on one CPU it is the same bit for bit. ``places``
+    are those of the training images that are learned from; none raise a `UserError`, and a loss
+    that is not finite a `DivergedError`.
     """
     if not len(places):
         raise UserError("fine-tuning: there are 0 images to learn from; give one or more")
     images, device = given.parts.train, given.device
     classes, steps = torch.unique(images.labels[places]), settings.num_steps(len(places))
     half, decay = settings.precision == "bf16-mixed", settings.ema_decay
-    with seeded(settings.seed, device):
+    with data.seeded(settings.seed, device):
         backbone = given.subject.backbone(contender, settings.drop_path).train()
         classifier = Classifier(backbone, classes, images.shape).to(device)
         optimizer, schedule = build_optimizer(classifier, settings, steps)
         average = ModelEmaV3(classifier, decay, use_warmup=True) if decay else None
-        batches = places[batch_indices(len(places), settings.batch_size, steps)]
-        loaded = images.batches(batches.tolist())
-        for step, (chosen, (batch, _)) in enumerate(zip(batches, loaded, strict=True)):
+        order = list(places[data.batch_indices(len(places), settings.batch_size, steps)])
+        for step, (batch, chosen) in enumerate(data.normalised(given, images, order)):
             schedule.step_update(step)
-            normalised = given.statistics.normalize(batch.to(device, non_blocking=True))
             labels = torch.searchsorted(classifier.classes, images.labels[chosen].to(device))
-            augmented, targets = augment(normalised, labels, len(classes), settings)
+            augmented, targets = augment(batch, labels, len(classes), settings)
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 logits = classifier(augmented).float()
             loss = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
@@ -216,48 +193,28 @@ def fine_tune(
 def augment(
     images: Tensor, labels: Tensor, num_classes: int, settings: FineTuning
 ) -> tuple[Tensor, Tensor]:
-    """Crop, flip, erase and mix a batch, as the settings say; the images may be written over.
+    """Crop, flip, erase and mix a normalised batch, which may be written over.
 
-    Args:
-        images: normalised, (batch, channels, height, width).
-        labels: int64, (batch,), below ``num_classes``.
-        num_classes: the targets, where images are mixed, are (batch, num_classes).
-        settings: the recipe; where mixup and cutmix are both on, a batch gets one of them.
+    Where images are mixed, int64 labels, (batch,), become targets, (batch, num_classes). If mixup
+    and cutmix are both on, a batch gets one of them.
     """
-    images = crop_and_flip(images, settings.crop_scale, settings.horizontal_flip)
-    erase = v2.RandomErasing(p=1.0, value="random")  # type: ignore[arg-type]  # as documented
-    for place in (torch.rand(len(images)) < settings.random_erasing).nonzero():
-        images[place] = erase(images[place])
+    (height, width), parts = images.shape[-2:], list[nn.Module]()
+    if settings.horizontal_flip:
+        parts.append(v2.RandomHorizontalFlip())
+    if settings.crop_scale < 1.0:
+        areas = (settings.crop_scale, 1.0)
+        aspects = (width / height / CROP_ASPECT, width / height * CROP_ASPECT)
+        parts.append(v2.RandomResizedCrop((height, width), areas, aspects))
+    if settings.random_erasing:
+        erase: Any = v2.RandomErasing
+        parts.append(erase(settings.random_erasing, value="random"))
+    if parts:
+        each = v2.Compose(parts)
+        images = torch.stack([each(image) for image in images])
     kinds = ((v2.MixUp, settings.mixup), (v2.CutMix, settings.cutmix))
     mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
     mixed: tuple[Tensor, Tensor] = v2.RandomChoice(mixes or [v2.Identity()])(images, labels)
     return mixed
-
-
-def crop_and_flip(images: Tensor, smallest_area: float, horizontal_flip: bool) -> Tensor:
-    """Enlarge a random part of each of (batch, channels, height, width), and mirror half of them.
-
-    The part's area is uniform in the given share to 1, its aspect log-uniform in 3/4 to 4/3 of the
-    image's; a side that would be longer than the image's is as long. A share of 1 leaves images
-    whole. Sampling is bilinear. Draws from the generator of the images' device.
-    """
-    if smallest_area >= 1.0 and not horizontal_flip:
-        return images
-    uniform = partial(torch.rand, len(images), device=images.device)
-    width = height = torch.ones(len(images), device=images.device)
-    if smallest_area < 1.0:
-        area = smallest_area + (1 - smallest_area) * uniform()
-        low, high = map(math.log, CROP_RATIO)
-        ratio = torch.exp(low + (high - low) * uniform())
-        width, height = ((area * each).sqrt().clamp(max=1.0) for each in (ratio, 1 / ratio))
-    if horizontal_flip:
-        width = torch.where(uniform() < 0.5, -width, width)
-    # In affine_grid's coordinates the image goes from -1 to 1.
-    left, top = ((1 - side.abs()) * (2 * uniform() - 1) for side in (width, height))
-    zero = torch.zeros_like(width)
-    transform = torch.stack([width, zero, left, zero, height, top], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(transform, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
 
 
 def build_optimizer(
@@ -265,9 +222,8 @@ def build_optimizer(
 ) -> tuple[AdamW, CosineLRScheduler]:
     """AdamW in groups by layer, and its schedule: ``step_update(step)`` before each step.
 
-    The learning rate is one factor ``layer_decay`` less for each layer below the head. What counts
-    as a layer is what timm's ``group_matcher`` says; a backbone without one has no layers. Norms,
-    biases and what the backbone exempts have no weight decay.
+    Layers are what timm's ``group_matcher`` says; a backbone without one has none. Norms, biases
+    and what the backbone exempts have no weight decay.
     """
     backbone, layer_decay = classifier.backbone, settings.layer_decay
     exempt = {BACKBONE + name for name in getattr(backbone, "no_weight_decay", set)()}
@@ -294,22 +250,14 @@ def build_optimizer(
     return optimizer, schedule
 
 
-def batch_indices(count: int, batch_size: int, steps: int) -> Tensor:
-    """Which of ``count`` images each step takes, (steps, batch): all once before any come again."""
-    needed = steps * batch_size
-    passes = [torch.randperm(count) for _ in range(math.ceil(needed / count))]
-    return torch.cat(passes)[:needed].view(steps, batch_size)
-
-
-def predict(given: "Evaluation", classifier: Classifier, images: Images, places: Tensor) -> Tensor:
+def predict(
+    given: "Evaluation", classifier: Classifier, images: data.Images, places: Tensor
+) -> Tensor:
     """The likeliest label of the images at these places, int64 (places,), on the CPU."""
-    parts = [part.tolist() for part in places.split(BATCH_SIZE)]
+    batches = data.normalised(given, images, places)
     with eval_mode(classifier), torch.inference_mode():
-        found = [
-            classifier(given.statistics.normalize(batch.to(given.device))).argmax(dim=1)
-            for batch, _ in images.batches(parts)
-        ]
-    return classifier.classes[torch.cat(found)].cpu()
+        found = torch.cat([classifier(batch).argmax(dim=1) for batch, _ in batches])
+    return classifier.classes[found].cpu()
 
 
 def finetune(given: "Evaluation") -> list[Row]:
@@ -318,38 +266,30 @@ def finetune(given: "Evaluation") -> list[Row]:
     The recipe is chosen once for each number of labels, on the first draw. Draw d has the settings'
     seed plus d.
     """
-    rows, parts, settings, subject = [], given.parts, given.settings, given.subject
-    contenders = {PRETRAINED: PRETRAINED}  # names in the rows, and the weights they start from
+    subject, test = given.subject, given.parts.test
+    starts = {PRETRAINED: PRETRAINED}  # names in the rows, and the weights they start from
     if BEFORE in subject.weights and subject.scratch != BEFORE:
-        contenders[BEFORE] = BEFORE
+        starts[BEFORE] = BEFORE
     if subject.scratch is not None:
-        contenders[SCRATCH] = subject.scratch
-    for count, draws in parts.each(settings.label_counts(), settings.draws, settings.seed):
-        learned = [torch.arange(len(parts.train))] if count is None else draws
-        correct: dict[str, list[Tensor]] = {name: [] for name in contenders}
-        notes = {}
-        for name, contender in contenders.items():
-            recipe = best_recipe(given, contender, draws[0])
-            steps = recipe.num_steps(len(learned[0]))
-            notes[name] = f"base_lr {recipe.base_lr:g}, {steps} steps"
-            LOGGER.info("fine-tuning, %s, %s: %s", name, label_case(count), notes[name])
-            for draw, places in enumerate(learned):
-                own = replace(recipe, seed=recipe.seed + draw)
-                tuned = fine_tune(given, contender, places, own)
-                found = predict(given, tuned, parts.test, torch.arange(len(parts.test)))
-                correct[name].append(found == parts.test.labels)
-        rows += accuracy_rows("finetune", label_case(count), correct, notes)
-    return rows
+        starts[SCRATCH] = subject.scratch
+
+    def learn(name: str, case: str, draws: data.Places, learned: data.Places) -> data.Learned:
+        recipe, predicted = best_recipe(given, starts[name], draws[0]), []
+        note = f"base_lr {recipe.base_lr:g}, {recipe.num_steps(len(learned[0]))} steps"
+        LOGGER.info("fine-tuning, %s, %s: %s", name, case, note)
+        for draw, places in enumerate(learned):
+            own = replace(recipe, seed=recipe.seed + draw)
+            tuned = fine_tune(given, starts[name], places, own)
+            predicted.append(predict(given, tuned, test, torch.arange(len(test))))
+        return note, predicted
+
+    return data.rows_by_labels(given, "finetune", starts, learn)
 
 
 def best_recipe(given: "Evaluation", contender: str, places: Tensor) -> FineTuning:
     """The learning rate, and then the number of steps, that are best on the validation images.
 
-    Random weights have no layer-wise decay: their lower layers have everything to learn. See
-    `fine_tune`.
-
-    Raises:
-        DivergedError: at every learning rate.
+    Random weights have no layer-wise decay: their lower layers have everything to learn.
     """
     recipe, factors = given.settings.finetuning, given.settings.rate_factors
     if contender == given.subject.scratch:
@@ -357,7 +297,18 @@ def best_recipe(given: "Evaluation", contender: str, places: Tensor) -> FineTuni
     candidates = [replace(recipe, base_lr=recipe.base_lr * factor) for factor in factors]
     if len(candidates) == 1 and recipe.longer == 1:
         return candidates[0]
-    scores = [_validated(given, contender, places, each) for each in candidates]
+    train, validation = given.parts.train, given.parts.validation
+
+    def score(candidate: FineTuning) -> float:
+        """Accuracy from 0 to 1 on the validation images; below 0 where it diverged."""
+        try:
+            tuned = fine_tune(given, contender, places, candidate)
+        except DivergedError:
+            return -1.0
+        predicted = predict(given, tuned, train, validation)
+        return float((predicted == train.labels[validation]).double().mean())
+
+    scores = [score(each) for each in candidates]
     if max(scores) < 0:
         raise DivergedError(
             f"fine-tuning diverged at every base_lr from {candidates[0].base_lr:g} to "
@@ -366,17 +317,6 @@ def best_recipe(given: "Evaluation", contender: str, places: Tensor) -> FineTuni
     best = candidates[scores.index(max(scores))]
     epochs, min_steps = best.epochs * recipe.longer, best.min_steps * recipe.longer
     longer = replace(best, epochs=epochs, min_steps=min_steps)
-    if recipe.longer > 1 and _validated(given, contender, places, longer) > max(scores):
+    if recipe.longer > 1 and score(longer) > max(scores):
         return longer
     return best
-
-
-def _validated(given: "Evaluation", contender: str, places: Tensor, recipe: FineTuning) -> float:
-    """Accuracy from 0 to 1 on the validation images; below 0 where it diverged."""
-    train, validation = given.parts.train, given.parts.validation
-    try:
-        tuned = fine_tune(given, contender, places, recipe)
-    except DivergedError:
-        return -1.0
-    predicted = predict(given, tuned, train, validation)
-    return float((predicted == train.labels[validation]).double().mean())

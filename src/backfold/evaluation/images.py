@@ -3,32 +3,34 @@
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from backfold.data import source as sources
 from backfold.data.decode import as_float
 from backfold.data.formats import MapDataset
 from backfold.data.loading import guarded_batches
 from backfold.data.open import open_source
-from backfold.data.source import (
-    BrokenFiles,
-    ImageSource,
-    Labels,
-    NoTestSplit,
-    SubsetSource,
-    stratified_split,
-)
+from backfold.data.source import ImageSource
 from backfold.errors import UserError
-from backfold.evaluation.subject import Subject
+from backfold.evaluation.results import Row, accuracy_rows
 from backfold.training.config import IN_MEMORY, PretrainConfig
-from backfold.training.setup import split_held_out
+from backfold.training.images import split_held_out
+
+if TYPE_CHECKING:
+    from backfold.evaluation.evaluate import Evaluation
+    from backfold.evaluation.subject import Subject
 
 LOGGER = logging.getLogger("backfold")
+Split = tuple[sources.Labels, sources.Labels]
+Places = list[Tensor]  # of each draw
+Learned = tuple[str, list[Tensor]]  # a note, and by draw the labels predicted for the test images
 TEST_SHARE, FEW_TEST_IMAGES = 0.2, 200
 VALIDATION_SHARE, MOST_VALIDATION = 0.2, 10_000
 KEPT_BYTES = 2**29  # decoded images of less stay in memory
@@ -41,14 +43,13 @@ class Images:
     """Images of a source at the backbone's size, with their labels if there are any.
 
     Small sources are decoded once and kept; of others every batch is decoded when it is asked for.
-    A file that can't be read is replaced by the next one, label and all. The subject says how many
-    may be, and gives channels and size.
+    A file that can't be read is replaced by the next one, label and all.
     """
 
-    def __init__(self, source: ImageSource, subject: Subject, num_workers: int = 0) -> None:
+    def __init__(self, source: ImageSource, subject: "Subject", num_workers: int = 0) -> None:
         self.source, self._subject, self._num_workers = source, subject, num_workers
         self.shape = (subject.channels, *subject.image_size)  # channels, height, width
-        self._broken = BrokenFiles.for_source(source, subject.max_broken_share)
+        self._broken = sources.BrokenFiles.for_source(source, subject.max_broken_share)
         self._kept: tuple[Tensor, Tensor] | None = None
         self._labels = None if source.labels is None else torch.tensor(source.labels)
 
@@ -68,14 +69,14 @@ class Images:
     def batches(self, indices: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """(batch, channels, height, width), uint8 or float (see `as_float`), and int64 indices.
 
-        An index may be another than was asked for: that of an image that can be read. Too many
-        files that can't be raise a `UserError`.
+        An index may be another than was asked for: that of an image that can be read.
         """
         if len(self) * math.prod(self.shape) > KEPT_BYTES:
             yield from self._decoded(indices)
             return
         if self._kept is None:
-            self._kept = _joined(self._decoded(_in_batches(np.arange(len(self)))))
+            every = torch.arange(len(self)).split(BATCH_SIZE)
+            self._kept = _joined(self._decoded([part.tolist() for part in every]))
         images, places = self._kept
         for wanted in indices:
             yield images[list(wanted)], places[list(wanted)]
@@ -84,10 +85,8 @@ class Images:
         """All images, or so many drawn ones, in memory, and their indices; see `batches`."""
         if len(self) == 0:
             raise UserError(f"{self.source.name} holds no images; give data with images")
-        chosen = np.arange(len(self))
-        if limit is not None and limit < len(self):
-            chosen = np.sort(np.random.default_rng(seed).choice(chosen, limit, replace=False))
-        return _joined(self.batches(_in_batches(chosen)))
+        chosen = some(torch.arange(len(self)), limit, seed).split(BATCH_SIZE)
+        return _joined(self.batches([part.tolist() for part in chosen]))
 
     def _decoded(self, indices: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         size, channels = self._subject.image_size, self._subject.channels
@@ -100,8 +99,12 @@ class Images:
             yield batch.images, batch.indices
 
 
-def _in_batches(places: Labels) -> list[list[int]]:
-    return [part.tolist() for part in torch.from_numpy(places).split(BATCH_SIZE)]
+def some(places: Tensor, most: int | None, seed: int) -> Tensor:
+    """So many places at most, drawn; rising as those that are given. None takes all."""
+    if most is None or len(places) <= most:
+        return places
+    drawn = np.random.default_rng(seed).choice(len(places), most, replace=False)
+    return places[torch.from_numpy(np.sort(drawn))]
 
 
 def _joined(batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -121,34 +124,11 @@ class Parts:
     validation: Tensor  # the other places, on which it is chosen
     caveat: str = ""  # goes into every row
 
-    def refuse_unlabelled(self) -> None:
-        """Raise `UserError` where a part has no labels."""
-        _ = self.train.labels, self.test.labels
-
-    def each(
-        self, counts: Sequence[int | float | None], draws: int, seed: int
-    ) -> list[tuple[int | float | None, list[Tensor]]]:
-        """Each number of labels with its `draws`; without those that a class lacks, if any stay."""
-        found = []
-        for place, count in enumerate(counts, 1):
-            try:
-                found.append((count, self.draws(count, draws, seed)))
-            except UserError as error:
-                LOGGER.warning("%s are left out: %s", label_case(count), error)
-                if not found and place == len(counts):
-                    raise
-        return found
-
     def draws(self, count: int | float | None, draws: int, seed: int) -> list[Tensor]:
-        """Places in ``train`` of the labelled images of each draw, rising.
+        """Places in ``train`` of the labelled images of each draw, rising, alike for everyone.
 
-        They depend on the labels and the arguments alone: every contender learns from the same.
-
-        Args:
-            count: labels a class; a float is the share of each class, rounded half up, one image
-                at least; None gives all of ``fit``, once. Too many raise a `UserError`.
-            draws: how often.
-            seed: of all draws.
+        The count is that of labels a class; a float is the share of each class, rounded half up,
+        one image at least; None gives all of ``fit``, once. Too many raise a `UserError`.
         """
         if count is None:
             return [self.fit]
@@ -176,15 +156,75 @@ def label_case(count: int | float | None) -> str:
     return "all labels" if count is None else f"{count} label{'s' if count > 1 else ''} a class"
 
 
+def rows_by_labels(
+    given: "Evaluation",
+    protocol: str,
+    contenders: Iterable[str],
+    learn: Callable[[str, str, Places, Places], Learned],
+) -> list[Row]:
+    """Accuracies with each number of labels; numbers that a class lacks are left out, if any stay.
+
+    The first contender is compared with each other one. ``learn`` is given a contender, the case,
+    the draws' places, on which choices are made, and those to learn from (all training images where
+    all labels count); it returns a note, and the test images' labels as predicted after each.
+    """
+    rows: list[Row] = []
+    parts, settings, counts = given.parts, given.settings, given.settings.label_counts()
+    for count in counts:
+        case = label_case(count)
+        try:
+            draws = parts.draws(count, settings.draws, settings.seed)
+        except UserError as error:
+            LOGGER.warning("%s are left out: %s", case, error)
+            if not rows and count == counts[-1]:
+                raise
+            continue
+        learned = [torch.arange(len(parts.train))] if count is None else draws
+        correct, notes = {}, {}
+        for name in contenders:
+            notes[name], predicted = learn(name, case, draws, learned)
+            correct[name] = [labels == parts.test.labels for labels in predicted]
+        rows += accuracy_rows(protocol, case, correct, notes)
+    return rows
+
+
+def normalised(
+    given: "Evaluation", images: Images, places: Tensor | Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images as backbones take them, on the device, and their places, in batches."""
+    parts = places.split(BATCH_SIZE) if isinstance(places, Tensor) else places
+    loaded = images.batches([part.tolist() for part in parts])
+    for part, (batch, _) in zip(parts, loaded, strict=True):
+        yield given.statistics.normalize(batch.to(given.device, non_blocking=True)), part
+
+
+def batch_indices(count: int, batch_size: int, steps: int) -> Tensor:
+    """Which of ``count`` images each step takes, (steps, batch): all once before any come again."""
+    needed = steps * batch_size
+    passes = [torch.randperm(count) for _ in range(math.ceil(needed / count))]
+    return torch.cat(passes)[:needed].view(steps, batch_size)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed PyTorch's generators of the CPU and the device within; afterwards put them back."""
+    used = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=used):
+        torch.default_generator.manual_seed(seed)
+        for each in used:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
 def open_parts(
     data: str | Path | MapDataset | None,
-    subject: Subject,
-    *,
+    subject: "Subject",
     seed: int = 0,
     num_workers: int = 0,
     limit: int | None = None,
 ) -> Parts:
-    """Open the data and split them.
+    """The data, split; None takes the run's own, else the embedded sample.
 
     Without a test split of their own, the test part of a run's own data is what the run held out,
     and a fifth of other data. A fifth of the training part, 10,000 images at most, is for choices.
@@ -197,30 +237,34 @@ def open_parts(
     whole, pretrained = (
         Path(each).resolve() if isinstance(each, (str, Path)) else None for each in (chosen, own)
     )
-    caveat = SEEN if whole and pretrained and _overlap(whole, pretrained) else ""
+    caveat = ""
+    # The train part of data with parts holds no test images.
+    if whole and pretrained and (pretrained.parent, pretrained.name.lower()) != (whole, "train"):
+        within = whole in pretrained.parents or pretrained in whole.parents
+        caveat = SEEN if within else ""
     if str(own).endswith(IN_MEMORY):
         caveat = UNKNOWN
     try:
         test = open_source(chosen, "test", labelled=True, max_pixels=subject.max_pixels)
-    except NoTestSplit:
+    except sources.NoTestSplit:
         if run is not None and (data is None or (whole and whole == pretrained)):
             learned, tested = _held_out(run.config)
         else:
             LOGGER.info(f"{train.name} has no test split: {TEST_SHARE:.0%} of it is set apart")
             learned, tested = _split(train, TEST_SHARE, seed)
-        train, test = SubsetSource(train, learned), SubsetSource(train, tested)
+        train, test = sources.SubsetSource(train, learned), sources.SubsetSource(train, tested)
     if caveat:
         LOGGER.warning("%s: give data with a test split of their own", caveat)
     if limit is not None and limit < len(train):
         # Shares are rounded up: half an image less gives this number whatever float they become.
-        train = SubsetSource(train, _split(train, (limit - 0.5) / len(train), seed)[1])
+        train = sources.SubsetSource(train, _split(train, (limit - 0.5) / len(train), seed)[1])
     share = min(VALIDATION_SHARE, MOST_VALIDATION / max(1, len(train)))
     fit, validation = map(torch.from_numpy, _split(train, share, seed))
     learned_from, tested_on = (Images(source, subject, num_workers) for source in (train, test))
     return Parts(learned_from, tested_on, fit, validation, caveat)
 
 
-def _held_out(config: PretrainConfig) -> tuple[Labels, Labels]:
+def _held_out(config: PretrainConfig) -> Split:
     """Places of the images that the run was trained on, and of those that it held out."""
     own = open_source(config.data, "train", config.watch_labels, config.max_pixels)
     training, held_out = split_held_out(own, config.held_out, config.seed)
@@ -232,16 +276,9 @@ def _held_out(config: PretrainConfig) -> tuple[Labels, Labels]:
     return training, held_out
 
 
-def _split(source: ImageSource, share: float, seed: int) -> tuple[Labels, Labels]:
+def _split(source: ImageSource, share: float, seed: int) -> Split:
     """Places of the larger and the smaller part, of each class alike where that can be."""
     with contextlib.suppress(UserError):  # fewer images in the part than classes
         if source.labels is not None:
-            return stratified_split(source.labels, share, seed)
-    return stratified_split(len(source), share, seed)
-
-
-def _overlap(whole: Path, pretrained: Path) -> bool:
-    """Whether one lies within the other; the train part of data with parts has no test images."""
-    if pretrained.parent == whole and pretrained.name.lower() == "train":
-        return False
-    return whole in pretrained.parents or pretrained in whole.parents
+            return sources.stratified_split(source.labels, share, seed)
+    return sources.stratified_split(len(source), share, seed)

@@ -6,7 +6,7 @@ float32 at one time is a chunk of them.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from sklearn.preprocessing import StandardScaler
@@ -39,16 +39,8 @@ def knn_predictions(train: Tensor, train_labels: Tensor, test: Tensor, *, device
     """Labels that the 20 nearest training images vote for, int64 ``(test images,)``, on the CPU.
 
     The rule is `backfold.metrics.knn_accuracy`'s: cosine similarity, weights exp(similarity /
-    0.07). The neighbours are exact; of fewer training images all vote.
-
-    Args:
-        train: (training images, features), of any floating type, on the CPU.
-        train_labels: (training images,), whole numbers.
-        test: (test images, features).
-        device: where similarities are computed.
-
-    Raises:
-        UserError: embeddings that are not finite.
+    0.07). The neighbours are exact; of fewer training images all vote. Embeddings, (images,
+    features), are of any floating type; those that are not finite raise a `UserError`.
     """
     k = min(NEIGHBOURS, len(train))
     classes, votes_for = torch.unique(train_labels.cpu(), return_inverse=True)
@@ -63,13 +55,9 @@ def knn_predictions(train: Tensor, train_labels: Tensor, test: Tensor, *, device
             near, places = similarities.topk(min(k, len(bank)), dim=1)
             values[rows], kept = torch.cat([values[rows], near], dim=1).topk(k, dim=1)
             indices[rows] = torch.cat([indices[rows], places + start], dim=1).gather(1, kept)
-    predicted = torch.empty(len(test), dtype=torch.int64)
-    for first in range(0, len(test), QUERY_CHUNK):
-        rows = slice(first, first + QUERY_CHUNK)
-        weights = (values[rows] / KNN_TEMPERATURE).exp()
-        votes = weights.new_zeros(len(weights), len(classes))
-        votes.scatter_add_(1, votes_for[indices[rows]], weights)
-        predicted[rows] = classes[votes.argmax(dim=1).cpu()]
+    votes = values.new_zeros(len(test), len(classes))
+    votes.scatter_add_(1, votes_for[indices], (values / KNN_TEMPERATURE).exp())
+    predicted: Tensor = classes[votes.argmax(dim=1).cpu()]
     return predicted
 
 
@@ -84,23 +72,14 @@ def _finite(embeddings: Tensor, device: Device) -> Tensor:
     return rows
 
 
-@dataclass(frozen=True)
-class LinearPath:
-    """Multinomial logistic regressions on the same images, one for each regularisation.
+class LinearPath(NamedTuple):
+    """Multinomial logistic regressions on the same images, one for each regularisation."""
 
-    Attributes:
-        weights: (paths, classes, features), of standardised features.
-        bias: (paths, classes).
-        mean: (features,), of the training images.
-        std: (features,); 1 where a feature does not vary.
-        classes: int64 (classes,), the labels, rising, on the CPU; all else is on the device.
-    """
-
-    weights: Tensor
-    bias: Tensor
-    mean: Tensor
-    std: Tensor
-    classes: Tensor
+    weights: Tensor  # (paths, classes, features), of standardised features
+    bias: Tensor  # (paths, classes)
+    mean: Tensor  # (features,), of the training images
+    std: Tensor  # (features,); 1 where a feature does not vary
+    classes: Tensor  # int64 (classes,), the labels, rising, on the CPU; all else is on the device
 
     def predict(self, embeddings: Tensor) -> Tensor:
         """Labels, int64 ``(paths, images)``, on the CPU."""
@@ -111,10 +90,6 @@ class LinearPath:
         """Mean of -log(probability of the label), ``(paths,)``, on the CPU.
 
         Images of classes that training did not see are left out.
-
-        Args:
-            embeddings: (images, features).
-            labels: (images,), whole numbers.
         """
         known = torch.isin(labels.cpu(), self.classes)
         places = torch.searchsorted(self.classes, labels.cpu().long()).where(known, -100)
@@ -145,17 +120,8 @@ def fit_linear_path(
     Features are standardised to these images. A fit minimises the mean cross-entropy + ||W||^2 /
     (2 C images); the bias is free. Small problems are solved by L-BFGS on all images, until the
     weights are within 0.5% of the optimum or after 600 steps; large ones by a few epochs of
-    minibatches, which leaves the weakest penalties short of their optimum.
-
-    Args:
-        embeddings: (images, features), of any floating type, on the CPU.
-        labels: (images,), whole numbers.
-        regularisations: scikit-learn's ``C``; larger ones regularise less.
-        device: where to compute.
-        seed: of the minibatches' order.
-
-    Raises:
-        UserError: embeddings that are not finite, or fewer than two classes.
+    minibatches in the seed's order, which leaves the weakest penalties short of their optimum.
+    Embeddings that are not finite, or fewer than two classes, raise a `UserError`.
     """
     classes, targets = torch.unique(labels.cpu(), return_inverse=True)
     count = len(labels)
@@ -234,14 +200,9 @@ def _dot(first: Tensor, second: Tensor) -> Tensor:
 def _minimise(x: Tensor, targets: Tensor, penalty: Tensor, curvature: Tensor) -> Tensor:
     """L-BFGS of all paths at once, each with its own step; those that end are left out.
 
-    Args:
-        x: (images, features + 1).
-        targets: (images,).
-        penalty: (paths, 1, features + 1), 0 for the bias.
-        curvature: (paths, classes, features + 1), the Hessian's approximate diagonal.
-
-    Returns:
-        Weights (paths, classes, features + 1).
+    Of ``x`` (images, features + 1) and targets (images,), the penalty (paths, 1, features + 1), 0
+    for the bias, and the Hessian's approximate diagonal it makes weights, both of shape (paths,
+    classes, features + 1).
     """
     found = torch.zeros_like(curvature)
     weights, active = found.clone(), torch.arange(len(found), device=x.device)

@@ -5,7 +5,8 @@ does: other pixels are taken as clean. Nothing is clipped. The spread is that ov
 says how much images differ and not how sure the mean is (divide by the root of the count for that).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,46 +14,40 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, inpaint_biharmonic
-from torch import Tensor
+from torch import Generator, Tensor
 
+from backfold import pretext
+from backfold.backbone import ImageSize
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
 from backfold.evaluation.results import Row, severity_case
-from backfold.evaluation.severities import SEVERITIES, pretext_severities, seeded_batches
 from backfold.metrics import psnr_db, ssim
-from backfold.pretext import (
-    Corruption,
-    Denoising,
-    Masking,
-    PretextTask,
-    Sorting,
-    SuperResolution,
-    chroma_error,
-    patches_placed_right,
-)
 from backfold.restoration import restore
+from backfold.training.config import TaskSettings
 
 if TYPE_CHECKING:
     from backfold.evaluation.evaluate import Evaluation
 
-PROTOCOL, BATCH_SIZE = "restoration", 256
+PROTOCOL = "restoration"
 PSNR, SSIM, CHROMA = "PSNR (dB)", "SSIM", "chroma error"
 PLACED_RIGHT = "patches placed right"
 
+SEVERITIES = (1, 2, 3, 4, 5)
+MASK_RATIOS = (0.2, 0.4, 0.6, 0.75, 0.9)
+MOVED_SHARES = (0.2, 0.35, 0.5, 0.75, 1.0)  # of the patches, two at least
+FACTORS = (1.5, 2.0, 3.0, 4.0, 6.0)  # by which images are scaled down, and up again
+NOISE_STDS = (0.1, 0.25, 0.45, 0.8, 1.2)
+CHROMA_SHARES = (0.25, 0.5, 0.75, 0.9, 1.0)  # that are gone; training: all, by default
+PATCHES_ACROSS, BATCH_SIZE = 4, 256
 # The best of a few multiples of the noise on 40 CIFAR-10 images, noise_std 0.25 to 1.2.
 TV_WEIGHT, NLM_STRENGTH = 0.75, 0.6
 
 
 def restoration(given: "Evaluation") -> list[Row]:
-    """PSNR, SSIM and the tasks' own measures of every contender in every case.
+    """Rows of the energy after each number of steps and of `classical_restorations`.
 
-    Cases are "denoising, severity 3" (see `pretext_severities`). Contenders are "energy, 2 steps"
-    for each number of steps, and those of `classical_restorations`. Metrics are PSNR and SSIM;
-    of sorting the share of patches placed right, and of the other tasks the chroma error, in images
-    of several channels, in units of the data set's deviation.
-
-    Classical methods take 10 ms (denoising) and 20 ms (inpainting) an image and severity at 32
-    pixels, 60 and 200 ms at 160.
+    Those take 10 ms (denoising) and 20 ms (inpainting) an image and severity at 32 pixels, 60 and
+    200 ms at 160.
     """
     run, settings = given.subject.run, given.settings
     assert run is not None
@@ -67,11 +62,7 @@ def restoration(given: "Evaluation") -> list[Row]:
     for name, levels in tasks.items():
         for severity, task in zip(SEVERITIES, levels, strict=True):
             found: dict[tuple[str, str], list[float]] = {}
-            batches = (
-                run.statistics.normalize(batch.to(given.device))
-                for batch in images.split(BATCH_SIZE)
-            )
-            for clean, generator in seeded_batches(batches, settings.seed):
+            for clean, generator in seeded_batches(given, images):
                 corruption = task(clean, generator)
                 path = restore(
                     run.energy, corruption.corrupted, max(settings.num_steps), run.config.step_size
@@ -89,32 +80,65 @@ def restoration(given: "Evaluation") -> list[Row]:
     return rows
 
 
-def classical_restorations(task: PretextTask, corruption: Corruption) -> dict[str, Tensor]:
+def pretext_severities(
+    settings: TaskSettings, channels: int, image_size: ImageSize
+) -> dict[str, tuple[pretext.PretextTask, ...]]:
+    """Each pretext task at severities 1 to 5; images of one channel have no colorization.
+
+    Severity 3 is about the middle of what training draws by default. What is random is drawn from
+    the seed alone: in each image, noise grows, and what is hidden or moved stays so, from one
+    severity to the next (but for masks of `Masking.blocks`).
+
+    Patch sizes and the masking's fill are the settings'; a patch size that does not fit twice into
+    the shorter side of the images (height, width) becomes a quarter of that side.
+    """
+    side = min(image_size)
+
+    def fitting(patch_size: int) -> int:
+        return patch_size if 2 * patch_size <= side else max(1, side // PATCHES_ACROSS)
+
+    size = fitting(settings.masking.mask_patch_size)
+    masking = replace(settings.masking, mask_patch_size=size, hidden_share=1.0)
+    size = fitting(settings.sorting.sorting_patch_size)
+    sorting = replace(settings.sorting, sorting_patch_size=size)
+    tasks: dict[str, tuple[pretext.PretextTask, ...]] = {
+        "masking": tuple(replace(masking, mask_ratio=ratio) for ratio in MASK_RATIOS),
+        "sorting": tuple(replace(sorting, share=share) for share in MOVED_SHARES),
+        "superresolution": tuple(pretext.SuperResolution(factor, factor) for factor in FACTORS),
+        "denoising": tuple(pretext.Denoising(std, std) for std in NOISE_STDS),
+    }
+    if channels > 1:
+        tasks["colorization"] = tuple(pretext.Colorization(share, share) for share in CHROMA_SHARES)
+    return tasks
+
+
+def seeded_batches(given: "Evaluation", images: Tensor) -> Iterator[tuple[Tensor, Generator]]:
+    """Loaded images, normalised on the device, and a generator: the same at each severity."""
+    for number, batch in enumerate(images.split(BATCH_SIZE)):
+        generator = Generator(given.device).manual_seed(given.settings.seed + number)
+        yield given.statistics.normalize(batch.to(given.device)), generator
+
+
+def classical_restorations(
+    task: pretext.PretextTask, corruption: pretext.Corruption
+) -> dict[str, Tensor]:
     """Restorations by methods that learn nothing, shaped as the corrupted images.
 
-    - identity: the corrupted image; of super-resolution, this is the small image's enlargement and
-      called "bicubic";
-    - mean fill: each image's mean colour, over its visible pixels where some are hidden;
-    - masking: biharmonic inpainting;
-    - denoising: total variation (Chambolle) and non-local means, both told the true noise_std (the
-      task has a single one), on patches of 5 pixels up to 6 away.
+    That is "identity", the corrupted image ("bicubic", where a small image was enlarged), the mean
+    fill and, of masking, biharmonic inpainting; of denoising, total variation (Chambolle) and
+    non-local means on patches of 5 pixels up to 6 away, both told the task's single noise_std.
     """
     corrupted = corruption.corrupted
-    unchanged = "bicubic" if isinstance(task, SuperResolution) else "identity"
+    unchanged = "bicubic" if isinstance(task, pretext.SuperResolution) else "identity"
     found = {unchanged: corrupted, "mean fill": mean_fill(corruption)}
-    if isinstance(task, Masking):
+    if isinstance(task, pretext.Masking):
         masks = corruption.loss_mask[:, 0].cpu().numpy()
         found["biharmonic inpainting"] = _by_image(inpaint_biharmonic, corrupted, masks)
-    if isinstance(task, Denoising):
+    if isinstance(task, pretext.Denoising):
         noise_std = task.max_noise_std
         variation = partial(denoise_tv_chambolle, weight=TV_WEIGHT * noise_std)
-        means = partial(
-            denoise_nl_means,
-            patch_size=5,
-            patch_distance=6,
-            h=NLM_STRENGTH * noise_std,
-            sigma=noise_std,
-        )
+        options = {"patch_size": 5, "patch_distance": 6, "h": NLM_STRENGTH * noise_std}
+        means = partial(denoise_nl_means, sigma=noise_std, **options)
         found["total variation"] = _by_image(variation, corrupted)
         found["non-local means"] = _by_image(means, corrupted)
     return found
@@ -128,7 +152,7 @@ def _by_image(method: Callable[..., NDArray[np.float64]], images: Tensor, *more:
     return restored.permute(0, 3, 1, 2).to(images.device, torch.float32).contiguous()
 
 
-def mean_fill(corruption: Corruption) -> Tensor:
+def mean_fill(corruption: pretext.Corruption) -> Tensor:
     """Each channel's mean over the pixels where the loss does not count, or else over all."""
     hidden = corruption.loss_mask.float()
     visible = torch.where(hidden.mean(dim=(2, 3), keepdim=True) < 1, 1 - hidden, 1.0)
@@ -138,18 +162,18 @@ def mean_fill(corruption: Corruption) -> Tensor:
 
 
 def _measures(
-    task: PretextTask,
-    corruption: Corruption,
+    task: pretext.PretextTask,
+    corruption: pretext.Corruption,
     restored: Tensor,
     clean: Tensor,
     statistics: ChannelStatistics,
 ) -> dict[str, Tensor]:
-    """What is measured in this task, (images,) each."""
+    """What is measured in this task, (images,) each; chroma is in units of the set's deviation."""
     mean, std = torch.tensor(statistics.mean), torch.tensor(statistics.std)
     compared = torch.where(corruption.loss_mask, restored, clean)
     found = {PSNR: psnr_db(compared, clean, std), SSIM: ssim(compared, clean, mean, std)}
-    if isinstance(task, Sorting):
-        found[PLACED_RIGHT] = patches_placed_right(restored, clean, task.sorting_patch_size)
+    if isinstance(task, pretext.Sorting):
+        found[PLACED_RIGHT] = pretext.patches_placed_right(restored, clean, task.sorting_patch_size)
     elif clean.shape[1] > 1:
-        found[CHROMA] = chroma_error(restored, clean)
+        found[CHROMA] = pretext.chroma_error(restored, clean)
     return found

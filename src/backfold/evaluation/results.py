@@ -3,17 +3,17 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from backfold.data.files import HUB_NAME
 from backfold.errors import UserError
+from backfold.files import write_json
 from backfold.training.config import IN_MEMORY
-from backfold.training.run_folder import write_json
 
 PRETRAINED, BEFORE, RANDOM = "pretrained", "before", "random"
 PIXELS, SCRATCH = "pixels", "from scratch"
@@ -26,48 +26,28 @@ SEVERITY = re.compile(r"(?P<name>.+), severity (?P<severity>\d)")
 
 @dataclass(frozen=True)
 class Row:
-    """One number of one contender in one case.
+    """One number of one contender in one case."""
 
-    Args:
-        protocol: a name of `backfold.evaluation.evaluate.PROTOCOLS`.
-        case: what was done to which images, such as "10 labels a class" or "denoising, severity 3".
-        contender: who did it: "pretrained", "before", "pixels", "energy, 1 step"; or a difference
-            of two on the same draws and images, "pretrained over before".
-        metric: name and unit, such as "accuracy (%)", "mIoU (%)", "AUROC" or "PSNR (dB)".
-        mean: over the repetitions.
-        std: deviation over the repetitions (draws of labels, seeds, images, bootstrap samples); of
-            a single accuracy, its standard error over the test images.
-        count: how many repetitions.
-        data: name of the images (see `data_name`); None where it was not recorded.
-        step: of the run's checkpoint; None where there is none.
-        note: what was chosen on the validation part, and what must be known to trust the number.
-    """
-
-    protocol: str
-    case: str
+    protocol: str  # a name of `backfold.evaluation.evaluate.PROTOCOLS`
+    case: str  # what was done to which images: "10 labels a class", "denoising, severity 3"
+    # Who did it, "pretrained", "energy, 1 step"; or a difference of two on the same draws and
+    # images, "pretrained over before".
     contender: str
-    metric: str
-    mean: float
-    std: float
-    count: int
-    data: str | None = None
-    step: int | None = None
-    note: str = ""
+    metric: str  # name and unit: "accuracy (%)", "mIoU (%)", "AUROC", "PSNR (dB)"
+    mean: float  # over the repetitions: draws of labels, seeds, images, bootstrap samples
+    std: float  # over them; of a single accuracy, its standard error over the test images
+    count: int  # of repetitions
+    data: str | None = None  # the images' name (see `data_name`), if it was recorded
+    step: int | None = None  # of the run's checkpoint, if there is one
+    note: str = ""  # what was chosen on validation images, and what the number's trust rests on
 
     @classmethod
     def of(
-        cls,
-        protocol: str,
-        case: str,
-        contender: str,
-        metric: str,
-        values: Sequence[float],
-        note: str = "",
+        cls, protocol: str, case: str, contender: str, metric: str, values: Sequence[float]
     ) -> "Row":
         """A row of repeated measurements, one or more."""
         std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        mean = float(np.mean(values))
-        return cls(protocol, case, contender, metric, mean, std, len(values), note=note)
+        return cls(protocol, case, contender, metric, float(np.mean(values)), std, len(values))
 
 
 def accuracy_rows(
@@ -78,53 +58,31 @@ def accuracy_rows(
 ) -> list[Row]:
     """Each contender's accuracy in percent, and by how much the first is ahead of each other.
 
-    Differences are taken draw by draw, or image by image where there is one draw: what is common to
-    both contenders is no part of their spread.
-
-    Args:
-        protocol: goes into the rows.
-        case: likewise.
-        correct: by contender, for each draw bool (test images,): which images were right. Draws and
-            images are the same for all contenders.
-        notes: by contender.
+    By contender and draw, bool (test images,) tells which were right. Differences are taken draw by
+    draw, or image by image where there is one draw: what is common to both contenders, whose draws
+    and images are the same, is no part of their spread.
     """
     shares = {name: [100 * draw.double() for draw in draws] for name, draws in correct.items()}
-    first, notes = next(iter(shares)), notes or {}
-    rows = [
-        _accuracy(protocol, case, name, draws, notes.get(name, ""))
-        for name, draws in shares.items()
-    ]
+    first, *others = shares
+    for name in others:
+        gaps = [ours - theirs for ours, theirs in zip(shares[first], shares[name], strict=True)]
+        shares[f"{first}{OVER}{name}"] = gaps
+    rows = []
     for name, draws in shares.items():
-        if name != first:
-            gaps = [ours - theirs for ours, theirs in zip(shares[first], draws, strict=True)]
-            rows.append(_accuracy(protocol, case, f"{first}{OVER}{name}", gaps, ""))
+        row = Row.of(protocol, case, name, ACCURACY, [float(draw.mean()) for draw in draws])
+        if len(draws) == 1 and len(draws[0]) > 1:
+            row = replace(row, std=float(draws[0].std()) / len(draws[0]) ** 0.5)
+        rows.append(replace(row, note=(notes or {}).get(name, "")))
     return rows
 
 
-def _accuracy(protocol: str, case: str, name: str, draws: Sequence[Tensor], note: str) -> Row:
-    means = [float(draw.mean()) for draw in draws]
-    row = Row.of(protocol, case, name, ACCURACY, means, note)
-    if len(draws) > 1 or len(draws[0]) < 2:
-        return row
-    error = float(draws[0].std()) / len(draws[0]) ** 0.5
-    return Row(protocol, case, name, ACCURACY, row.mean, error, 1, note=note)
-
-
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write the rows as a JSON list; a reader never sees half a file.
-
-    Raises:
-        UserError: the disk is full or the folder can't be written.
-    """
+    """Write the rows as a JSON list; a reader never sees half a file."""
     write_json(path, [asdict(row) for row in rows])
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows that `write_rows` wrote.
-
-    Raises:
-        UserError: no such file, or one that is not a list of rows.
-    """
+    """The rows that `write_rows` wrote; any other file, or none, raises a `UserError`."""
     try:
         return [_row(values) for values in json.loads(path.read_text())]
     except FileNotFoundError as error:
@@ -162,12 +120,7 @@ def parse_case(case: str) -> tuple[str, int] | None:
 
 
 def data_name(data: object) -> str:
-    """What rows call these data: the folder's or file's own name, as rows may be shared.
-
-    Args:
-        data: as `open_source` takes it; None is the sample in this package. Of names on the Hugging
-            Face hub nothing is left out.
-    """
+    """What rows call data, as they may be shared: its own name, without the folders above."""
     if data is None:
         return EMBEDDED_NAME
     if not isinstance(data, (str, Path)):
@@ -179,8 +132,7 @@ def data_name(data: object) -> str:
     return path.resolve().name if path.name in ("", "..") else path.name
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A caption, the columns' headings, and rows; the first cell of a row is its heading."""
 
     caption: str
@@ -191,11 +143,8 @@ class Table:
 def tables_of(rows: Sequence[Row], severity: int | None = None) -> list[Table]:
     """The rows of one protocol as tables: one for each metric, cases by contenders.
 
-    Cases with severities have a table for each corruption and metric, contenders by severities.
-
-    Args:
-        rows: of one protocol.
-        severity: show these severities alone, as one more case by contenders.
+    Cases with severities have a table for each corruption and metric, contenders by severities; or
+    a ``severity`` is shown alone, as one more case by contenders.
     """
     parsed = [(row, parse_case(row.case)) for row in rows]
     plain = [row for row, case in parsed if case is None or case[1] == severity]

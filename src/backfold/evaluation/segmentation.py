@@ -28,18 +28,18 @@ from torchvision.utils import make_grid
 
 from backfold.backbone import ImageSize, check_image_size, feature_map
 from backfold.batch_norm import measure_batch_norm, refresh_batch_norm
-from backfold.data import segmentation as masked
+from backfold.data import masks as masked
 from backfold.data.decode import as_float
-from backfold.data.segmentation import VOID, MaskedSource
+from backfold.data.masks import VOID, MaskedSource
 from backfold.data.source import SubsetSource
 from backfold.data.statistics import ChannelStatistics, measure_statistics
 from backfold.embedding import grid_shape
 from backfold.errors import UserError
+from backfold.evaluation.images import seeded
 from backfold.evaluation.results import OVER, PIXELS, PRETRAINED, RANDOM, SCRATCH, Row
-from backfold.evaluation.seeding import seeded
 from backfold.evaluation.subject import Subject
 from backfold.training.config import parse_image_size
-from backfold.training.previews import png_bytes
+from backfold.training.watch import png_bytes
 
 if TYPE_CHECKING:
     from backfold.evaluation.evaluate import Evaluation
@@ -54,7 +54,7 @@ BATCH_NORM_IMAGES, SHOWN_IMAGES = 64, 4
 KEPT_BYTES = 2**30  # of the feature maps of one part
 TILE_WIDTH, GAP, HEADING = 240, 4, 20  # of the picture, in pixels
 
-# Images or feature maps with their masks, of the places of each batch.
+# From each batch's places to images or feature maps with their masks.
 Load = Callable[[Sequence[Tensor]], Iterator[tuple[Tensor, Tensor]]]
 
 
@@ -89,11 +89,9 @@ class SegmentationSettings:
     def __post_init__(self) -> None:
         lowest = {"epochs": 1, "finetune_epochs": 0, "batch_size": 2, "seeds": 1, "limit": 2}
         for name, least in lowest.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
+            if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"segmentation's {name} is {value}; give {least} or more")
-        if not self.finetune_rate > 0:
-            rate = self.finetune_rate
+        if not (rate := self.finetune_rate) > 0:
             raise UserError(f"segmentation's finetune_rate is {rate:g}; give a number above 0")
 
 
@@ -102,9 +100,6 @@ def segmentation(given: "Evaluation") -> list[Row]:
 
     Beside the backbones there are heads on the pixels themselves, at the feature map's resolution,
     and the floor: the training masks' most frequent class everywhere.
-
-    Raises:
-        UserError: no masks, or an image size that the backbone can't take.
     """
     work = _Work(given)
     scores: dict[str, dict[str, list[float]]] = {}
@@ -132,11 +127,7 @@ def segmentation(given: "Evaluation") -> list[Row]:
 
 
 def open_masks(given: "Evaluation") -> tuple[MaskedSource, MaskedSource]:
-    """The training and the test part of the data that are asked for, or of the run's own.
-
-    Raises:
-        UserError: no such data, or data without masks.
-    """
+    """The training and the test part of the data that are asked for, or of the run's own."""
     settings, run = given.settings, given.subject.run
     own = run.config.data if run is not None and settings.data is None else settings.data
     return masked.open_masked(settings.segmentation.data or own, settings.seed)
@@ -214,19 +205,14 @@ class _Work:
     def floor(self) -> float:
         """The mIoU in percent of the training masks' most frequent class everywhere."""
         train, test = self.parts
-        places = range(self._classes)
-        commonest = max(places, key=lambda place: train.pixels[train.class_ids[place]])
+        commonest = int(np.argmax([train.pixels[each] for each in train.class_ids]))
         batches = test.batches(self._every[1])
         return mean_iou(((torch.full_like(m, commonest), m) for _, m in batches), self._classes)
 
     def _trained(
         self, head_name: str, encoder: nn.Module, load: Load, tuned: bool, seed: int
     ) -> nn.Module:
-        """The encoder, or a copy that is trained too, and a head of its logits.
-
-        AdamW, one cycle of the learning rate, cross-entropy of the logits at the masks' resolution.
-        While the encoder trains, half of the images are mirrored.
-        """
+        """The encoder (a copy, if trained too; then half of the images are mirrored) and a head."""
         settings, device = self._given.settings.segmentation, self._device
         encoder = copy.deepcopy(encoder) if tuned else encoder
         with torch.no_grad():
@@ -287,8 +273,7 @@ class FeatureGrid(nn.Module):
         """Raises UserError where the positions form no grid of the images' shape."""
         positions = feature_map(self.backbone, self._statistics.normalize(images)).float()
         shape = grid_shape(positions.shape[1], (images.shape[2], images.shape[3]))
-        grid: Tensor = positions.transpose(1, 2).unflatten(2, shape)
-        return grid
+        return cast(Tensor, positions.transpose(1, 2).unflatten(2, shape))
 
 
 def new_head(name: str, features: int, classes: int, stride: float) -> nn.Module:
@@ -299,11 +284,7 @@ def new_head(name: str, features: int, classes: int, stride: float) -> nn.Module
         for parameter in weights.parameters():
             nn.init.zeros_(parameter)
         return nn.Sequential(norm, weights)
-    layers: list[nn.Module] = [
-        norm,
-        nn.Conv2d(features, width, 1),
-        Conv2dNormActivation(width, width),
-    ]
+    layers = [norm, nn.Conv2d(features, width, 1), Conv2dNormActivation(width, width)]
     for _ in range(round(math.log2(stride / DECODER_STRIDE))):
         layers += [nn.Upsample(scale_factor=2, mode="bilinear"), Conv2dNormActivation(width, width)]
     return nn.Sequential(*layers, nn.Conv2d(width, classes, 1))
@@ -312,8 +293,7 @@ def new_head(name: str, features: int, classes: int, stride: float) -> nn.Module
 def mean_iou(batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> float:
     """Intersection over union in percent, over all pixels: the mean of the classes that occur.
 
-    Predictions and masks are (batch, height, width), whole numbers below ``classes``; pixels whose
-    mask is `VOID` don't count.
+    Predictions and masks are (batch, height, width); `VOID` in masks does not count.
     """
     index = MulticlassJaccardIndex(classes, ignore_index=VOID, validate_args=False)
     for predicted, masks in batches:
@@ -336,11 +316,7 @@ def _image_size(subject: Subject, source: MaskedSource, wanted: int | str | None
 
 
 def resized(backbone: Any, size: ImageSize, channels: int, name: str) -> nn.Module:
-    """Make a module take images of another size, in place; timm resamples position embeddings.
-
-    Raises:
-        UserError: it can't take images of this (height, width).
-    """
+    """Make a module take images of another size, in place; timm resamples position embeddings."""
     try:
         # timm resamples Swin's tables of positions in ways that PyTorch finds old.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
@@ -356,10 +332,7 @@ def resized(backbone: Any, size: ImageSize, channels: int, name: str) -> nn.Modu
 
 
 def draw_segmentation(images: Tensor, masks: Mapping[str, Tensor]) -> bytes:
-    """A PNG with a row an image: the image, and by their headings the masks; void is black.
-
-    Images are (images, channels, height, width) as `Batch.images`, masks (images, height, width).
-    """
+    """A PNG with a row an image: the image, and by their headings the masks; void is black."""
     colours = torch.tensor(mpl.colormaps["tab20"](range(20)))[:, :3].float().repeat(13, 1)
     colours[VOID] = 0.0
     pixels = as_float(images).clamp(0.0, 1.0)

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from backfold.backbone import (
-    ImageSize,
-    check_image_size,
-    check_options,
-    default_image_size,
-    use_plain_attention,
-)
-from backfold.data.arrays import MAX_PIXELS
+from backfold import backbone as backbones
+from backfold.backbone import ImageSize
+from backfold.data.decode import MAX_PIXELS
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
 from backfold.evaluation.results import BEFORE, PRETRAINED, RANDOM
-from backfold.training.initial import initialise
-from backfold.training.pretrained import Pretrained, exported_backbone, load_pretrained
-from backfold.training.run_folder import RunFolder
-from backfold.training.setup import build_energy
+from backfold.training import run as runs
+from backfold.training.init import initialise
 
 LOGGER = logging.getLogger("backfold")
 CONFIG = "config.json"
@@ -40,44 +34,26 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Subject:
-    """A backbone's weights by contender, and what its images are like.
+    """A backbone's weights by contender, and what its images are like."""
 
-    Args:
-        name: for messages.
-        weights: "pretrained" first; "before" and "random" where they are known.
-        make: from a drop path rate to the architecture with any weights, on the CPU.
-        channels: of the images.
-        image_size: (height, width) in pixels.
-        statistics: normalise the images; None measures them on the labelled images.
-        started_random: whether "before" is random.
-        run: with its energy; None where the backbone is not ours.
-        folder: the run's; None where there is none.
-        max_pixels: larger images are counted as broken.
-        max_broken_share: share of unreadable images at which an evaluation stops.
-    """
-
-    name: str
-    weights: Mapping[str, Weights]
-    make: Callable[[float], nn.Module]
+    name: str  # for messages
+    weights: Mapping[str, Weights]  # "pretrained" first; "before" and "random" where they are known
+    make: Callable[[float], nn.Module]  # from a drop path rate, with any weights, on the CPU
     channels: int
     image_size: ImageSize
-    statistics: ChannelStatistics | None
-    started_random: bool = True
-    run: Pretrained | None = None
-    folder: Path | None = None
-    max_pixels: int = MAX_PIXELS
-    max_broken_share: float = 0.01
+    statistics: ChannelStatistics | None  # None measures them on the labelled images
+    started_random: bool = True  # whether "before" is random
+    run: runs.Pretrained | None = None  # with its energy; None where the backbone is not ours
+    folder: Path | None = None  # the run's
+    max_pixels: int = MAX_PIXELS  # larger images are counted as broken
+    max_broken_share: float = 0.01  # of unreadable images, at which an evaluation stops
 
     def backbone(self, contender: str, drop_path: float = 0.0) -> nn.Module:
-        """A fresh copy of a contender's backbone in eval mode, on the CPU.
-
-        Raises:
-            UserError: weights that do not fit; only with another timm than the run's.
-        """
+        """A fresh copy of a contender's backbone in eval mode, on the CPU."""
         backbone = self.make(drop_path)
         try:
             backbone.load_state_dict(self.weights[contender])
-        except RuntimeError as error:
+        except RuntimeError as error:  # of another timm than the run's
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"the weights do not fit {self.name}: {reason}; use the versions in the run's "
@@ -101,83 +77,61 @@ def open_subject(
     channels: int = 3,
     seed: int = 0,
 ) -> Subject:
-    """Take up whatever is to be judged.
+    """Take up a run's folder or checkpoint, an exported folder, a timm name, or a module.
 
-    Args:
-        given: a run's folder or a checkpoint of it, an exported folder, a timm name, or a module
-            whose feature map is read.
-        weights: of a timm name: a file or folder as ``--init`` takes it, or "timm" for its own.
-        image_size: (height, width); None takes the run's, or the backbone's own.
-        channels: of the images, where a timm name or a module does not say it.
-        seed: of the random weights beside a backbone that is not a run's.
-
-    Raises:
-        UserError: nothing of these, or weights that do not fit.
+    ``weights``, as ``--init`` takes them, are a timm name's, and so are ``channels``. An image size
+    of None takes the backbone's own. The seed is that of random weights beside it. Nothing of
+    these, or weights that do not fit, raise a `UserError`.
     """
     if isinstance(given, nn.Module):
         return _of_module(given, image_size, channels)
     path = Path(given)
     if path.exists() and weights is not None:
         LOGGER.warning("weights has no effect on %s, which has its own", path)
-    if path.is_dir() and (path / CONFIG).is_file() and not RunFolder(path).config.exists():
+    if path.is_dir() and (path / CONFIG).is_file() and not runs.RunFolder(path).config.exists():
         return _of_export(path, image_size, seed)
     if path.exists():
         if image_size is not None:
             LOGGER.warning("image_size has no effect on a run, which has its own")
         return _of_run(path)
     name = str(given)
-    if not _is_timm(name):
-        raise UserError(
-            f"{name} is no run's folder, checkpoint, exported folder or timm model; check "
-            "the path, or pretrain a run first"
-        )
+    try:
+        timm.get_pretrained_cfg(name)  # raises where a model has no weights with such a tag
+        is_known = timm.is_model(name)
+    except RuntimeError:
+        is_known = False
+    if not is_known:
+        kinds = "run's folder, checkpoint, exported folder or timm model"
+        raise UserError(f"{name} is no {kinds}; check the path, or pretrain a run first")
     return _of_timm(name, weights, image_size, channels, seed)
 
 
-def _is_timm(name: str) -> bool:
-    try:
-        timm.get_pretrained_cfg(name)
-    except RuntimeError:  # a model with such a name, but no weights with such a tag
-        return False
-    return timm.is_model(name)
-
-
 def _of_run(path: Path) -> Subject:
-    run = load_pretrained(path)
-    folder = RunFolder.of(path)
-    config = run.config
+    run, folder = runs.load_pretrained(path), runs.RunFolder.of(path)
+    config, before = run.config, _before(run, folder)
     options = {"in_chans": run.channels, "img_size": run.image_size, **config.backbone_options}
-    found: dict[str, Weights] = {PRETRAINED: exported_backbone(run, folder).state_dict()}
-    before = _before(run, folder)
+    found: dict[str, Weights] = {PRETRAINED: runs.exported_backbone(run, folder).state_dict()}
     if before is not None:
         found[BEFORE] = before
-    if config.init is not None and before is not None:  # random alone would flatter an --init
-        found[RANDOM] = build_energy(config, run.channels).backbone.state_dict()
+        if config.init is not None:  # random alone would flatter an --init
+            found[RANDOM] = runs.build_energy(config, run.channels).backbone.state_dict()
     return Subject(
-        str(path),
-        found,
-        lambda drop_path: _create(config.backbone, options, drop_path),
-        run.channels,
-        run.image_size,
-        run.statistics,
-        config.init is None,
-        run,
-        folder,
-        config.max_pixels,
-        config.max_broken_share,
-    )
+        str(path), found, partial(_create, config.backbone, options),
+        run.channels, run.image_size, run.statistics, config.init is None, run, folder,
+        config.max_pixels, config.max_broken_share,
+    )  # fmt: skip
 
 
-def _before(run: Pretrained, folder: Path | None) -> Weights | None:
+def _before(run: runs.Pretrained, folder: Path | None) -> Weights | None:
     """What training wrote before its first step; of older runs, the same made anew."""
-    path = RunFolder(folder or Path()).initial
+    path = runs.RunFolder(folder or Path()).initial
     if folder is not None and path.is_file():
         try:
             found: Weights = load_file(path)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} can't be read: {error}; remove it") from error
         return found
-    energy = build_energy(run.config, run.channels)
+    energy = runs.build_energy(run.config, run.channels)
     if run.config.init is not None:
         try:
             initialise(energy.backbone, run.config.init)
@@ -202,15 +156,14 @@ def _of_export(folder: Path, image_size: ImageSize | None, seed: int) -> Subject
         ) from error
     if not timm.is_model(name):
         raise UserError(f"{folder} names {name!r}, which is no timm model; export the run anew")
-    check_options(name, {key: options[key] for key in options if key not in OPTIONAL_ARGUMENTS})
+    backbones.check_options(
+        name, {key: options[key] for key in options if key not in OPTIONAL_ARGUMENTS}
+    )
     size = image_size or (own[0], own[1])
-
-    def make(drop_path: float) -> nn.Module:
-        return _create(name, {**options, "img_size": size}, drop_path)
-
+    make = partial(_create, name, {**options, "img_size": size})
     if size != (own[0], own[1]):
         backbone = make(0.0)
-        check_image_size(backbone, size, channels, name)
+        backbones.check_image_size(backbone, size, channels, name)
         initialise(backbone, folder)
         weights = backbone.state_dict()
     found = {PRETRAINED: weights, RANDOM: _random(make, seed)}
@@ -218,17 +171,17 @@ def _of_export(folder: Path, image_size: ImageSize | None, seed: int) -> Subject
 
 
 def _of_timm(
-    name: str, weights: Path | str | None, image_size: ImageSize | None, channels: int, seed: int
+    name: str,
+    weights: Path | str | None,
+    image_size: ImageSize | None,
+    channels: int,
+    seed: int,
 ) -> Subject:
     config = timm.get_pretrained_cfg(name)
-    size = image_size or default_image_size(config)
-
-    def make(drop_path: float) -> nn.Module:
-        return _create(name, {"in_chans": channels, "img_size": size}, drop_path)
-
-    random = _random(make, seed)
-    backbone = make(0.0)
-    check_image_size(backbone, size, channels, name)
+    size = image_size or backbones.default_image_size(config)
+    make = partial(_create, name, {"in_chans": channels, "img_size": size})
+    backbone, random = make(0.0), _random(make, seed)
+    backbones.check_image_size(backbone, size, channels, name)
     backbone.load_state_dict(random)
     if weights is None:
         LOGGER.warning("no --weights are given: %s has random ones", name)
@@ -242,7 +195,7 @@ def _of_timm(
 
 
 def _of_module(module: nn.Module, image_size: ImageSize | None, channels: int) -> Subject:
-    size = image_size or default_image_size(getattr(module, "pretrained_cfg", None))
+    size = image_size or backbones.default_image_size(getattr(module, "pretrained_cfg", None))
     name = type(module).__name__
 
     def make(drop_path: float) -> nn.Module:
@@ -250,7 +203,7 @@ def _of_module(module: nn.Module, image_size: ImageSize | None, channels: int) -
             LOGGER.warning(f"drop_path {drop_path:g} has no effect on a given {name}")
         return copy.deepcopy(module).cpu()
 
-    check_image_size(make(0.0), size, channels, name)
+    backbones.check_image_size(make(0.0), size, channels, name)
     return Subject(name, {PRETRAINED: module.state_dict()}, make, channels, size, None)
 
 
@@ -276,5 +229,5 @@ def _create(name: str, options: Mapping[str, Any], drop_path: float) -> nn.Modul
             del arguments[unknown[0]]
         else:
             if not torch.cuda.is_available():
-                use_plain_attention(backbone)
+                backbones.use_plain_attention(backbone)
             return backbone

@@ -24,9 +24,9 @@ from backfold.exporting.timm_folder import (
     rebuild,
     write_timm_folder,
 )
-from backfold.training.config_file import config_to_dict
-from backfold.training.pretrained import Pretrained, exported_backbone, load_pretrained
-from backfold.training.run_folder import RunFolder, write_atomically
+from backfold.files import write_atomically
+from backfold.training.config import config_to_dict
+from backfold.training.run import Pretrained, RunFolder, exported_backbone, load_pretrained
 from backfold.version import __version__
 
 Format = Literal["timm", "huggingface", "onnx", "pt2"]

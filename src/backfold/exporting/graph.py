@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from backfold.backbone import as_positions
 from backfold.errors import UserError
-from backfold.training.pretrained import Pretrained
-from backfold.training.run_folder import write_atomically
+from backfold.files import write_atomically
+from backfold.training.run import Pretrained
 
 INPUT = "images"
 OUTPUTS = ("embedding", "energy")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from backfold.backbone import feature_map
 from backfold.embedding import embed
 from backfold.errors import UserError
-from backfold.training.pretrained import Pretrained
-from backfold.training.run_folder import write_atomically, write_json
+from backfold.files import write_atomically, write_json
+from backfold.training.run import Pretrained
 
 LOGGER = logging.getLogger("backfold")
 WEIGHTS = "model.safetensors"

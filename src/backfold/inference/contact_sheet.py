@@ -12,8 +12,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 from backfold.data.loading import evaluation_batches
 from backfold.data.source import ImageSource
 from backfold.inference.parts import INDEX
-from backfold.training.pretrained import Pretrained
-from backfold.training.previews import to_display
+from backfold.training.run import Pretrained
+from backfold.training.watch import to_display
 
 TITLES = {
     "energy": (

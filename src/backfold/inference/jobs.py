@@ -18,7 +18,7 @@ from torch import Tensor
 from backfold.embedding import EmbeddingChoice, embed_batches
 from backfold.pretext import PretextTask
 from backfold.restoration import eval_mode, restoration_loss, restore
-from backfold.training.pretrained import Pretrained
+from backfold.training.run import Pretrained
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ that it was working on. Parts hold an ``index`` column, the image's index in the
 joined file leaves out.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -34,8 +33,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from backfold.data.loading import guarded_batches
 from backfold.data.source import BrokenFiles, ImageSource
 from backfold.errors import UserError
+from backfold.files import LOCK, hold, write_atomically, write_json
 from backfold.inference.jobs import Job, weights_digest
-from backfold.training.run_folder import LOCK, write_atomically, write_json
 
 LOGGER = logging.getLogger("backfold")
 SECONDS_BETWEEN_LINES = 30.0
@@ -180,19 +179,7 @@ def claim(parts: Parts, overwrite: bool) -> Iterator[None]:
     folder = parts.folder
     if folder.exists() and not (folder / LOCK).exists():
         raise UserError(f"{folder} is no folder of parts; choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"can't write to {folder}: {reason}; choose another --out") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{folder} is in use by another process; wait for it or choose another --out"
-            ) from error
+    with hold(folder):
         wanted, path = parts.facts(), folder / FACTS
         found = json.loads(path.read_text()) if path.exists() else {}
         names = [name for name, fact in wanted.items() if found.get(name) != fact]

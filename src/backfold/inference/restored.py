@@ -15,12 +15,12 @@ from backfold.data.loading import evaluation_batches, stack_images
 from backfold.data.open import open_source
 from backfold.data.source import NoTestSplit
 from backfold.errors import BrokenImage, UserError
+from backfold.files import write_atomically
 from backfold.metrics import psnr_db, ssim
 from backfold.pretext import PretextTask
 from backfold.restoration import restore
-from backfold.training.pretrained import Pretrained
-from backfold.training.previews import png_bytes, restoration_grid, to_display
-from backfold.training.run_folder import write_atomically
+from backfold.training.run import Pretrained
+from backfold.training.watch import png_bytes, restoration_grid, to_display
 
 FRAME_MILLISECONDS = 500
 

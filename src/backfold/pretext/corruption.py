@@ -1,7 +1,9 @@
-"""What every pretext task takes and gives."""
+"""What every pretext task takes and gives, the one that changes nothing, and squares of images."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -13,45 +15,42 @@ from backfold.errors import UserError
 
 @dataclass(frozen=True)
 class RunningSquares:
-    """The squares of each image that the backbone runs on, as many in every image.
+    """The squares of each image that the backbone runs on, as many in every image."""
 
-    Args:
-        indices: int64, (batch, count), rising; squares are counted row by row over the image.
-        square_size: side in pixels; height and width of the images are multiples of it.
-    """
-
-    indices: Tensor
-    square_size: int
+    indices: Tensor  # int64, (batch, count), rising; counted row by row over the image
+    square_size: int  # side in pixels; height and width of the images are multiples of it
 
 
 @dataclass(frozen=True)
 class SecondTarget:
-    """What a second head restores some of the images to, in training alone.
+    """What a second head restores some of the images to, in training alone."""
 
-    Args:
-        chosen: bool, (batch,); the images that are restored by the second head.
-        target: shape of the clean images, which it equals where an image is not chosen.
-    """
-
-    chosen: Tensor
-    target: Tensor
+    chosen: Tensor  # bool, (batch,)
+    target: Tensor  # of the clean images' shape, which it equals where an image is not chosen
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """Corrupted images, where the loss counts, and what of them the backbone runs on.
+    """Corrupted images, where the loss counts, and what of them the backbone runs on."""
 
-    Args:
-        corrupted: shape, type and device of the clean images.
-        loss_mask: bool, (batch, 1, height, width); True where the loss counts.
-        running: squares that the backbone runs on; None runs it on whole images.
-        second: of the images that are not restored to the clean ones; None if all are.
-    """
+    corrupted: Tensor  # of the clean images' shape, type and device
+    loss_mask: Tensor  # bool, (batch, 1, height, width); True where the loss counts
+    running: RunningSquares | None = None  # None runs the backbone on whole images
+    second: SecondTarget | None = None  # None if all are restored to the clean ones
 
-    corrupted: Tensor
-    loss_mask: Tensor
-    running: RunningSquares | None = None
-    second: SecondTarget | None = None
+    def split(self, sizes: Sequence[int]) -> "list[Corruption]":
+        """The corruption of each part of the batch, of so many images; they add up to all."""
+        running, second = self.running, self.second
+        return [
+            Corruption(
+                self.corrupted[part],
+                self.loss_mask[part],
+                running and RunningSquares(running.indices[part], running.square_size),
+                second and SecondTarget(second.chosen[part], second.target[part]),
+            )
+            for end, size in zip(accumulate(sizes), sizes, strict=True)
+            for part in (slice(end - size, end),)
+        ]
 
 
 class PretextTask(Protocol):
@@ -63,8 +62,7 @@ class PretextTask(Protocol):
         Args:
             clean: floats (batch, channels, height, width), normalised to zero mean and unit
                 deviation per channel over the data set.
-            generator: the only source of randomness, on the images' device. The same state gives
-                the same bits.
+            generator: the only source of randomness, on the images' device.
 
         Raises:
             UserError: images that this task can't corrupt.
@@ -95,3 +93,37 @@ def check_images(images: Tensor) -> None:
 def loss_everywhere(clean: Tensor) -> Tensor:
     """A loss mask, (batch, 1, height, width), that is True at every pixel."""
     return torch.ones_like(clean[:, :1], dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Leaves images clean; the loss counts everywhere, so that restoring them changes nothing.
+
+    There is nothing to learn from it alone: it belongs in a `Mixture`, where it makes clean images
+    points at which the energy is flat, and gives `backfold.restoration.plausibility_loss` its clean
+    images. Not one of the paper's tasks (Wang et al., ICLR 2023).
+    """
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:  # noqa: ARG002
+        """See `PretextTask`."""
+        check_images(clean)
+        return Corruption(clean.clone(), loss_everywhere(clean))
+
+
+def random_order(batch_size: int, length: int, generator: torch.Generator) -> Tensor:
+    """A random order of 0 .. length - 1 for each image: int64, (batch_size, length)."""
+    scores = torch.rand(batch_size, length, generator=generator, device=generator.device)
+    return scores.argsort(dim=1, stable=True)
+
+
+def patch_mask_to_pixels(mask: Tensor, patch_size: int, height: int, width: int) -> Tensor:
+    """A patch mask (batch, rows, columns) as pixels (batch, 1, height, width).
+
+    Patches that reach over the bottom or right edge are cut off there; pixels that no patch covers
+    are False.
+    """
+    pixels = mask.repeat_interleave(patch_size, dim=1).repeat_interleave(patch_size, dim=2)
+    pixels = pixels[:, :height, :width]
+    covering = mask.new_zeros(len(mask), 1, height, width)
+    covering[:, 0, : pixels.shape[1], : pixels.shape[2]] = pixels
+    return covering

@@ -6,10 +6,17 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from backfold.errors import UserError
-from backfold.pretext.corruption import Corruption, RunningSquares, SecondTarget, check_images
-from backfold.pretext.patches import normalise_squares, patch_mask_to_pixels, random_order
+from backfold.pretext.corruption import (
+    Corruption,
+    RunningSquares,
+    SecondTarget,
+    check_images,
+    patch_mask_to_pixels,
+    random_order,
+)
 
 Fill = Literal["zero", "noise", "mean"]
 
@@ -17,6 +24,7 @@ Fill = Literal["zero", "noise", "mean"]
 NUM_RECTANGLES = 64
 SMALLEST_RECTANGLE, LARGEST_RECTANGLE = 1 / 6, 1 / 2
 LARGEST_ASPECT = 3.0
+FLAT = 1e-4  # a variance, in units of the data's: what a square of one colour is divided by
 
 
 @dataclass(frozen=True)
@@ -81,21 +89,35 @@ class Masking:
             )
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
-        """Hide patches of normalised images (batch, channels, height, width)."""
+        """See `PretextTask`."""
         check_images(clean)
-        batch_size, _, height, width = clean.shape
-        rows, columns = self._grid(height, width)
-        order, count = self._draw_order(batch_size, rows, columns, generator)
-        mask = _first_squares(order, count, columns, self.mask_patch_size, height, width)
+        size, (height, width) = self.mask_patch_size, clean.shape[2:]
+        self._check_size(height, width)
+        rows, columns = math.ceil(height / size), math.ceil(width / size)
+        patches = rows * columns
+        count = max(1, min(patches - 1, round(self.mask_ratio * patches)))
+        # Patch indices, (batch, patches), hidden ones first.
+        if self.blocks:
+            order = _block_order(len(clean), rows, columns, count, generator)
+        else:
+            order = random_order(len(clean), patches, generator)
+
+        def first_patches(number: int) -> Tensor:
+            mask = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :number], True)
+            return patch_mask_to_pixels(mask.view(-1, rows, columns), size, height, width)
+
+        mask = first_patches(count)
         corrupted = torch.where(mask, _filling(clean, mask, self.fill, generator), clean)
         second = self._second_target(clean)
         if self.hidden_share == 1:
             return Corruption(corrupted, mask, second=second)
         # Drawn last: the images are those of a hidden_share of 1.
-        order, kept = self._keep_hidden(order, count, generator)
-        mask = _first_squares(order, kept, columns, self.mask_patch_size, height, width)
+        if self.blocks:  # scattered patches lie in a random order already
+            shuffled = order.gather(1, random_order(len(clean), count, generator))
+            order = torch.cat([shuffled, order[:, count:]], dim=1)
+        kept = max(1, round(self.hidden_share * count))
         running = torch.cat([order[:, :kept], order[:, count:]], dim=1).sort(dim=1).values
-        return Corruption(corrupted, mask, RunningSquares(running, self.mask_patch_size), second)
+        return Corruption(corrupted, first_patches(kept), RunningSquares(running, size), second)
 
     def _second_target(self, clean: Tensor) -> SecondTarget | None:
         """Spread evenly over the batch, so that each part of it has its share."""
@@ -106,16 +128,7 @@ class Masking:
         normalised = normalise_squares(clean, self.mask_patch_size)
         return SecondTarget(chosen, torch.where(chosen[:, None, None, None], normalised, clean))
 
-    def draw_mask(
-        self, batch_size: int, height: int, width: int, generator: torch.Generator
-    ) -> Tensor:
-        """Hidden pixels: bool, (batch_size, 1, height, width), True = hidden."""
-        rows, columns = self._grid(height, width)
-        order, count = self._draw_order(batch_size, rows, columns, generator)
-        return _first_squares(order, count, columns, self.mask_patch_size, height, width)
-
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches, those that the image's edges cut off included."""
+    def _check_size(self, height: int, width: int) -> None:
         size = self.mask_patch_size
         if size > min(height, width):
             raise UserError(
@@ -128,37 +141,22 @@ class Masking:
                 f"{height}x{width} pixel image is no multiple of it; give a mask_patch_size that "
                 "divides both sides, or a hidden_share of 1"
             )
-        return math.ceil(height / size), math.ceil(width / size)
-
-    def _draw_order(
-        self, batch_size: int, rows: int, columns: int, generator: torch.Generator
-    ) -> tuple[Tensor, int]:
-        """Patch indices, (batch_size, rows * columns), hidden ones first; how many are hidden."""
-        patches = rows * columns
-        count = max(1, min(patches - 1, round(self.mask_ratio * patches)))
-        if self.blocks:
-            return _block_order(batch_size, rows, columns, count, generator), count
-        return random_order(batch_size, patches, generator), count
-
-    def _keep_hidden(
-        self, order: Tensor, count: int, generator: torch.Generator
-    ) -> tuple[Tensor, int]:
-        """The order with those hidden patches first that the backbone runs on; how many they are.
-
-        Scattered patches lie in a random order already; those of rectangles are shuffled.
-        """
-        if self.blocks:
-            shuffled = order.gather(1, random_order(len(order), count, generator))
-            order = torch.cat([shuffled, order[:, count:]], dim=1)
-        return order, max(1, round(self.hidden_share * count))
 
 
-def _first_squares(
-    order: Tensor, count: int, columns: int, size: int, height: int, width: int
-) -> Tensor:
-    """The first squares of each image's order as a pixel mask, (batch, 1, height, width)."""
-    mask = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :count], True)
-    return patch_mask_to_pixels(mask.view(len(order), -1, columns), size, height, width)
+def normalise_squares(images: Tensor, square_size: int) -> Tensor:
+    """Each square's pixels minus their mean, over their deviation, of all channels together.
+
+    The normalised pixels of masked autoencoders (He et al., CVPR 2022, section 3, "Reconstruction
+    target"). Squares at the bottom and right edges end where the image does.
+    """
+
+    def means(values: Tensor) -> Tensor:
+        pooled = F.avg_pool2d(values, square_size, ceil_mode=True).mean(dim=1, keepdim=True)
+        pixels = pooled.repeat_interleave(square_size, dim=2).repeat_interleave(square_size, dim=3)
+        return pixels[:, :, : images.shape[2], : images.shape[3]]
+
+    centered = images - means(images)
+    return centered / (means(centered.square()) + FLAT).sqrt()
 
 
 def _filling(clean: Tensor, mask: Tensor, fill: Fill, generator: torch.Generator) -> Tensor:
@@ -174,32 +172,23 @@ def _filling(clean: Tensor, mask: Tensor, fill: Fill, generator: torch.Generator
 def _block_order(
     batch_size: int, rows: int, columns: int, count: int, generator: torch.Generator
 ) -> Tensor:
-    """Patch indices in the order in which random rectangles hide them: (batch, rows * columns)."""
-    row_covered, column_covered = _rectangles(batch_size, rows, columns, count, generator)
-    covered = row_covered[:, :, :, None] & column_covered[:, :, None, :]
-    uncovered = torch.ones_like(covered[:, :1])
-    # argmax finds the first rectangle over each patch; the appended one catches the rest.
-    first = torch.cat([covered, uncovered], dim=1).to(torch.uint8).argmax(dim=1)
-    return first.flatten(1).argsort(dim=1, stable=True)
+    """Patch indices in the order in which random rectangles hide them: (batch, rows * columns).
 
-
-def _rectangles(
-    batch_size: int, rows: int, columns: int, count: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Rows (batch, rectangles, rows) and columns (batch, rectangles, columns) of rectangles.
-
-    They may reach over the edges, where they are cut off: so each covers the border as often as
-    the middle.
+    Rectangles may reach over the edges, where they are cut off: so each covers the border as often
+    as the middle.
     """
     area, aspect, place_row, place_column = torch.rand(
         4, batch_size, NUM_RECTANGLES, 1, generator=generator, device=generator.device
     )
     area = count * (SMALLEST_RECTANGLE + (LARGEST_RECTANGLE - SMALLEST_RECTANGLE) * area)
     aspect = LARGEST_ASPECT ** (2 * aspect - 1)
-    return (
-        _interval(rows, place_row, (area * aspect).sqrt()),
-        _interval(columns, place_column, (area / aspect).sqrt()),
-    )
+    row_covered = _interval(rows, place_row, (area * aspect).sqrt())
+    column_covered = _interval(columns, place_column, (area / aspect).sqrt())
+    covered = row_covered[:, :, :, None] & column_covered[:, :, None, :]
+    uncovered = torch.ones_like(covered[:, :1])
+    # argmax finds the first rectangle over each patch; the appended one catches the rest.
+    first = torch.cat([covered, uncovered], dim=1).to(torch.uint8).argmax(dim=1)
+    return first.flatten(1).argsort(dim=1, stable=True)
 
 
 def _interval(length: int, place: Tensor, extent: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from backfold.errors import UserError
-from backfold.pretext.corruption import Corruption, check_images
-from backfold.pretext.patches import patch_mask_to_pixels, patchify, random_order, unpatchify
+from backfold.pretext.corruption import Corruption, check_images, patch_mask_to_pixels, random_order
 
 FARTHEST = 1e18  # between patches; beyond it an image is no longer one
 
@@ -42,7 +41,7 @@ class Sorting:
             raise UserError(f"share is {self.share}; give a share above 0 and up to 1")
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
-        """Displace patches of normalised images (batch, channels, height, width)."""
+        """See `PretextTask`."""
         check_images(clean)
         batch_size, _, height, width = clean.shape
         size = self.sorting_patch_size
@@ -70,21 +69,32 @@ class Sorting:
         return in_place.scatter(1, chosen, chosen.roll(1, dims=1))
 
 
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Whole patches, row by row: (batch, rows * columns, channels, patch_size, patch_size).
+
+    What is left over at the bottom and right edges is not in them.
+    """
+    batch_size, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    whole = images[:, :, : rows * patch_size, : columns * patch_size]
+    grid = whole.reshape(batch_size, channels, rows, patch_size, columns, patch_size)
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, rows: int) -> Tensor:
+    """The inverse of `patchify` for images of this many rows of patches and no remainder."""
+    batch_size, num_patches, *patch_shape = patches.shape
+    grid = patches.reshape(batch_size, rows, num_patches // rows, *patch_shape)
+    return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
 def patches_placed_right(restored: Tensor, clean: Tensor, patch_size: int) -> Tensor:
-    """The share of whole patches that stand at their place in the restored images.
+    """The share of whole patches, (batch,), that stand at their place in the restored images.
 
     The clean image's patches are assigned to the restored image's positions so that the sum of
     squared distances is least. A patch is right at its own position, and at that of a pixelwise
     equal patch, such as another piece of a black background. An image with pixels that are not
     finite, or patches beyond 1e18 from each other, scores 0.
-
-    Args:
-        restored: (batch, channels, height, width).
-        clean: as restored.
-        patch_size: side of the patches in pixels.
-
-    Returns:
-        Shares from 0 to 1, (batch,), on the images' device.
 
     Raises:
         UserError: shapes that differ, or no whole patch in the image.
@@ -100,26 +110,17 @@ def patches_placed_right(restored: Tensor, clean: Tensor, patch_size: int) -> Te
             f"patch_size is {patch_size} for {height}x{width} pixel images; "
             f"give 1 to {min(height, width)}"
         )
-    patches = [patchify(images, patch_size).flatten(2).cpu() for images in (restored, clean)]
-    costs = _squared_distances(*patches)
+    found, patches = (patchify(images, patch_size).flatten(2).cpu() for images in (restored, clean))
+    # In float64, or squares expanded to a matrix product could not tell nearly equal patches apart.
+    centre, fast = patches.double().mean(dim=1, keepdim=True), "use_mm_for_euclid_dist"
+    costs = torch.cdist(found - centre, patches - centre, compute_mode=fast).square()
     # Between equal costs the solver prefers the order given, which would flatter a bad restoration.
     order = torch.randperm(costs.shape[1], generator=torch.Generator().manual_seed(0))
     sane = costs.flatten(1).amax(dim=1) < FARTHEST**2  # false for what is not finite
     shares = torch.zeros(len(clean))
     for image in sane.nonzero().squeeze(1).tolist():
         _, columns = linear_sum_assignment(costs[image, order].numpy())
-        target = patches[1][image]
+        target = patches[image]
         placed_right = (target[torch.from_numpy(columns)] == target[order]).all(dim=1)
         shares[image] = placed_right.float().mean()
     return shares.to(clean.device)
-
-
-def _squared_distances(first: Tensor, second: Tensor) -> Tensor:
-    """Between all patches of each image, (batch, patches, patches), from (batch, patches, values).
-
-    In float64, or the expanded square could not tell nearly equal patches apart.
-    """
-    centre = second.double().mean(dim=1, keepdim=True)
-    left, right = first.double() - centre, second.double() - centre
-    squares = left.square().sum(dim=2)[:, :, None] + right.square().sum(dim=2)[:, None]
-    return squares.baddbmm(left, right.mT, alpha=-2)

@@ -195,21 +195,21 @@ def _drawing(x_label: str, y_label: str) -> Iterator[tuple[Axes, Callable[[], st
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
         axes = figure.add_subplot(xlabel=_plain(x_label), ylabel=_plain(y_label))
         axes.grid(axis="y")
-        yield axes, lambda: _finished(figure, axes)
+
+        def finish() -> str:
+            handles, labels = axes.get_legend_handles_labels()
+            if labels:
+                further_lines = (len(labels) - 1) // LEGEND_COLUMNS
+                figure.set_figheight(SIZE_INCHES[1] + LEGEND_LINE_INCHES * further_lines)
+                names = [_plain(label) for label in labels]
+                figure.legend(handles, names, loc="outside upper left", ncols=LEGEND_COLUMNS)
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+            return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+        yield axes, finish
 
 
 def _plain(text: str) -> str:
     # Names come from files: dollars would begin a formula, control characters break the SVG.
     return "".join(filter(str.isprintable, text)).replace("$", r"\$")
-
-
-def _finished(figure: Figure, axes: Axes) -> str:
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        further_lines = (len(labels) - 1) // LEGEND_COLUMNS
-        figure.set_figheight(SIZE_INCHES[1] + LEGEND_LINE_INCHES * further_lines)
-        names = [_plain(label) for label in labels]
-        figure.legend(handles, names, loc="outside upper left", ncols=LEGEND_COLUMNS)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

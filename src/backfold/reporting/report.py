@@ -19,14 +19,17 @@ from PIL import Image
 from backfold.errors import UserError
 from backfold.evaluation.evaluate import PROTOCOLS
 from backfold.evaluation.results import Row, Table, read_rows, tables_of
+from backfold.files import write_atomically
 from backfold.reporting import verdicts
 from backfold.reporting.plots import plot_curves, plot_energies, plot_rows
 from backfold.reporting.verdicts import Look, Series, psnr_gains, show
-from backfold.training.run_folder import RunFolder, write_atomically
+from backfold.training.run import RunFolder
 
 Content = TypeVar("Content")
 PREVIEW_NAME = re.compile(r"step-(\d{1,18})-(.+)\.png")
 SIGNS = {"good": "✓ good", "watch": "! watch", "bad": "✕ bad", "unknown": f"? {verdicts.ABSENT}"}
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
+          RecursionError, csv.Error)  # fmt: skip
 WHOSE = 3  # a note on more rows than these does not say on which
 TEMPLATES = Environment(
     loader=PackageLoader("backfold", "reporting"), autoescape=True, undefined=StrictUndefined
@@ -36,12 +39,8 @@ TEMPLATES = Environment(
 def write_report(run_folder: Path, out: Path | None = None) -> Path:
     """Write the report of a run, whole or not at all, and return its path.
 
-    Args:
-        run_folder: what training left; parts of it may be missing, and the report says which.
-        out: the HTML file; by default ``report.html`` in the run's folder.
-
-    Raises:
-        UserError: no run's folder, a broken file in it, or a place that can't be written.
+    Parts of the folder may be missing, and the report says which. ``out`` is ``report.html`` in it
+    by default. No run's folder, or a broken file in it, raises a `UserError`.
     """
     path = out or run_folder / "report.html"
     write_atomically(path, _render(RunFolder(run_folder)).encode())
@@ -60,15 +59,14 @@ def _render(folder: RunFolder) -> str:
     metrics = _read(folder.metrics, "", _columns)
     looks, energies = _read(folder.health, "{}", _health)
     path = folder.evaluation
-    rows = _read(path, "[]", lambda text: [] if text == "[]" else read_rows(path))
+    rows = _read(path, "", lambda _: read_rows(path) if path.exists() else [])
     previews = _previews(folder.previews)
     look = looks[-1] if looks else {"tasks": {}}
     measures = verdicts.measure_health(looks, metrics, held_out)
-    paid = verdicts.payoff(rows)
+    paid, health = verdicts.payoff(rows), verdicts.health_verdict(measures, psnr_gains(look))
     evaluate = f"backfold evaluate --checkpoint {shlex.quote(str(folder.root))}"
     if paid.state == "unknown":
         paid = paid._replace(sentences=(f"Evaluate it: {evaluate}",))
-    health = verdicts.health_verdict(measures, psnr_gains(look))
     missing = {
         f"{left:,.0f} steps of training": left > 0,
         folder.metrics.name: not metrics,
@@ -98,10 +96,7 @@ def _read(path: Path, missing: str, build: Callable[[str], Content]) -> Content:
     """What a file's text builds, or that of a missing one; an error becomes one line."""
     try:
         return build(path.read_text(encoding="utf-8") if path.exists() else missing)
-    except (
-        OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
-        RecursionError, csv.Error,
-    ) as error:  # fmt: skip
+    except BROKEN as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{path} is not as backfold writes it ({type(error).__name__}: {reason}); restore or "
@@ -142,11 +137,14 @@ def _columns(text: str) -> dict[str, Series]:
 
 def _health(text: str) -> tuple[list[Look], dict[str, dict[str, Series]]]:
     """Of looks at the same step, as a resumed run leaves them, the last one counts."""
-    content = json.loads(text)
-    looks = {}
+
+    def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+        return {name: float(value) for name, value in values.items() if value is not None}
+
+    content, looks = json.loads(text), {}
     for entry in content.get("history", []):
-        tasks = {task: _numbers(row) for task, row in entry.pop("tasks", {}).items()}
-        looks[entry["step"]] = _numbers(entry) | {"tasks": tasks}
+        tasks = {task: numbers(row) for task, row in entry.pop("tasks", {}).items()}
+        looks[entry["step"]] = numbers(entry) | {"tasks": tasks}
     energies = {
         task: {
             name: np.array([math.nan if x is None else float(x) for x in found[name]])
@@ -155,10 +153,6 @@ def _health(text: str) -> tuple[list[Look], dict[str, dict[str, Series]]]:
         for task, found in content.get("energies", {}).items()
     }
     return [looks[step] for step in sorted(looks)], energies
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def _previews(folder: Path) -> dict[str, dict[str, Any] | None]:

@@ -72,14 +72,11 @@ def psnr_gains(look: Look, over: str = "corrupted") -> dict[str, float]:
 def measure_health(
     looks: Sequence[Look], metrics: Mapping[str, Series], held_out: float
 ) -> list[Measure]:
-    """All measures of the looks, by step, at so many images, and of the columns of metrics.csv.
-
-    Those that the run has no numbers for are in the state "unknown".
-    """
+    """Of the looks, by step, at so many images, and of metrics.csv; "unknown" without numbers."""
     look = looks[-1] if looks else {"tasks": {}}
     aurocs = {task: row["auroc"] for task, row in look["tasks"].items() if "auroc" in row}
     gain, fill = (_mean(psnr_gains(look, over)) for over in ("corrupted", "mean_fill"))
-    loss, norm, wait = (_ends(metrics, name) for name in ("loss", "gradient_norm", "data_wait"))
+    columns = _of_columns(metrics)
     chance = f"above {AUROC_CHANCE}, which is chance, for every task; clear from {AUROC_GOOD}"
     rank = f"{RANK_SHARE_GOOD:.0%} of the largest possible; collapsed at {RANK_SHARE_WATCH:.0%}"
     steady = f"always finite, at the end no more than {GRADIENT_NORM_GROWTH:g} times its median"
@@ -88,9 +85,9 @@ def measure_health(
         ("Restoration against the mean fill", "above 0 dB for every task", fill),
         ("Energy tells corrupted from clean (AUROC)", chance, _mean(aurocs, is_gain=False)),
         ("Effective rank of the embeddings (RankMe)", rank, _rank(look, held_out)),
-        ("Training loss", "finite, lower at the end than at the beginning", loss and _loss(*loss)),
-        ("Gradient norm", steady, norm and _gradient_norm(*norm)),
-        ("Waiting for images", f"up to {DATA_WAIT_GOOD:.0%} of the time", wait and _wait(*wait)),
+        ("Training loss", "finite, lower at the end than at the beginning", columns.get("loss")),
+        ("Gradient norm", steady, columns.get("gradient_norm")),
+        ("Waiting for images", f"up to {DATA_WAIT_GOOD:.0%} of the time", columns.get("data_wait")),
         ("kNN accuracy on held-out images", "rising, as long as training goes on", _knn(looks)),
     ]
     return [Measure(name, good, *(found or (ABSENT, "unknown"))) for name, good, found in table]
@@ -125,30 +122,29 @@ def _rank(look: Look, images: float) -> Found | None:
     return f"{show(rank, '.1f')} of {largest:,.0f}", state, note
 
 
-def _ends(metrics: Mapping[str, Series], name: str) -> tuple[float, float, float] | None:
-    """Medians of the first tenth, of all and of the last tenth; NaN where one is not finite."""
-    values = metrics.get(name, np.array([]))
-    if len(values) < 2:
-        return None
-    end = max(1, int(ENDS_SHARE * len(values)))
-    known = values if np.isfinite(values).all() else np.full_like(values, np.nan)
-    return float(np.median(known[:end])), float(np.median(known)), float(np.median(known[-end:]))
-
-
-def _loss(first: float, _: float, last: float) -> Found:
-    state = _state(float(np.sign(first - last)), -2, 1)
-    return f"{show(first)} to {show(last)}", state, "medians of the first and the last tenth"
-
-
-def _gradient_norm(_: float, median: float, last: float) -> Found:
-    state = _state(-last, -math.inf, -GRADIENT_NORM_GROWTH * median)
-    return f"{show(last)} at the end", state, f"median {show(median)}"
-
-
-def _wait(_: float, median: float, _last: float) -> Found:
-    state = _state(-median, -DATA_WAIT_WATCH, -DATA_WAIT_GOOD)
-    note = "" if state == "good" else "more workers or smaller image files help"
-    return f"{show(100 * median, '.1f', '%')} (median)", state, note
+def _of_columns(metrics: Mapping[str, Series]) -> dict[str, Found]:
+    """By column, from the medians of its first tenth, of all and of its last tenth."""
+    found: dict[str, Found] = {}
+    for name in ("loss", "gradient_norm", "data_wait"):
+        values = metrics.get(name, np.array([]))
+        if len(values) < 2:
+            continue
+        end = max(1, int(ENDS_SHARE * len(values)))
+        known = values if np.isfinite(values).all() else np.full_like(values, np.nan)
+        ends = (known[:end], known, known[-end:])
+        first, median, last = (float(np.median(part)) for part in ends)
+        if name == "loss":
+            state = _state(float(np.sign(first - last)), -2, 1)
+            note = "medians of the first and the last tenth"
+            found[name] = f"{show(first)} to {show(last)}", state, note
+        elif name == "gradient_norm":
+            state = _state(-last, -math.inf, -GRADIENT_NORM_GROWTH * median)
+            found[name] = f"{show(last)} at the end", state, f"median {show(median)}"
+        else:
+            state = _state(-median, -DATA_WAIT_WATCH, -DATA_WAIT_GOOD)
+            note = "" if state == "good" else "more workers or smaller image files help"
+            found[name] = f"{show(100 * median, '.1f', '%')} (median)", state, note
+    return found
 
 
 def _knn(looks: Sequence[Look]) -> Found:

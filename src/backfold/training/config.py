@@ -1,14 +1,19 @@
 """The settings of a pretraining run, and what can be said about them before it starts."""
 
 import difflib
+import json
 import math
-from dataclasses import dataclass, field, replace
+from argparse import ArgumentError
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse import ArgumentParser
+
 from backfold.backbone import ImageSize
-from backfold.data.arrays import MAX_PIXELS
 from backfold.data.augmentation import Augmentation
+from backfold.data.decode import MAX_PIXELS
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
 from backfold.pretext import (
@@ -28,9 +33,7 @@ from backfold.training.optimizer import OptimizerSettings
 TASK_NAMES = ("masking", "sorting", "superresolution", "denoising", "colorization")
 IN_MEMORY = " in memory"  # ends what stands in the place of data that have no path
 MIXTURE, IDENTITY = "mixture", "identity"
-POSITIVE = (
-    "num_steps", "step_size", "batch_size", "epochs", "watch_every", "held_out",
-)  # fmt: skip
+POSITIVE = ("num_steps", "step_size", "batch_size", "epochs", "watch_every", "held_out")
 COUNTS = (
     "max_steps", "micro_batch", "prefetch", "keep_checkpoints", "max_pixels", "stream_images",
     "num_nodes",
@@ -179,16 +182,21 @@ class PretrainConfig:
                 raise UserError(f"{name} is {value}; give 1 or more, or leave it out")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; give 0 or more")
-        task_names(self)
         self._check_plausibility()
-        self._check_second_head()
+        share = self.tasks.masking.normalised_share
+        for name, usual in (("derivative", "exact"), ("plausibility_weight", 0.0)):
+            if has_second_head(self) and getattr(self, name) != usual:
+                raise UserError(
+                    f"tasks.masking.normalised_share is {share:g}, for which {name} must be "
+                    f"{usual}; set one of the two back"
+                )
         parse_image_size(self.image_size)
 
     def _check_plausibility(self) -> None:
-        weight = self.plausibility_weight
+        weight, names = self.plausibility_weight, task_names(self)
         if not 0 <= weight < math.inf:
             raise UserError(f"plausibility_weight is {weight:g}; give 0 or more")
-        if weight and IDENTITY not in task_names(self):
+        if weight and IDENTITY not in names:
             raise UserError(
                 f"plausibility_weight is {weight:g}, which needs clean images beside corrupted "
                 "ones; use the mixture with identity, such as --pretext mixture "
@@ -206,16 +214,25 @@ class PretrainConfig:
                 "from corrupted images before the first step alone; set it to 0, or num_steps to 1"
             )
 
-    def _check_second_head(self) -> None:
-        if not has_second_head(self):
-            return
-        share = self.tasks.masking.normalised_share
-        for name, usual in (("derivative", "exact"), ("plausibility_weight", 0.0)):
-            if getattr(self, name) != usual:
-                raise UserError(
-                    f"tasks.masking.normalised_share is {share:g}, for which {name} must be "
-                    f"{usual}; set one of the two back"
-                )
+
+def config_to_dict(config: PretrainConfig) -> dict[str, Any]:
+    """Nested mappings, lists, strings and numbers; `config_from_dict` is the inverse."""
+    return dict(json.loads(json.dumps(asdict(config), default=str)))  # paths as text
+
+
+def config_from_dict(values: Mapping[str, Any]) -> PretrainConfig:
+    """Check and convert every value.
+
+    Raises:
+        UserError: an unknown key or a value of another type; both are named.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PretrainConfig)
+    try:
+        checked = parser.instantiate(parser.parse_object(dict(values)))
+    except ArgumentError as error:
+        raise UserError(f"bad settings: {' '.join(str(error).split())}") from error
+    return PretrainConfig(**vars(checked))
 
 
 def has_second_head(config: PretrainConfig) -> bool:
@@ -225,8 +242,7 @@ def has_second_head(config: PretrainConfig) -> bool:
 
 def doubtful_settings(config: PretrainConfig) -> list[str]:
     """A line for each setting that the others make idle, and for what is known to do harm."""
-    lines = []
-    tasks, names = config.tasks, task_names(config)
+    tasks, names, lines = config.tasks, task_names(config), []
     if names == ("denoising",) and tasks.denoising.octaves == 1:
         lines.append(
             "denoising noise of single pixels alone makes features worse than untrained ones, as "
@@ -235,10 +251,9 @@ def doubtful_settings(config: PretrainConfig) -> list[str]:
         )
     if tasks.excerpt.share == 1 and tasks.excerpt != ExcerptSettings():
         lines.append("tasks.excerpt.excerpt_patch_size has no effect with a share of 1")
-    if config.tasks.masking.hidden_share < 1 and "masking" not in task_names(config):
-        lines.append("tasks.masking.hidden_share has no effect without the masking task")
-    if config.tasks.masking.normalised_share > 0 and not has_second_head(config):
-        lines.append("tasks.masking.normalised_share has no effect without the masking task")
+    for name, usual in (("hidden_share", 1.0), ("normalised_share", 0.0)):
+        if getattr(tasks.masking, name) != usual and "masking" not in names:
+            lines.append(f"tasks.masking.{name} has no effect without the masking task")
     if config.compile is True and config.derivative != "exact":
         lines.append("compile has no effect on the finite-difference step, which runs eagerly")
     if config.num_workers == 0 and config.prefetch is not None:
@@ -305,13 +320,13 @@ def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]
 
 def watched_tasks(tasks: dict[str, PretextTask]) -> dict[str, PretextTask]:
     """The tasks that corrupt, with the backbone on whole images and all of them to restore."""
-
-    def whole(task: PretextTask) -> PretextTask:
-        if not isinstance(task, Masking):
-            return task
-        return replace(task, hidden_share=1.0, normalised_share=0.0)
-
-    return {name: whole(task) for name, task in tasks.items() if not isinstance(task, Identity)}
+    return {
+        name: replace(task, hidden_share=1.0, normalised_share=0.0)
+        if isinstance(task, Masking)
+        else task
+        for name, task in tasks.items()
+        if not isinstance(task, Identity)
+    }
 
 
 def combine_tasks(config: PretrainConfig, tasks: dict[str, PretextTask]) -> PretextTask:

@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
-from backfold.restoration import EnergyFn, training_step
+from backfold.restoration import training_step
 
 LARGEST_WARMUP_SHARE = 1 / 3
 
@@ -60,20 +60,18 @@ def freeze_unreachable(
         plausibility_weight: above 0 the energy itself is trained, which reaches the last bias.
     """
     mask, clean = torch.ones_like(images[:, :1], dtype=torch.bool), torch.zeros_like(images)
-    energy_fn: EnergyFn = energy
+    second = None
     if energy.second_head is not None:
-        energy_fn = partial(energy, second=torch.arange(len(images), device=images.device) > 0)
-    loss, _, _ = training_step(
-        energy_fn, images, clean, mask, plausibility_weight=plausibility_weight
-    )
+        second = torch.arange(len(images), device=images.device) > 0
+    energy_fn = partial(energy, second=second)
+    loss, _, _ = training_step(energy_fn, images, clean, mask, 1.0, plausibility_weight)
     named = list(energy.named_parameters())
     gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
-    frozen: list[str] = []
-    for (name, parameter), gradient in zip(named, gradients, strict=True):
-        if cast(Tensor | None, gradient) is None:
-            parameter.requires_grad_(False)
-            frozen.append(name)
-    return frozen
+    found = cast(tuple[Tensor | None, ...], gradients)
+    frozen = {n: p for (n, p), grad in zip(named, found, strict=True) if grad is None}
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    return list(frozen)
 
 
 def build_optimizer(
@@ -81,17 +79,11 @@ def build_optimizer(
 ) -> AdamW:
     """AdamW over the trainable parameters; norms, biases and the linear head do not decay.
 
-    Args:
-        module: what is trained.
-        settings: learning rate, decay, betas.
-        batch_size: the global batch, by which base_lr is scaled (lr = base_lr x batch / 256).
-        fused: in one kernel.
+    The learning rate is base_lr x batch / 256 for the global batch; ``fused`` is in one kernel.
     """
-    named_by_timm = getattr(getattr(module, "backbone", None), "no_weight_decay", set)
-    exempt: set[str] = named_by_timm()
-    groups = param_groups_weight_decay(
-        module, settings.weight_decay, no_weight_decay_list=[f"backbone.{name}" for name in exempt]
-    )
+    by_timm = getattr(getattr(module, "backbone", None), "no_weight_decay", set)
+    exempt = [f"backbone.{name}" for name in by_timm()]
+    groups = param_groups_weight_decay(module, settings.weight_decay, no_weight_decay_list=exempt)
     lr = settings.base_lr * batch_size / 256
     return AdamW(groups, lr=lr, betas=settings.betas, fused=fused or None)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,7 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 from backfold.data.augmentation import ImageSize
 from backfold.data.decode import to_channels
 from backfold.data.files import expand_pattern, find_files, is_pattern
-from backfold.data.formats import ParquetSource, encoded_column, read_parquet
+from backfold.data.formats import ParquetSource
 from backfold.data.loading import LoadingError, batch_loader, stack_images, watched
 from backfold.data.source import stratified_split
 from backfold.errors import BrokenImage, UserError
@@ -35,18 +34,20 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class MaskedSource:
-    """Images and masks of all rows, masks still encoded; ``indices`` are the rows of this part."""
+    """Images and masks of all rows, still encoded; ``indices`` are the rows of this part."""
 
     images: ParquetSource
-    masks: pa.ChunkedArray
+    masks: ParquetSource
     indices: NDArray[np.int64]
 
-    def read(self, row: int, channels: int) -> tuple[Tensor, Tensor]:
-        """An image (channels, height, width) and its class ids (height, width), int64.
+    @classmethod
+    def open(cls, files: list[Path]) -> "MaskedSource":
+        """All rows of the files."""
+        masks = ParquetSource(files, labelled=False, column="mask", remedy=REMEDY)
+        return cls(ParquetSource(files, labelled=False), masks, np.arange(len(masks)))
 
-        Raises:
-            LoadingError: a broken image or mask, or one larger than the other.
-        """
+    def read(self, row: int, channels: int) -> tuple[Tensor, Tensor]:
+        """An image (channels, height, width) and its class ids (height, width), int64."""
         index = int(self.indices[row])
         where = self.images.describe(index)
         try:
@@ -54,12 +55,11 @@ class MaskedSource:
         except (BrokenImage, UserError) as error:
             raise LoadingError(f"{where}: {error}; mend or remove this row") from error
         try:
-            with Image.open(
-                io.BytesIO(self.masks[index].as_py() or b""), formats=["PNG"]
-            ) as picture:
+            content = io.BytesIO(self.masks.content(index))
+            with Image.open(content, formats=["PNG"]) as picture:
                 # A palette's colours are for the eye: its indices are the ids.
                 mask = np.array(picture)
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, BrokenImage) as error:
             raise LoadingError(f"{where}: its mask is no PNG; mend or remove this row") from error
         if mask.ndim != 2:
             raise LoadingError(
@@ -78,13 +78,10 @@ class MaskedImages:
     """A source at one size: images stretched (bilinear), masks by their nearest pixel.
 
     Few stay in memory, others are decoded by so many processes when they are asked for.
-
-    Attributes:
-        pixels: of each id that occurs, how many pixels it has.
-        class_ids: the ids of the classes, rising; `load_masked` sets them.
     """
 
-    class_ids: tuple[int, ...] = ()
+    pixels: Counter[int]  # of each id that occurs, how many
+    class_ids: tuple[int, ...] = ()  # of the classes, rising; `load_masked` sets them
 
     def __init__(
         self, source: MaskedSource, image_size: ImageSize, channels: int, num_workers: int
@@ -92,9 +89,8 @@ class MaskedImages:
         self._source, self._image_size, self._channels = source, image_size, channels
         self._num_workers = num_workers
         self._kept: list[tuple[Tensor, Tensor]] = []
-        self.pixels: Counter[int] = Counter()
-        loaded: list[tuple[Tensor, Tensor]] = []
-        size = 0
+        self.pixels = Counter()
+        loaded, size = self._kept.copy(), 0
         for images, ids in self._loaded(torch.arange(len(self)).split(BATCH_SIZE)):
             values, counts = ids.unique(return_counts=True)
             self.pixels.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
@@ -108,7 +104,6 @@ class MaskedImages:
         return len(self._source.indices)
 
     def __getitem__(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images as in `batches`, and ids (batch, height, width), int32."""
         pairs = [self._kept[place] if self._kept else self._decode(place) for place in places]
         return stack_images([image for image, _ in pairs]), torch.stack([ids for _, ids in pairs])
 
@@ -128,9 +123,8 @@ class MaskedImages:
 
     def _loaded(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         num_workers = 0 if self._kept else self._num_workers
-        return watched(
-            batch_loader(cast(Any, self), [part.tolist() for part in indices], num_workers)
-        )
+        places = [part.tolist() for part in indices]
+        return watched(batch_loader(cast(Any, self), places, num_workers))
 
     def _decode(self, place: int) -> tuple[Tensor, Tensor]:
         image, mask = self._source.read(place, self._channels)
@@ -164,8 +158,8 @@ def open_masked(data: Path | str | None, seed: int = 0) -> tuple[MaskedSource, M
         for start in ("train", "test", "val")
     )
     if train and (test or validation):
-        return _open(train), _open(test or validation)
-    whole = _open(list(files))
+        return MaskedSource.open(train), MaskedSource.open(test or validation)
+    whole = MaskedSource.open(list(files))
     training, kept = stratified_split(len(whole.indices), TEST_SHARE, seed)
     return replace(whole, indices=training), replace(whole, indices=kept)
 
@@ -184,17 +178,17 @@ def load_masked(
     limit: int | None = None,
     num_workers: int = 0,
 ) -> list[MaskedImages]:
-    """At most ``limit`` images of each part, with the classes of all parts, ``void`` left out.
+    """At most ``limit`` images of each part, evenly spread, with the classes of all parts.
 
     Raises:
-        UserError: fewer than 2 or more than 255 classes, a part of nothing but void, or what
-            reading raises.
+        UserError: fewer than 2 or more than 255 classes beside ``void``, a part of nothing else, or
+            what reading raises.
     """
-    limited = [
-        replace(each, indices=each.indices[spread(len(each.indices), limit).numpy()])
-        for each in sources
-    ]
-    parts = [MaskedImages(source, image_size, channels, num_workers) for source in limited]
+    parts = []
+    for source in sources:
+        kept = spread(len(source.indices), limit).numpy()
+        chosen = replace(source, indices=source.indices[kept])
+        parts.append(MaskedImages(chosen, image_size, channels, num_workers))
     classes = sorted({value for part in parts for value in part.pixels} - {void})
     if not 2 <= len(classes) <= VOID:
         raise UserError(
@@ -209,12 +203,3 @@ def load_masked(
                 "classes"
             )
     return parts
-
-
-def _open(files: list[Path]) -> MaskedSource:
-    columns = [
-        encoded_column(read_parquet(file, ("mask",), REMEDY), "mask", file) for file in files
-    ]
-    masks = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
-    images = ParquetSource(files, labelled=False)
-    return MaskedSource(images, masks, np.arange(len(images)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from backfold.data.segmentation import VOID, load_masked, open_masked
+from backfold.data.masks import VOID, load_masked, open_masked
 from backfold.errors import UserError
 
 # From Python 3.12 on, forking a process with threads warns; loaders fork their workers.
@@ -69,7 +69,7 @@ def test_parts_keep_pixels_and_name_classes_by_position(tmp_path):
 def test_many_images_are_decoded_as_few_are(tmp_path, monkeypatch):
     pairs = write(tmp_path / "train.parquet", range(5))
     write(tmp_path / "test.parquet", [9])
-    monkeypatch.setattr("backfold.data.segmentation.KEPT_BYTES", 0)
+    monkeypatch.setattr("backfold.data.masks.KEPT_BYTES", 0)
     train, _ = load(tmp_path, limit=3, num_workers=2)
     check(train, pairs[::2])  # spread over the part
     assert sum(train.pixels.values()) == 3 * SIZE[0] * SIZE[1]

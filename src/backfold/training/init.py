@@ -13,7 +13,7 @@ from timm.models import adapt_input_conv, load_pretrained, load_state_dict
 from torch import Tensor, nn
 
 from backfold.errors import UserError
-from backfold.training.run_folder import RunFolder
+from backfold.training.run import RunFolder
 
 LOGGER = logging.getLogger("backfold")
 TIMM = "timm"
@@ -22,6 +22,7 @@ NAMES_SHOWN = 4
 # What others put before timm's names: our checkpoints, transformers' wrapper of timm models.
 PREFIXES = ("backbone.", "timm_model.")
 FOLDER_FILES = ("backbone.safetensors", "model.safetensors", "checkpoints/last.ckpt")
+CLASSIFIER = re.compile(r"(head|head_dist|fc|classifier|last_linear)\.")
 
 Weights = dict[str, Tensor]
 
@@ -42,29 +43,41 @@ def initialise(backbone: nn.Module, path: Path | str) -> None:
         UserError: no such file, a file with more than tensors in it, or weights of another model:
             less than half of the backbone's would come from the file.
     """
-    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     if str(path) == TIMM:
         _load_from_timm(backbone)
         LOGGER.info("initialised with timm's pretrained weights")
         return
-    weights = _without_prefix(read_weights(Path(path)))
-    weights = _resampled(backbone, weights, path)
+    own = backbone.state_dict()
+    weights = read_weights(Path(path))
+    for prefix in PREFIXES:
+        if any(name.startswith(prefix) for name in weights):
+            inner = weights.items()
+            weights = {n.removeprefix(prefix): t for n, t in inner if n.startswith(prefix)}
+            break
+    # As timm itself converts checkpoints of this family: names, positions, patch kernels.
+    convert = _filter(backbone)
+    if convert is not None:
+        try:
+            weights = convert(weights, backbone)
+        except Exception as error:
+            # Each family's filter has its own expectations of what a checkpoint holds.
+            raise UserError(
+                f"timm can't fit {path} to {type(backbone).__name__}: {_first_line(error)}; give "
+                "weights of the same timm model"
+            ) from error
     _adapt_channels(backbone, weights)
-    fitting = {
-        name: tensor
-        for name, tensor in weights.items()
-        if name in before and tensor.shape == before[name].shape
-    }
-    share = _count(fitting, backbone) / max(1, _count(before, backbone))
-    missing = sorted(before.keys() - fitting.keys())
-    unused = sorted(name for name in weights.keys() - fitting.keys() if not _is_classifier(name))
+    fitting = {n: t for n, t in weights.items() if n in own and t.shape == own[n].shape}
+    missing = sorted(own.keys() - fitting.keys())
+    trained = {name: parameter.numel() for name, parameter in backbone.named_parameters()}
+    share = sum(trained.get(name, 0) for name in fitting) / max(1, sum(trained.values()))
     if share < LEAST_SHARE:
         raise UserError(
             f"{path} has {share:.0%} of the backbone's weights ({_named('missing', missing)}; "
             f"{_named('in the file', sorted(weights))}); give weights of the same timm model"
         )
-    backbone.load_state_dict(fitting, strict=False)
+    unused = sorted(n for n in weights.keys() - fitting.keys() if not CLASSIFIER.match(n))
     details = [_named("kept random", missing), _named("not used", unused)]
+    backbone.load_state_dict(fitting, strict=False)
     LOGGER.info(
         "initialised with %.1f %% of the weights from %s%s",
         100 * share,
@@ -79,7 +92,17 @@ def read_weights(path: Path) -> Weights:
     Raises:
         UserError: nothing there, a damaged file, or one with other objects in it.
     """
-    path = _file_in(path)
+    if not path.exists():
+        raise UserError(
+            f"there is no {path} to start from; give a file, a run's folder, or {TIMM!r}"
+        )
+    if path.is_dir():
+        found = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+        if found is None:
+            raise UserError(f"{path} holds none of {', '.join(FOLDER_FILES)}; give a file")
+        if found == RunFolder(path).last_checkpoint:
+            LOGGER.warning("%s is not finished: its last checkpoint is taken", path)
+        path = found
     if path.suffix.lower() in (".npz", ".npy"):
         raise UserError(f"{path} is a NumPy archive; give a safetensors or torch file")
     try:
@@ -102,45 +125,6 @@ def read_weights(path: Path) -> Weights:
     raise UserError(f"{path} holds no named tensors; give a state_dict")
 
 
-def _file_in(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(
-            f"there is no {path} to start from; give a file, a run's folder, or {TIMM!r}"
-        )
-    if path.is_file():
-        return path
-    found = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
-    if found is None:
-        raise UserError(f"{path} holds none of {', '.join(FOLDER_FILES)}; give a file")
-    if found == RunFolder(path).last_checkpoint:
-        LOGGER.warning("%s is not finished: its last checkpoint is taken", path)
-    return found
-
-
-def _without_prefix(weights: Weights) -> Weights:
-    for prefix in PREFIXES:
-        inner = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        if inner:
-            return {name.removeprefix(prefix): tensor for name, tensor in inner.items()}
-    return weights
-
-
-def _resampled(backbone: nn.Module, weights: Weights, path: Path | str) -> Weights:
-    """As timm itself converts checkpoints of this family: names, positions, patch kernels."""
-    convert = _filter(backbone)
-    if convert is None:
-        return weights
-    try:
-        converted: Weights = convert(weights, backbone)
-    except Exception as error:
-        # Each family's filter has its own expectations of what a checkpoint holds.
-        raise UserError(
-            f"timm can't fit {path} to {type(backbone).__name__}: {_first_line(error)}; give "
-            "weights of the same timm model"
-        ) from error
-    return converted
-
-
 def _filter(backbone: nn.Module) -> Callable[..., Any] | None:
     module = sys.modules[type(backbone).__module__]
     return getattr(module, "checkpoint_filter_fn", None)
@@ -155,25 +139,19 @@ def _adapt_channels(backbone: nn.Module, weights: Weights) -> None:
             continue
         wanted = backbone.get_submodule(layer).weight
         assert isinstance(wanted, Tensor)
-        have = weights[name]
-        if have.shape[1] == wanted.shape[1] or have.shape[2:] != wanted.shape[2:]:
+        kernel, channels = weights[name], wanted.shape[1]
+        have = kernel.shape[1]
+        if have == channels or kernel.shape[2:] != wanted.shape[2:]:
             continue
-        weights[name] = _with_channels(have, wanted.shape[1])
-
-
-def _with_channels(kernel: Tensor, channels: int) -> Tensor:
-    """A first convolution's kernel (features, channels, height, width) for other channels."""
-    have = kernel.shape[1]
-    if have == 1:
-        # As much in all as before, whatever share of it each channel has.
-        return kernel.expand(-1, channels, -1, -1) / channels
-    if have == 3:
-        adapted: Tensor = adapt_input_conv(channels, kernel)
-        return adapted
-    raise UserError(
-        f"the weights are for {have} channels, and the images have {channels}; only weights for 1 "
-        "or 3 channels can be adapted: leave --init out, or set --channels"
-    )
+        if have not in (1, 3):
+            raise UserError(
+                f"the weights are for {have} channels, and the images have {channels}; only "
+                "weights for 1 or 3 channels can be adapted: leave --init out, or set --channels"
+            )
+        if have == 3:
+            weights[name] = adapt_input_conv(channels, kernel)
+        else:  # as much in all as before, whatever share of it each channel has
+            weights[name] = kernel.expand(-1, channels, -1, -1) / channels
 
 
 def _load_from_timm(backbone: nn.Module) -> None:
@@ -181,12 +159,13 @@ def _load_from_timm(backbone: nn.Module) -> None:
     name = config.get("architecture", type(backbone).__name__)
     if not any(config.get(key) for key in ("hf_hub_id", "url", "file", "state_dict")):
         raise UserError(f"timm has no pretrained weights for {name!r}; give --init a file")
+    convolutions = (part for part in backbone.modules() if isinstance(part, nn.Conv2d))
     try:
         load_pretrained(
             backbone,
             pretrained_cfg=config,
             num_classes=0,
-            in_chans=_channels(backbone),
+            in_chans=next((convolution.in_channels for convolution in convolutions), 3),
             filter_fn=_filter(backbone),
             strict=False,
         )
@@ -195,21 +174,6 @@ def _load_from_timm(backbone: nn.Module) -> None:
             f"timm's weights for {name!r} can't be had: {_first_line(error)}; give --init a file, "
             "and no backbone options that change the layers"
         ) from error
-
-
-def _channels(backbone: nn.Module) -> int:
-    convolutions = (part for part in backbone.modules() if isinstance(part, nn.Conv2d))
-    return next((convolution.in_channels for convolution in convolutions), 3)
-
-
-def _is_classifier(name: str) -> bool:
-    return re.match(r"(head|head_dist|fc|classifier|last_linear)\.", name) is not None
-
-
-def _count(tensors: Mapping[str, Tensor], backbone: nn.Module) -> int:
-    """How many trained numbers are among these."""
-    trained = {name for name, _ in backbone.named_parameters()}
-    return sum(tensor.numel() for name, tensor in tensors.items() if name in trained)
 
 
 def _named(what: str, names: list[str]) -> str:

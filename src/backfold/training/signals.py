@@ -10,14 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
-
-from lightning.fabric import Fabric
 
 from backfold.errors import RunStopped
-from backfold.training.distribution import largest
-from backfold.training.progress import is_first_process
-from backfold.training.run_folder import RunFolder
+from backfold.training.log import is_first_process
+from backfold.training.run import RunFolder
 
 LOGGER = logging.getLogger("backfold")
 JOB = "SLURM_JOB_ID"
@@ -28,7 +24,7 @@ class StopNow(BaseException):
 
 
 class StopRequest:
-    """Whether this process was asked to stop, and by which signal."""
+    """Whether this process was asked to stop, and by which signal: 0 is none."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -39,7 +35,7 @@ class StopRequest:
         """Within, where nothing is lost by leaving, a signal raises `StopNow`."""
         self._at_once = True
         try:
-            self._leave_if_asked()
+            self.note(self.number)
             yield
         finally:
             self._at_once = False
@@ -47,24 +43,8 @@ class StopRequest:
     def note(self, number: int) -> None:
         """A signal has come."""
         self.number = self.number or number
-        self._leave_if_asked()
-
-    def _leave_if_asked(self) -> None:
         if self._at_once and self.number:
             raise StopNow
-
-    def agreed(self, fabric: Fabric, due: bool) -> tuple[int, bool]:
-        """What all processes do after a step; all must ask at the same one.
-
-        Args:
-            fabric: joins the processes.
-            due: this process wants a checkpoint.
-
-        Returns:
-            The signal that any of them got, or 0, and whether any wants a checkpoint.
-        """
-        number, wanted = largest(fabric, self.number, int(due))
-        return number, bool(wanted)
 
 
 @contextmanager
@@ -76,20 +56,18 @@ def stop_requests() -> Iterator[StopRequest]:
     thread, where Python takes no signals, nothing changes at all.
     """
     request = StopRequest()
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if os.environ.get(JOB):
-        numbers.append(signal.SIGUSR1)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if os.environ.get(JOB) else [])]
     process = os.getpid()
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         if os.getpid() != process:  # a loading worker leaves when the process that uses it does
             return
         if number == signal.SIGINT:
-            signal.signal(number, before[number])
+            signal.signal(number, before[signal.SIGINT])
         request.note(number)
 
     for number in numbers:
@@ -111,11 +89,31 @@ def ignore_dying_workers() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def requeue() -> bool:
-    """Ask SLURM to queue this job again; returns whether it was asked, and took it.
+def was_requeued(out: Path) -> bool:
+    """Whether SLURM runs this job once more, and its first time has left a run to go on with.
 
-    Only signals of the cluster call for this: who presses Ctrl-C wants the run to end.
+    A queue repeats the command that it was given, which has no ``--resume``.
     """
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and RunFolder(out).config.exists()
+
+
+def stopped(number: int, when: str, out: Path) -> RunStopped:
+    """What to raise where a run leaves because of a signal; SLURM is asked to queue it again.
+
+    ``when`` says where in the run, and is empty before its first step.
+    """
+    message = f"stopped by {signal.Signals(number).name}"
+    if not when and not RunFolder(out).config.exists():
+        return RunStopped(number, f"{message} before anything was done; start it again")
+    message = f"{message} {when or 'before a step'}"
+    # Only signals of the cluster call for this: who presses Ctrl-C wants the run to end.
+    if is_first_process() and number != signal.SIGINT and _requeue():
+        message += "; SLURM has queued the job again"
+    return RunStopped(number, f"{message}; `backfold pretrain --resume --out {out}` goes on")
+
+
+def _requeue() -> bool:
+    """Ask SLURM to queue this job again; returns whether it was asked, and took it."""
     job = os.environ.get(JOB)
     if not job or shutil.which("scontrol") is None:
         return False
@@ -125,34 +123,3 @@ def requeue() -> bool:
     if answer.returncode != 0:
         LOGGER.warning("SLURM did not requeue job %s: %s", job, answer.stderr.strip())
     return answer.returncode == 0
-
-
-def was_requeued(out: Path) -> bool:
-    """Whether SLURM runs this job once more, and its first time has left a run to go on with.
-
-    A queue repeats the command that it was given, which has no ``--resume``.
-    """
-    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and RunFolder(out).config.exists()
-
-
-def stopped(number: int, when: str, out: Path, *, may_requeue: bool) -> RunStopped:
-    """What to raise where a run leaves because of a signal; SLURM is asked to queue it again.
-
-    Args:
-        number: the signal's.
-        when: where in the run, for the user.
-        out: the run's folder.
-        may_requeue: this process speaks for the job.
-    """
-    message = f"stopped by {signal.Signals(number).name} {when}"
-    if may_requeue and number != signal.SIGINT and requeue():
-        message += "; SLURM has queued the job again"
-    return RunStopped(number, f"{message}; `backfold pretrain --resume --out {out}` goes on")
-
-
-def stopped_early(number: int, out: Path) -> RunStopped:
-    """As `stopped`, for a process that has not come to its first step."""
-    if RunFolder(out).config.exists():
-        return stopped(number, "before a step", out, may_requeue=is_first_process())
-    name = signal.Signals(number).name
-    return RunStopped(number, f"stopped by {name} before anything was done; start it again")

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from lightning.fabric import Fabric
@@ -14,7 +14,6 @@ from lightning.fabric.strategies.ddp import DDPStrategy
 from torch.optim import AdamW
 
 from backfold.errors import UserError
-from backfold.training import setup
 from backfold.training.config import PretrainConfig
 
 if TYPE_CHECKING:
@@ -32,20 +31,27 @@ def make_fabric(config: PretrainConfig) -> Fabric:
     Raises:
         UserError: the devices are not there, or the settings are not those of the launcher.
     """
-    processes, nodes = launched_processes(os.environ) or ("auto", 1)
+    launched = launched_processes(os.environ)
+    processes, nodes = launched or ("auto", 1)
     devices = processes if config.devices == "auto" else config.devices
     num_nodes = nodes if config.num_nodes == "auto" else config.num_nodes
-    _check_nodes_are_known(num_nodes, os.environ)
+    missing = [name for name in ("MASTER_ADDR", "NODE_RANK") if name not in os.environ]
+    if num_nodes > 1 and missing and not launched:
+        raise UserError(
+            f"num_nodes is {num_nodes}, and {' and '.join(missing)} are not set: start the run "
+            "with torchrun or srun, which name the machines, or set MASTER_ADDR, MASTER_PORT and "
+            "NODE_RANK on each of them"
+        )
     # Gradients live in the buffers that are reduced: one copy of them less.
     ddp = DDPStrategy(gradient_as_bucket_view=True)
+    wanted: dict[str, Any] = {"accelerator": config.accelerator, "devices": devices}
     try:
-        probe = Fabric(accelerator=config.accelerator, devices=devices, num_nodes=num_nodes)
+        probe = Fabric(**wanted, num_nodes=num_nodes)
         fabric = Fabric(
-            accelerator=config.accelerator,
-            devices=devices,
+            **wanted,
             num_nodes=num_nodes,
             strategy=ddp if isinstance(probe.strategy, DDPStrategy) else "auto",
-            precision=setup.choose_precision(config, probe.device),
+            precision=choose_precision(config, probe.device),
         )
         fabric.launch()
     except UserError:
@@ -62,11 +68,7 @@ def make_fabric(config: PretrainConfig) -> Fabric:
 
 
 def launched_processes(environment: Mapping[str, str]) -> tuple[int, int] | None:
-    """(processes on each machine, machines), as torchrun or srun has started them; None without.
-
-    Args:
-        environment: variables of this process.
-    """
+    """(processes on each machine, machines), as torchrun or srun has started them; None without."""
     if TorchElasticEnvironment.detect():
         local = int(environment["LOCAL_WORLD_SIZE"])
         return local, int(environment["WORLD_SIZE"]) // local
@@ -77,17 +79,33 @@ def launched_processes(environment: Mapping[str, str]) -> tuple[int, int] | None
     return None
 
 
-def _check_nodes_are_known(num_nodes: int, environment: Mapping[str, str]) -> None:
-    """Without a launcher, each machine must be told the first one's address, and its own number."""
-    if num_nodes == 1 or launched_processes(environment):
-        return
-    missing = [name for name in ("MASTER_ADDR", "NODE_RANK") if name not in environment]
-    if missing:
-        raise UserError(
-            f"num_nodes is {num_nodes}, and {' and '.join(missing)} are not set: start the run "
-            "with torchrun or srun, which name the machines, or set MASTER_ADDR, MASTER_PORT and "
-            "NODE_RANK on each of them"
-        )
+def choose_precision(
+    config: PretrainConfig, device: torch.device
+) -> Literal["32-true", "bf16-mixed"]:
+    """Lightning's name of the precision: bf16 autocast where the hardware computes in bf16.
+
+    Raises:
+        UserError: bf16 is asked for with the finite-difference step.
+    """
+    if config.derivative == "finite-difference":
+        if config.precision == "bf16-mixed":
+            raise UserError(
+                "precision is bf16-mixed, and the finite-difference step needs float32: in bf16 "
+                "rounding is larger than the difference; give --precision 32-true"
+            )
+        return "32-true"
+    if config.precision != "auto":
+        return config.precision
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        has_bf16 = device.type == "cpu" and bool(cpu_capabilities().get("avx512_bf16"))
+    return "bf16-mixed" if has_bf16 else "32-true"
+
+
+def cpu_capabilities() -> Mapping[str, Any]:
+    """What torch knows of this machine's processor: nothing in older versions."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def has_fast_kernels(config: PretrainConfig, device: torch.device) -> bool:
@@ -127,14 +145,7 @@ def gather_lines(fabric: Fabric, lines: Sequence[str]) -> list[str]:
 
 
 def refuse_strategy(name: str) -> NoReturn:
-    """Say why a strategy of distribution can't be chosen.
-
-    Args:
-        name: what the user gave as ``--strategy``.
-
-    Raises:
-        UserError: always.
-    """
+    """Raise a UserError that says why the ``--strategy`` of this name can't be chosen."""
     if "fsdp" in name.lower():
         raise UserError(
             f"--strategy {name}: FSDP has no second derivative, which the restoration step needs; "
@@ -152,10 +163,7 @@ def shard_optimizer(optimizer: AdamW) -> "ZeroRedundancyOptimizer":
     Parameters are whole on every process, and are sent around after each step. Lightning gathers
     the state in the first process when its ``state_dict`` is called, which all processes must do
     together; the others get an empty one. It is the unsharded optimizer's, and either loads it.
-
-    Args:
-        optimizer: new, without state; its parameter groups are kept. To be built after the
-            processes are joined.
+    The optimizer is new, and the processes are joined.
     """
     # Importing it takes long, and few need it.
     from torch.distributed.optim import ZeroRedundancyOptimizer

@@ -5,9 +5,10 @@ Nothing of it is left behind but the decisions: weights, gradients and random nu
 
 import gc
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,8 @@ from backfold.finite_difference import best_displacement
 from backfold.full_precision import full_float32
 from backfold.memory import out_of_memory
 from backfold.restoration import eval_mode
-from backfold.training.compiled import GRADIENT_TOLERANCE, CompiledStep, gradient_distance
-from backfold.training.distribution import largest
-from backfold.training.stepper import Part, Stepper
+from backfold.training.devices import largest
+from backfold.training.step import Found, Part, RestorationTraining, Stepper
 
 LOGGER = logging.getLogger("backfold")
 # Compiling takes half a minute to two, and saves a tenth to a third of the time.
@@ -34,6 +34,10 @@ DISPLACED = 4
 MOMENTS = 2
 # The CUDA allocator loses some memory to fragments, and libraries take workspaces late.
 CUDA_MARGIN = 0.05
+# A parameter whose gradient is off by more than this share is wrong, and not a matter of rounding.
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+# Of the largest gradient: what is smaller is compared with this, as bf16 knows it no better.
+SMALLEST_SHARE = 0.05
 
 
 def warm_up(stepper: Stepper, images: Tensor, steps_left: int, decisions: dict[str, Any]) -> None:
@@ -46,14 +50,16 @@ def warm_up(stepper: Stepper, images: Tensor, steps_left: int, decisions: dict[s
         decisions: what was decided before, by name; what is missing is decided and added. So a
             resumed run does not depend on how fast the machine is this time.
     """
-    with _unchanged(stepper):
+    device = stepper.fabric.device
+    drawing = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=drawing), ExitStack() as end:
+        end.callback(stepper.optimizer.zero_grad, set_to_none=True)
         if stepper.config.micro_batch == "auto":
             if "micro_batch" not in decisions:
                 # Not tried on a CPU: the system kills the process that takes too much.
-                on_cpu = images.device.type == "cpu"
-                decisions["micro_batch"] = (
-                    len(images) if on_cpu else find_micro_batch(stepper, images)
-                )
+                tried = device.type != "cpu"
+                fits = find_micro_batch(stepper, images) if tried else len(images)
+                decisions["micro_batch"] = fits
                 LOGGER.info("micro-batches of %d images", decisions["micro_batch"])
             stepper.micro_batch = decisions["micro_batch"]
         if not stepper.is_exact:
@@ -62,10 +68,11 @@ def warm_up(stepper: Stepper, images: Tensor, steps_left: int, decisions: dict[s
             stepper.displacement = decisions["displacement"]
         if "compiled" not in decisions:
             wanted = stepper.is_exact and _wants_compiling(stepper, images, steps_left)
-            decisions["compiled"] = _on_every_device(stepper, wanted)
+            # Processes must go the same way.
+            decisions["compiled"] = not largest(stepper.fabric, int(not wanted))[0]
         if decisions["compiled"] and stepper.restoration is not None:
             start = time.perf_counter()
-            decisions["compiled"] = _compile(stepper, images)
+            decisions["compiled"] = _compile(stepper, stepper.restoration, images)
             if decisions["compiled"]:
                 LOGGER.info("compiled the step in %.0f s", time.perf_counter() - start)
 
@@ -73,53 +80,14 @@ def warm_up(stepper: Stepper, images: Tensor, steps_left: int, decisions: dict[s
 def _wants_compiling(stepper: Stepper, images: Tensor, steps_left: int) -> bool:
     if stepper.config.compile != "auto":
         return stepper.config.compile
-    if not compiles_soon(stepper.energy):
+    # The compiler unrolls the second derivative of grouped convolutions group by group: thousands
+    # of operations in a ConvNeXt, which take it more than minutes.
+    layers = (layer for layer in stepper.energy.modules() if isinstance(layer, nn.Conv2d))
+    if sum(layer.groups for layer in layers if layer.groups > 1) > MOST_UNROLLED_GROUPS:
         return False
     timed = images[:TIMED_ON_CPU] if images.device.type == "cpu" else images
     seconds = _seconds(stepper, timed) * len(images) / len(timed)
     return seconds * steps_left > COMPILE_PAYS_SECONDS
-
-
-def compiles_soon(energy: nn.Module) -> bool:
-    """Whether compiling takes minutes at most.
-
-    The compiler unrolls the second derivative of grouped convolutions group by group: thousands of
-    operations in a ConvNeXt.
-    """
-    groups = (
-        module.groups
-        for module in energy.modules()
-        if isinstance(module, nn.Conv2d) and module.groups > 1
-    )
-    return sum(groups) <= MOST_UNROLLED_GROUPS
-
-
-def _on_every_device(stepper: Stepper, wanted: bool) -> bool:
-    """Whether all processes want it: they must go the same way."""
-    (refused,) = largest(stepper.fabric, int(not wanted))
-    return not refused
-
-
-def _compile(stepper: Stepper, images: Tensor) -> bool:
-    """Compile, check, and say whether the step stays compiled, on every device."""
-    assert stepper.restoration is not None
-    compiled = stepper.restoration.compile_step()
-    _check(stepper, compiled, stepper.parts(images, 0))
-    if not _on_every_device(stepper, compiled.is_compiled):
-        if compiled.is_compiled:
-            compiled.fall_back("it does not work on another device")
-        return False
-    return True
-
-
-@contextmanager
-def _unchanged(stepper: Stepper) -> Iterator[None]:
-    device = stepper.fabric.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            stepper.optimizer.zero_grad(set_to_none=True)
 
 
 def find_micro_batch(stepper: Stepper, images: Tensor) -> int:
@@ -145,10 +113,11 @@ def _fits(stepper: Stepper, images: Tensor) -> bool:
     Raises:
         RuntimeError: a single image does not fit.
     """
-    _free(stepper)
+    gc.collect()  # what an error's frames held is free only now, behind the attempt
     trained = [parameter for parameter in stepper.energy.parameters() if parameter.requires_grad]
     room = MOMENTS * sum(parameter.nbytes for parameter in trained)
     if images.device.type == "cuda":
+        torch.cuda.empty_cache()
         memory = torch.cuda.get_device_properties(images.device).total_memory
         room += int(CUDA_MARGIN * memory)
     try:
@@ -164,13 +133,6 @@ def _fits(stepper: Stepper, images: Tensor) -> bool:
     finally:
         stepper.optimizer.zero_grad(set_to_none=True)
     return True
-
-
-def _free(stepper: Stepper) -> None:
-    # What an error's frames held is free only now, behind the attempt.
-    gc.collect()
-    if stepper.fabric.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _best_displacement(stepper: Stepper, images: Tensor) -> float:
@@ -207,39 +169,68 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _check(stepper: Stepper, compiled: CompiledStep, parts: list[Part]) -> None:
-    """Compile for each shape, and go on eagerly if the gradient is another than the eager one.
+def _compile(stepper: Stepper, restoration: RestorationTraining, images: Tensor) -> bool:
+    """Compile, check, and say whether the step stays compiled, on every device.
 
     PyTorch had releases in which compiled second derivatives were wrong and nothing said so
-    (pytorch #181581). Dropout draws other numbers when compiled: there the two are compared in eval
-    mode, and the step is compiled once more, as it will be trained.
+    (pytorch #181581). So for each shape the gradient is compared with the eager one. Dropout draws
+    other numbers when compiled: there the two are compared in eval mode, and the step is compiled
+    once more, as it will be trained.
     """
-    energy, full = stepper.energy, "32" in stepper.fabric.strategy.precision.precision
+    compiled, energy = restoration.compile_step(), stepper.energy
+    full = "32" in stepper.fabric.strategy.precision.precision
     limit = GRADIENT_TOLERANCE[torch.float32 if full else torch.bfloat16]
-    for part in {len(part.clean): part for part in parts}.values():
+    for part in {len(part.clean): part for part in stepper.parts(images, 0)}.values():
         stepper.optimizer.zero_grad(set_to_none=True)
-        losses = [_loss(stepper, step, part) for step in (compiled, compiled.eager)]
+        losses = [partial(_loss, stepper, step, part) for step in (compiled, compiled.eager)]
         with eval_mode(energy) if _is_random(losses[1]) else nullcontext():
             distance, name = gradient_distance(dict(energy.named_parameters()), *losses)
         if not distance <= limit:
             compiled.fall_back(f"its gradient of {name} is {distance:.2g} from the eager one")
-            return
+            break
+    everywhere = not largest(stepper.fabric, int(not compiled.is_compiled))[0]
+    if compiled.is_compiled and not everywhere:
+        compiled.fall_back("it does not work on another device")
+    return everywhere
 
 
-def _loss(
-    stepper: Stepper, step: Callable[..., tuple[Tensor, ...]], part: Part
-) -> Callable[[], Tensor]:
-    def loss() -> Tensor:
-        with stepper.fabric.autocast():
-            return step(part.corruption.corrupted, *part.aim)[0]
-
-    return loss
+def _loss(stepper: Stepper, step: Callable[..., Found], part: Part) -> Tensor:
+    with stepper.fabric.autocast():
+        return step(part.corruption.corrupted, *part.aim)[0]
 
 
 def _is_random(loss: Callable[[], Tensor]) -> bool:
     """Whether two random states give two losses, as dropout does."""
-    values = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        values.append(loss().detach())
-    return not torch.equal(*values)
+    torch.manual_seed(0)
+    first = loss().detach()
+    torch.manual_seed(1)
+    return not torch.equal(first, loss().detach())
+
+
+def gradient_distance(
+    parameters: Mapping[str, Tensor], one: Callable[[], Tensor], other: Callable[[], Tensor]
+) -> tuple[float, str]:
+    """How far a parameter's gradients of two losses are apart at most, and which one's.
+
+    Distances are relative to the norm of the second loss's gradient, or to `SMALLEST_SHARE` of the
+    largest norm, if that is more; infinite where one of the two has no gradient.
+
+    Args:
+        parameters: their ``grad`` is None before and afterwards.
+        one: gives a loss.
+        other: gives the loss to compare with.
+    """
+    gradients: list[dict[str, Tensor]] = []
+    for loss in (one, other):
+        loss().backward()
+        gradients.append({n: p.grad for n, p in parameters.items() if p.grad is not None})
+        for parameter in parameters.values():
+            parameter.grad = None
+    first, second = gradients
+    norms = {name: float(gradient.norm()) for name, gradient in second.items()}
+    least = SMALLEST_SHARE * max(norms.values(), default=0.0) or torch.finfo(torch.float32).tiny
+    furthest = max(((math.inf, name) for name in first.keys() ^ second.keys()), default=(0.0, ""))
+    for name in first.keys() & second.keys():
+        apart = float((first[name] - second[name]).float().norm()) / max(norms[name], least)
+        furthest = max(furthest, (math.inf if math.isnan(apart) else apart, name))
+    return furthest

@@ -1,13 +1,15 @@
 """One optimizer step: corrupt, restore K times with a backward pass after each, update."""
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
+import torch._functorch.config
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,14 +19,69 @@ from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
 from backfold.finite_difference import DISPLACEMENT, displaced_energy, finite_difference_losses
 from backfold.full_precision import full_float32
-from backfold.pretext import Corruption, PretextTask, SecondTarget
+from backfold.metrics import energy_gap, psnr_db
+from backfold.pretext import Corruption, PretextTask
 from backfold.restoration import restoration_losses, training_step
 from backfold.sparse import running_tokens, token_size
-from backfold.training.compiled import CompiledStep
 from backfold.training.config import PretrainConfig
-from backfold.training.distribution import has_fast_kernels, shard_optimizer
-from backfold.training.meter import Restored
+from backfold.training.devices import has_fast_kernels, shard_optimizer
 from backfold.training.optimizer import build_optimizer, build_schedule
+
+LOGGER = logging.getLogger("backfold")
+GAP_IMAGES = 64
+
+Found = tuple[Tensor, Tensor, Tensor]  # loss, restored images, energies
+
+
+class CompiledStep:
+    """A step that is compiled at its first call; eager from then on if that fails, said once.
+
+    Shapes are static: each new shape of the arguments is compiled once, and a training run has one
+    or two. With ``graphs`` each step is replayed as one CUDA graph, which frees the host.
+    """
+
+    def __init__(
+        self, step: Callable[..., Found], backend: str = "inductor", graphs: bool = False
+    ) -> None:
+        self.eager, self.graphs, self.is_compiled = step, graphs, True
+        mode = "reduce-overhead" if graphs else None
+        self.compiled = torch.compile(
+            step, fullgraph=True, dynamic=False, backend=backend, mode=mode
+        )
+
+    def __call__(self, *given: Tensor | None) -> Found:
+        """See `RestorationTraining.restore`."""
+        if not self.is_compiled:
+            return self.eager(*given)
+        try:
+            # DistributedDataParallel would cut the graph into one for each bucket of gradients.
+            # Cheap work is repeated in the backward pass, not kept: 2 % more time, 10 % less memory
+            # on a CPU.
+            with (
+                torch._dynamo.config.patch(optimize_ddp=False),
+                torch._functorch.config.patch(aggressive_recomputation=True),
+            ):
+                found = self.compiled(*given)
+            # A graph writes over its results when it is replayed.
+            return (found[0].clone(), found[1].clone(), found[2].clone()) if self.graphs else found
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+            self.fall_back(f"{type(cause).__name__}: {lines[0] if lines else 'no message'}")
+            return self.eager(*given)
+
+    def fall_back(self, cause: str) -> None:
+        """Go on without compiling, and say why."""
+        self.is_compiled = False
+        LOGGER.warning(
+            "the step can't be compiled and runs eagerly, which is slower: %s; "
+            "--compile false silences this",
+            cause,
+        )
 
 
 class RestorationTraining(nn.Module):
@@ -48,9 +105,8 @@ class RestorationTraining(nn.Module):
     ) -> None:
         super().__init__()
         use_plain_attention(energy)
-        self.energy = energy
+        self.energy, self.graphs = energy, graphs
         self.step_size, self.plausibility_weight = step_size, plausibility_weight
-        self.graphs = graphs
         self.compiled: CompiledStep | None = None
         if compiled:
             self.compile_step()
@@ -67,22 +123,8 @@ class RestorationTraining(nn.Module):
         loss_mask: Tensor,
         tokens: Tensor | None = None,
         second: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `forward`; never compiled."""
-        energy = partial(self.energy, tokens=tokens, second=second)
-        return training_step(
-            energy, images, clean, loss_mask, self.step_size, self.plausibility_weight
-        )
-
-    def forward(
-        self,
-        images: Tensor,
-        clean: Tensor,
-        loss_mask: Tensor,
-        tokens: Tensor | None = None,
-        second: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `backfold.restoration.training_step`.
+    ) -> Found:
+        """See `backfold.restoration.training_step`; never compiled.
 
         Args:
             images: (batch, channels, height, width).
@@ -91,8 +133,15 @@ class RestorationTraining(nn.Module):
             tokens: int64, (batch, tokens), the patch tokens that run; None runs all.
             second: bool, (batch,), the images of the second head; None where there is none.
         """
-        step = self.compiled or self.restore
-        return step(images, clean, loss_mask, tokens, second)
+        energy = partial(self.energy, tokens=tokens, second=second)
+        return training_step(
+            energy, images, clean, loss_mask, self.step_size, self.plausibility_weight
+        )
+
+    def forward(self, *given: Tensor | None) -> Found:
+        """As `restore`, compiled where that is asked for."""
+        step: Callable[..., Found] = self.compiled or self.restore
+        return step(*given)
 
 
 class DisplacedEnergy(nn.Module):
@@ -109,7 +158,7 @@ class DisplacedEnergy(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a batch on one device, with its weight in the batch's mean."""
+    """A part of a batch on one device, of which ``tokens`` run; its weight in the batch's mean."""
 
     clean: Tensor
     corruption: Corruption
@@ -119,10 +168,49 @@ class Part:
     @property
     def aim(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """What `RestorationTraining` takes beside the images."""
+        mask, second = self.corruption.loss_mask, self.corruption.second
+        if second is None:
+            return self.clean, mask, self.tokens, None
+        return second.target, mask, self.tokens, second.chosen
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A part of a batch after its last restoration step; ``tokens`` ran, or all."""
+
+    clean: Tensor
+    corruption: Corruption
+    restored: Tensor
+    tokens: Tensor | None = None
+
+    def _is_corrupted(self) -> Tensor:
+        """Which images are restored to clean ones: bool, (batch,).
+
+        What a mixture leaves clean has nothing to gain, and a second head restores something else.
+        """
+        corrupted = (self.corruption.corrupted != self.clean).flatten(1).any(dim=1)
         second = self.corruption.second
-        target = self.clean if second is None else second.target
-        chosen = None if second is None else second.chosen
-        return target, self.corruption.loss_mask, self.tokens, chosen
+        return corrupted if second is None else corrupted & ~second.chosen
+
+    def psnr_gain_db(self, std: Tensor) -> float:
+        """Mean gain over the corrupted images, where the loss counts; NaN if there are none."""
+        chosen = self._is_corrupted()
+        mask, clean = self.corruption.loss_mask[chosen], self.clean[chosen]
+        restored, corrupted = (
+            psnr_db(torch.where(mask, images[chosen], clean), clean, std)
+            for images in (self.restored.float(), self.corruption.corrupted)
+        )
+        return float((restored - corrupted).mean())
+
+    @torch.no_grad()
+    def energy_gap(self, energy: EnergyModel) -> float:
+        """Mean energy of corrupted minus clean images; NaN if none are corrupted."""
+        chosen = self._is_corrupted().nonzero().squeeze(1)[:GAP_IMAGES]
+        tokens = None if self.tokens is None else self.tokens[chosen]
+        clean, corrupted = (  # by the same weights: those of the step were others
+            energy(images[chosen], tokens) for images in (self.clean, self.corruption.corrupted)
+        )
+        return energy_gap(clean, corrupted)
 
 
 class Stepper:
@@ -131,10 +219,10 @@ class Stepper:
     Args:
         config: settings; those of the optimizer, K, step size, derivative and seed count here.
         energy: on the device, its unreachable parameters frozen.
-        task: corrupts the images.
-        statistics: normalise the images.
+        task: corrupts the images, which the statistics normalise.
+        statistics: of the data.
         fabric: devices and precision.
-        total_steps: of the whole run.
+        total_steps: of the whole run, which with the steps of an epoch make the schedule.
         steps_per_epoch: for the learning rate's warm-up.
 
     Attributes:
@@ -163,11 +251,10 @@ class Stepper:
         self.schedule = build_schedule(optimizer, config.optimizer, total_steps, steps_per_epoch)
         self.energy, self.displacement = energy, DISPLACEMENT
         self.is_exact = config.derivative == "exact"
-        self.restoration = (
-            RestorationTraining(energy, config.step_size, config.plausibility_weight, graphs=fast)
-            if self.is_exact
-            else None
-        )
+        self.restoration: RestorationTraining | None = None
+        if self.is_exact:
+            weight = config.plausibility_weight
+            self.restoration = RestorationTraining(energy, config.step_size, weight, graphs=fast)
         self.training, self.optimizer = fabric.setup(
             self.restoration or DisplacedEnergy(energy), optimizer
         )
@@ -197,32 +284,19 @@ class Stepper:
         return total, restored
 
     def parts(self, images: Tensor, step: int) -> list[Part]:
-        """A batch normalised, corrupted as this step is, and cut."""
+        """A batch normalised, corrupted as this step is, and cut into the fewest micro-batches.
+
+        Their sizes differ by at most one: so at most two shapes are ever compiled.
+        """
         seed = step_seed(self.config.seed, step, self.fabric.global_rank)
         torch.manual_seed(seed)  # dropout and drop path
         clean = self.statistics.normalize(images)
         corruption = self.task(clean, torch.Generator(clean.device).manual_seed(seed))
-        sizes = split_sizes(len(clean), self.micro_batch or len(clean))
-        tokens = self._running_tokens(corruption)
-        pieces = zip(
-            clean.split(sizes),
-            corruption.corrupted.split(sizes),
-            corruption.loss_mask.split(sizes),
-            [None] * len(sizes) if tokens is None else tokens.split(sizes),
-            _split_second(corruption.second, sizes),
-            strict=True,
-        )
-        return [
-            Part(
-                piece,
-                Corruption(corrupted, mask, second=second),
-                running,
-                len(piece) / len(clean),
-            )
-            for piece, corrupted, mask, running, second in pieces
-        ]
+        pieces = clean.tensor_split(-(-len(clean) // (self.micro_batch or len(clean))))
+        cut = zip(pieces, corruption.split([len(piece) for piece in pieces]), strict=True)
+        return [Part(own, made, self._tokens(made), len(own) / len(clean)) for own, made in cut]
 
-    def _running_tokens(self, corruption: Corruption) -> Tensor | None:
+    def _tokens(self, corruption: Corruption) -> Tensor | None:
         if corruption.running is None:
             return None
         height, width = corruption.corrupted.shape[2:]
@@ -232,13 +306,11 @@ class Stepper:
     def restore_part(self, part: Part, last_part: bool) -> tuple[Tensor, Restored]:
         """K restoration steps on one part of the batch, with backward passes after each.
 
-        Args:
-            part: of the batch.
-            last_part: processes wait for each other and add up their gradients.
+        In the ``last_part`` processes wait for each other and add up their gradients.
         """
         total = torch.zeros((), device=part.clean.device)
-        final = part.corruption.corrupted
-        passes, losses = self._losses(part)
+        losses = self._losses(part)
+        passes = self.config.num_steps * (1 if self.is_exact else 2)
         with nullcontext() if self.is_exact else full_float32():
             for number in range(1, passes + 1):
                 reduces = last_part and number == passes
@@ -249,21 +321,14 @@ class Stepper:
                 total += scaled.detach()
         return total, Restored(part.clean, part.corruption, final, part.tokens)
 
-    def _losses(self, part: Part) -> tuple[int, Iterator[tuple[Tensor, Tensor, Tensor]]]:
-        """How many losses a part has, and (loss, restored, energies) for each."""
-        num_steps, corruption = self.config.num_steps, part.corruption
-
-        def step(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            result: tuple[Tensor, Tensor, Tensor] = self.training(points, *part.aim)
-            return result
-
+    def _losses(self, part: Part) -> Iterator[Found]:
+        """Shares of a part's loss: one for each exact step, two for each finite difference."""
+        num_steps, points = self.config.num_steps, part.corruption.corrupted
         if self.is_exact:
-            return num_steps, restoration_losses(step, corruption.corrupted, num_steps)
-        return 2 * num_steps, self._finite_difference_losses(part)
-
-    def _finite_difference_losses(self, part: Part) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        points = part.corruption.corrupted
-        for _ in range(self.config.num_steps):
+            step = lambda images: self.training(images, *part.aim)  # noqa: E731
+            yield from restoration_losses(step, points, num_steps)
+            return
+        for _ in range(num_steps):
             for loss, restored, energies in finite_difference_losses(
                 partial(self.energy, tokens=part.tokens),
                 points,
@@ -273,25 +338,8 @@ class Stepper:
                 self.displacement,
                 partial(self.training, tokens=part.tokens),
             ):
-                yield loss / self.config.num_steps, restored, energies
+                yield loss / num_steps, restored, energies
             points = restored
-
-
-def split_sizes(local_batch: int, micro_batch: int) -> list[int]:
-    """Sizes of the fewest parts of at most ``micro_batch`` images; they differ by at most one.
-
-    So at most two shapes are ever compiled.
-    """
-    parts = -(-local_batch // micro_batch)
-    size, larger = divmod(local_batch, parts)
-    return [size + 1] * larger + [size] * (parts - larger)
-
-
-def _split_second(second: SecondTarget | None, sizes: list[int]) -> list[SecondTarget | None]:
-    if second is None:
-        return [None] * len(sizes)
-    pieces = zip(second.chosen.split(sizes), second.target.split(sizes), strict=True)
-    return [SecondTarget(chosen, target) for chosen, target in pieces]
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

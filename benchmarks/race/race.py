@@ -1,0 +1,209 @@
+"""Backfold beside MAE, SimMIM, SimCLR and VICReg: the same start, images, steps and rates for all.
+
+    python benchmarks/race/race.py --data ../shared/data/cifar10 --epochs 6
+
+Every method is trained with each learning rate from the first seed, and judged by linear probes on
+validation images ("layers"). With its best rate it is then trained from every seed and judged on
+the test images, once. Each cell (method, seed, rate, part) leaves a file of JSON lines; what is
+there is not done again, and a training that was cut goes on. Writes race.md and race.svg, too.
+Needs `pip install backfold[benchmarks]`.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import nn
+
+import backfold
+from backfold.errors import UserError
+from backfold.evaluation.results import ACCURACY, OVER, PRETRAINED
+from backfold.files import write_atomically
+from backfold.pretext import Masking
+from backfold.training.config import PretrainConfig, TaskSettings, config_from_dict, config_to_dict
+from backfold.training.devices import choose_device
+from backfold.training.images import open_images
+from backfold.training.optimizer import OptimizerSettings
+from backfold.training.run import RunFolder
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from race.contest import start
+from step_cost.page import svg
+from step_cost.tables import grouped, markdown_table
+
+TITLES = {
+    "untrained": "untrained",
+    "backfold": "Backfold",
+    "mae": "MAE (transformers)",
+    "simmim": "SimMIM (transformers)",
+    "simclr": "SimCLR (lightly)",
+    "vicreg": "VICReg (lightly)",
+}
+VALIDATION, TEST = "validation", "test"
+PROTOCOLS = {VALIDATION: ["layers"], TEST: ["knn", "linear"]}
+
+
+class Cell(NamedTuple):
+    """A trained backbone and what it is judged on: ``part`` is "validation" or "test"."""
+
+    method: str
+    seed: int
+    rate: float
+    part: str
+
+    @property
+    def file(self) -> str:
+        """The name of its rows."""
+        return f"{self.method}-rate{self.rate:g}-seed{self.seed}-{self.part}.jsonl"
+
+
+def train(cell: Cell, common: PretrainConfig, runs: Path) -> nn.Module:
+    """The cell's timm backbone; both parts share it, in a folder of ``runs``."""
+    out = runs / f"{cell.method}-rate{cell.rate:g}-seed{cell.seed}"
+    values = config_to_dict(common) | {"out": str(out), "seed": cell.seed}
+    values["optimizer"]["base_lr"] = cell.rate
+    if cell.method == "backfold":
+        resume = RunFolder(out).last_checkpoint.exists()
+        run = backfold.pretrain(**values, resume=resume, overwrite=not resume)
+        return run.run.energy.backbone
+    settings = config_from_dict(values)
+    images = open_images(settings)
+    given = (settings.backbone, settings.backbone_options, images, settings)
+    if cell.method == "untrained":
+        return start(*given)
+    trained: nn.Module = importlib.import_module(f"race.{cell.method}").train(*given)
+    return trained
+
+
+def judge(cell: Cell, common: PretrainConfig, out: Path) -> list[dict[str, Any]]:
+    """The cell's rows: read if they are there, else found and written."""
+    path = out / cell.file
+    if path.exists():
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    begun = time.monotonic()
+    backbone = train(cell, common, out / "runs")
+    seconds = time.monotonic() - begun  # of a run that was cut, those since it went on
+    found = backfold.evaluate(
+        backbone, data=common.data, protocols=PROTOCOLS[cell.part], channels=common.channels,
+        image_size=common.image_size, accelerator=common.accelerator,
+        num_workers=common.num_workers,
+    )  # fmt: skip
+    rows = [{**cell._asdict(), "seconds": seconds, **asdict(row)} for row in found]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    print(f"{cell.file}: {len(rows)} rows", flush=True)
+    return rows
+
+
+def best_rate(rows: Sequence[dict[str, Any]]) -> float:
+    """The rate whose best layer does best on validation images.
+
+    Raises:
+        UserError: test images are among the rows.
+    """
+    if any(row["part"] != VALIDATION for row in rows):
+        raise UserError("a choice must not see test images")
+    return float(max(rows, key=lambda row: row["mean"])["rate"])
+
+
+def race(
+    methods: Iterable[str],
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    common: PretrainConfig,
+    out: Path,
+) -> list[dict[str, Any]]:
+    """All test rows; each cell is done once, whatever was cut before."""
+    common = replace(common, channels=open_images(common).channels)
+    rows = []
+    for method in methods:
+        rate = rates[0]
+        if method != "untrained" and len(rates) > 1:
+            cells = [Cell(method, seeds[0], rate, VALIDATION) for rate in rates]
+            judged = [judge(cell, common, out) for cell in cells]
+            rate = best_rate(list(chain.from_iterable(judged)))
+        for seed in seeds:
+            rows += judge(Cell(method, seed, rate, TEST), common, out)
+    return rows
+
+
+def summary(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float, int]]]:
+    """By title and case: mean and deviation over seeds in percent, and the number of seeds.
+
+    What is judged without a backbone, such as pixels, has a line of its own.
+    """
+    found: dict[str, dict[str, tuple[float, float, int]]] = {}
+    kept = [row for row in rows if row["metric"] == ACCURACY and OVER not in row["contender"]]
+    keys = ("method", "contender", "protocol", "case")
+    for (method, contender, protocol, case), group in grouped(kept, *keys).items():
+        means = [row["mean"] for row in group]
+        deviation = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
+        title = TITLES[method] if contender == PRETRAINED else contender
+        cell = (float(np.mean(means)), deviation, len(means))
+        found.setdefault(title, {})[f"{protocol}, {case}"] = cell
+    return found
+
+
+def write_table(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """race.md, one line a contender, and race.svg."""
+    found = summary(rows)
+    cases = list(dict.fromkeys(case for cells in found.values() for case in cells))
+    lines = []
+    for title, cells in found.items():
+        rates = {f"{row['rate']:g}" for row in rows if TITLES[row["method"]] == title}
+        shown = [cells.get(case) for case in cases]
+        texts = [f"{cell[0]:.1f} ± {cell[1]:.1f}" if cell else "" for cell in shown]
+        count = max(cell[2] for cell in cells.values())
+        lines.append([title, ", ".join(sorted(rates)), str(count), *texts])
+    header = ["accuracy (%)", "learning rate", "seeds", *cases]
+    write_atomically(out / "race.md", (markdown_table(header, lines) + "\n").encode())
+    figure = Figure(figsize=(3.4 * len(cases), 0.4 * len(found) + 1.2), layout="constrained")
+    for case, axis in zip(cases, figure.subplots(1, len(cases), squeeze=False)[0], strict=True):
+        bars = {title: cells[case] for title, cells in found.items() if case in cells}
+        means, deviations, _ = zip(*bars.values(), strict=True)
+        axis.barh(list(bars), means, xerr=deviations)
+        axis.invert_yaxis()
+        axis.set_title(case, fontsize=9)
+        axis.set_xlabel(ACCURACY)
+    write_atomically(out / "race.svg", svg(figure))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", help="labelled images; none takes the embedded ones")
+    parser.add_argument("--methods", nargs="+", choices=list(TITLES), default=list(TITLES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1.5e-3, 5e-3])
+    parser.add_argument("--backbone", default="vit_tiny_patch16_224")
+    parser.add_argument("--patch", type=int, default=4, help="pixels, also of hidden squares")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--epochs", type=float, default=100.0)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "race")
+    options = parser.parse_args()
+    device = choose_device(options.device).type
+    common = PretrainConfig(
+        data=options.data, backbone=options.backbone, image_size=options.image_size,
+        backbone_options={"patch_size": options.patch}, epochs=options.epochs,
+        batch_size=options.batch, accelerator=device, devices=1,
+        precision="bf16-mixed" if device == "cuda" else "32-true",
+        tasks=TaskSettings(masking=Masking(mask_patch_size=options.patch)),
+        optimizer=OptimizerSettings(),
+    )  # fmt: skip
+    rows = race(options.methods, options.seeds, options.rates, common, options.out)
+    write_table(rows, options.out)
+
+
+if __name__ == "__main__":
+    main()

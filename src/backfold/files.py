@@ -1,0 +1,66 @@
+"""Files that are whole at every moment, and folders that one process at a time writes to."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from backfold.errors import UserError
+
+LOCK = ".lock"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside the path, sync, rename: a reader sees the old file or the new one.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written; the old file is intact.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+        raise UserError(
+            f"can't write {path}: {error.strerror or error}; free space or choose another --out"
+        ) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_atomically` for JSON."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Make a folder where there is none, and keep other processes out until the block ends.
+
+    By a file lock, which the system drops when a process dies.
+
+    Raises:
+        UserError: the folder is in use or can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"can't write to {folder}: {reason}; choose another --out") from error
+    # Else loading workers, which outlive a killed run by seconds, would hold its lock.
+    os.register_at_fork(after_in_child=lock.close)
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{folder} is in use by another process; wait for it or choose another --out"
+            ) from error
+        yield

@@ -1,0 +1,203 @@
+"""Tasks at every pixel: colours fade, noise is added, fine detail goes; the loss counts everywhere.
+
+Images are normalised channel by channel, so luminance means the weighted sum of channels that each
+have zero mean and unit deviation over the data set. It is not the photometric luminance: undoing
+the normalisation turns equal channels into the data set's average tint, not into neutral grey.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from backfold.errors import UserError
+from backfold.pretext.corruption import Corruption, check_images, host_random, loss_everywhere
+
+REC_601_WEIGHTS = (0.299, 0.587, 0.114)
+LARGEST_FACTOR_STEP = 0.25
+
+
+def _uniform(low: float, high: float, clean: Tensor, generator: torch.Generator) -> Tensor:
+    """One number an image, (batch, 1, 1, 1)."""
+    shape = (len(clean), 1, 1, 1)
+    drawn = torch.rand(shape, generator=generator, device=clean.device, dtype=clean.dtype)
+    return low + (high - low) * drawn
+
+
+@dataclass(frozen=True)
+class Colorization:
+    """Moves every channel to the luminance, all the way or in part.
+
+    Each image's share of the chroma that is gone is drawn uniformly from the range; where that is
+    one number, nothing is drawn. Training on all the way alone leaves an energy that knows grey
+    images, but not faded ones.
+
+    Args:
+        min_faded: smallest share of the chroma that is gone, above 0; 1 is grey (default: 1.0).
+        max_faded: largest share, min_faded or more and at most 1 (default: 1.0).
+
+    Raises:
+        UserError: a field out of its range or, when called, images of one channel.
+    """
+
+    min_faded: float = 1.0
+    max_faded: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_faded <= self.max_faded <= 1:
+            raise UserError(
+                f"min_faded is {self.min_faded} and max_faded {self.max_faded}; "
+                "give 0 < min_faded <= max_faded <= 1"
+            )
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
+        """See `PretextTask`."""
+        check_images(clean)
+        if clean.shape[1] == 1:
+            raise UserError(
+                "colorization got images of 1 channel, which have no colours; "
+                "load the images in colour or choose another pretext task"
+            )
+        share: float | Tensor = self.min_faded
+        if self.max_faded > self.min_faded:
+            share = _uniform(self.min_faded, self.max_faded, clean, generator)
+        return Corruption(torch.lerp(clean, luminance(clean), share), loss_everywhere(clean))
+
+
+def luminance(images: Tensor) -> Tensor:
+    """Weighted sum of the channels: (batch, channels, height, width) -> (batch, 1, height, width).
+
+    Three channels are red, green and blue with the weights of Rec. 601; of any other number, all
+    weigh the same.
+    """
+    if images.shape[1] != len(REC_601_WEIGHTS):
+        return images.mean(dim=1, keepdim=True)
+    # Numbers, as a tensor of them would be copied to the device, and the host would wait for it.
+    red, green, blue = REC_601_WEIGHTS
+    grey: Tensor = red * images[:, :1] + green * images[:, 1:2] + blue * images[:, 2:]
+    return grey
+
+
+def chroma_error(restored: Tensor, clean: Tensor) -> Tensor:
+    """Mean absolute difference of what remains of the channels after subtracting the luminance.
+
+    From two of (batch, channels, height, width), normalised, to (batch,), in units of the data
+    set's deviation; 0 for one channel.
+    """
+    # Chroma is linear: the difference of two chromas is the chroma of the difference.
+    difference = restored - clean
+    return (difference - luminance(difference)).abs().mean(dim=(1, 2, 3))
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Adds Gaussian noise, whose noise_std is drawn uniformly from the range for each image.
+
+    Args:
+        min_noise_std: smallest standard deviation of the noise, 0 or more, in units of the data
+            set's own deviation (default: 0.1).
+        max_noise_std: largest standard deviation of the noise, above 0 and min_noise_std or more,
+            in the same units (default: 0.8).
+        octaves: how many resolutions the noise has, 1 or more: squares of 1, 2, 4, ... pixels, each
+            of one colour, with equal shares in the noise's variance. 1 is noise of single pixels,
+            which a backbone can remove without looking at anything coarse (default: 1).
+
+    Raises:
+        UserError: a field out of its range or, when called, squares larger than the image.
+    """
+
+    min_noise_std: float = 0.1
+    max_noise_std: float = 0.8
+    octaves: int = 1
+
+    def __post_init__(self) -> None:
+        ordered = 0 <= self.min_noise_std <= self.max_noise_std < math.inf
+        if not ordered or self.max_noise_std == 0:
+            raise UserError(
+                f"min_noise_std is {self.min_noise_std} and max_noise_std {self.max_noise_std}; "
+                "give 0 <= min_noise_std <= max_noise_std, the latter above 0"
+            )
+        if self.octaves < 1:
+            raise UserError(f"octaves is {self.octaves}; give 1 or more")
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
+        """See `PretextTask`."""
+        check_images(clean)
+        height, width = clean.shape[2:]
+        largest = 2 ** (self.octaves - 1)
+        if largest > min(height, width):
+            raise UserError(
+                f"octaves is {self.octaves}, which makes squares of {largest} pixels in a "
+                f"{height}x{width} pixel image; give {min(height, width).bit_length()} or less"
+            )
+        noise = torch.zeros_like(clean)
+        for side in (2**octave for octave in range(self.octaves)):
+            squares = torch.randn(
+                (*clean.shape[:2], math.ceil(height / side), math.ceil(width / side)),
+                generator=generator, device=clean.device, dtype=clean.dtype,
+            )  # fmt: skip
+            pixels = squares.repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
+            noise += pixels[:, :, :height, :width]
+        noise /= math.sqrt(self.octaves)
+        noise_std = _uniform(self.min_noise_std, self.max_noise_std, clean, generator)
+        return Corruption(clean + noise_std * noise, loss_everywhere(clean))
+
+
+@dataclass(frozen=True)
+class SuperResolution:
+    """Scales images down and up again, both bicubic.
+
+    Each image's factor is drawn from evenly spaced values, at most a quarter apart, from the
+    smallest factor to the largest, both included. A factor of 1 leaves the image as it is.
+
+    Args:
+        min_factor: smallest factor by which height and width shrink, 1 or more (default: 2.0).
+        max_factor: largest factor, min_factor or more (default: 4.0).
+
+    Raises:
+        UserError: a field out of its range.
+    """
+
+    min_factor: float = 2.0
+    max_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_factor <= self.max_factor < math.inf:
+            raise UserError(
+                f"min_factor is {self.min_factor} and max_factor {self.max_factor}; "
+                "give 1 <= min_factor <= max_factor"
+            )
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """The factors that are drawn from, in rising order."""
+        span = self.max_factor - self.min_factor
+        steps = math.ceil(span / LARGEST_FACTOR_STEP)
+        return tuple(self.min_factor + span * step / max(steps, 1) for step in range(steps + 1))
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
+        """See `PretextTask`."""
+        check_images(clean)
+        factors = self.factors
+        drawn = host_random(generator).integers(len(factors), size=len(clean))
+        corrupted = clean.clone()
+        for index in np.unique(drawn).tolist():
+            images = torch.from_numpy(np.flatnonzero(drawn == index)).to(clean.device)
+            corrupted[images] = down_and_up(clean[images], factors[index])
+        return Corruption(corrupted, loss_everywhere(clean))
+
+
+def down_and_up(images: Tensor, factor: float) -> Tensor:
+    """Shrink height and width by 1 or more, to whole pixels, and enlarge again, as Pillow does."""
+    size = images.shape[-2:]
+    small_size = [max(1, round(side / factor)) for side in size]
+    try:
+        small = F.interpolate(images, small_size, mode="bicubic", antialias=True)
+        return F.interpolate(small, size, mode="bicubic", antialias=True)
+    except NotImplementedError:  # not every device has it
+        if images.device.type == "cpu":
+            raise
+        return down_and_up(images.cpu(), factor).to(images.device)

@@ -1,0 +1,529 @@
+"""Pretraining: a run is made from its settings, then one loop of step, log, watch, save.
+
+Lightning Fabric, not its Trainer, runs devices, precision and distribution: each of the K
+restoration steps has a backward pass of its own, of which only the last may reduce gradients
+between processes, and a run must go on in mid-epoch with the same bits. Both are a plain loop here,
+and would be overridden hooks there.
+"""
+
+import copy
+import importlib.metadata
+import logging
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any, NoReturn, cast
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from backfold.backbone import default_image_size, is_convolutional
+from backfold.batch_norm import batch_norms, refresh_batch_norm
+from backfold.data import loading
+from backfold.data.source import BrokenFiles, ImageSource
+from backfold.data.stream import StreamBatches
+from backfold.energy import EnergyModel
+from backfold.errors import UserError
+from backfold.files import write_atomically, write_json
+from backfold.memory import keep_freed_memory, memory_advice
+from backfold.pretext import PretextTask
+from backfold.sparse import running_tokens, token_size
+from backfold.training import devices, log, run, signals
+from backfold.training.autotune import warm_up
+from backfold.training.config import (
+    PretrainConfig,
+    build_tasks,
+    combine_tasks,
+    config_to_dict,
+    doubtful_settings,
+    parse_image_size,
+    watched_tasks,
+)
+from backfold.training.images import load_held_out, open_images
+from backfold.training.init import initialise
+from backfold.training.optimizer import freeze_unreachable
+from backfold.training.step import Restored, Stepper
+from backfold.training.watch import describe_health, watch, write_preview
+
+LOGGER = logging.getLogger("backfold")
+LOG_EVERY = 20
+PREFETCH = 4
+CALIBRATION_IMAGES = 32
+PREVIEW_IMAGES, WATCH_BATCH = 6, 64
+# Settings whose outcome depends on measurements, which a resumed run takes over.
+DECIDED = ("micro_batch", "compile", "derivative")
+# (steps done, loss on the device, what the last part of the batch came to).
+Callback = Callable[[int, Tensor, Restored], None]
+
+
+def pretrain(
+    config: PretrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    command: str = "",
+    console: Console | None = None,
+    source: ImageSource | None = None,
+    callback: Callback | None = None,
+) -> run.RunFolder:
+    """Pretrain a backbone; everything is left in ``config.out``.
+
+    Args:
+        config: all settings.
+        resume: go on from the folder's last checkpoint.
+        overwrite: replace an existing run.
+        command: what the user typed, for the record.
+        console: where messages go; the standard error by default.
+        source: the images, in place of ``config.data``, which is then no more than their name.
+        callback: called after every optimizer step.
+
+    Raises:
+        UserError: bad settings or data, a folder that can't be used, a loss that is not finite.
+    """
+    console = Console(quiet=True) if not log.is_first_process() else console or log.terminal()
+    with signals.stop_requests() as request, ExitStack() as stack:
+        try:
+            # What can be refused is refused before the folder is touched.
+            run.check_available(config.out, resume=resume, overwrite=overwrite)
+            build_tasks(config, config.channels or 3)
+            log.check_loggers(config.loggers)
+            with log.log_to(None, console) as messages, request.at_once(), memory_advice():
+                made = Run(config, command, resume, source)
+            first, problem = made.fabric.is_global_zero, ""
+            if first:
+                try:
+                    stack.enter_context(run.claim(config.out, resume=resume, overwrite=overwrite))
+                except UserError as error:
+                    problem = str(error)
+            problem = made.fabric.broadcast(problem)  # or the others would wait for the first
+            if problem:
+                raise UserError(problem)
+            path, earlier = (made.folder.log, messages) if first else (None, [])
+            stack.enter_context(log.log_to(path, console, earlier))
+            with memory_advice(lambda: made.stepper.micro_batch or made.local_batch):
+                if resume:
+                    made.load()
+                made.train(console, request, callback)
+        except signals.StopNow:
+            raise signals.stopped(request.number, "", config.out) from None
+    return made.folder
+
+
+@dataclass
+class State:
+    """What a run carries from step to step, and its checkpoints keep beside the tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_gain_db: float = -math.inf
+    started: str = ""
+    decisions: dict[str, Any] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+    stream: list[str] = field(default_factory=list)  # where each process is in it
+
+
+class Run:
+    """A run: what it is made of, and what it does; nothing is written before `train`.
+
+    Arguments are those of `pretrain`. Raises UserError for bad settings or data.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, command: str, resume: bool, source: ImageSource | None = None
+    ) -> None:
+        self.config, self.folder, self.command = config, run.RunFolder(config.out), command
+        self.state = State(started=datetime.now(UTC).isoformat(timespec="seconds"))
+        self.history: list[dict[str, Any]] = []
+        self.energies: dict[str, dict[str, list[float]]] = {}
+        self._unreadable: list[str] = []  # lines that are not counted yet
+        self._told_of_waiting = False
+        self._stream: StreamBatches | None = None
+        for line in doubtful_settings(config):
+            LOGGER.warning("%s", line)
+        last = self.folder.last_checkpoint
+        continued = resume and last.exists()
+        known = run.statistics_of(run.load_checkpoint(last)) if continued else None
+        self.images = open_images(config, known, source)
+        self.broken = BrokenFiles(max(1, int(config.max_broken_share * self.images.count)))
+        tasks = build_tasks(config, self.images.channels)
+        # Watched as they are used: on whole images, whatever part of them training runs on.
+        self.tasks, task = watched_tasks(tasks), combine_tasks(config, tasks)
+        self.energy = run.build_energy(config, self.images.channels)
+        if config.init is not None and not continued:
+            initialise(self.energy.backbone, config.init)
+        self.image_size = parse_image_size(config.image_size) or default_image_size(
+            getattr(self.energy.backbone, "pretrained_cfg", None)
+        )
+        # Tried on a black image: a task may refuse such images, a backbone to run on parts of them.
+        black = torch.zeros(1, self.images.channels, *self.image_size)
+        for each in (*tasks.values(), task):
+            tried = each(black, torch.Generator().manual_seed(0))
+            if tried.running is not None:
+                size = token_size(self.energy.backbone)
+                running_tokens(tried.running, size, self.image_size)
+        self._place()
+        self.held_out = load_held_out(self.images, self.image_size, self.fabric.device, self.broken)
+        # Existing weights have batch norms' statistics of their own.
+        calibrate(self.energy, self.tasks, self.held_out.images, batch_norm=config.init is None)
+        frozen = freeze_unreachable(
+            self.energy, self.held_out.images[:2], config.plausibility_weight
+        )
+        if frozen:
+            LOGGER.info(
+                "%d parameter(s) get no gradient from restoration and stay as they are: %s",
+                len(frozen),
+                ", ".join(frozen[:4]) + (", ..." if len(frozen) > 4 else ""),
+            )
+        self.stepper = Stepper(
+            config, self.energy, task, self.images.statistics, self.fabric,
+            self.total_steps, self.steps_per_epoch,
+        )  # fmt: skip
+
+    def _place(self) -> None:
+        """Start the processes, share the batch among them, count steps, and move the energy."""
+        config = self.config
+        self.fabric = devices.make_fabric(config)
+        device, ranks = self.fabric.device, self.fabric.world_size
+        if device.type == "cpu":
+            keep_freed_memory()
+        devices.choose_kernels(config, device)
+        self.local_batch, rest = divmod(config.batch_size, ranks)
+        if rest:
+            raise UserError(
+                f"batch_size {config.batch_size} does not divide into {ranks} devices; change "
+                "batch_size or devices"
+            )
+        nodes = getattr(self.fabric.strategy, "num_nodes", 1)
+        usual = loading.default_workers(ranks // nodes)
+        self.workers = usual if config.num_workers is None else config.num_workers
+        self.watch_batch = min(WATCH_BATCH, config.batch_size)  # images restored at once
+        self.steps_per_epoch = loading.steps_per_epoch(self.images.count, config.batch_size)
+        total = max(1, round(config.epochs * self.steps_per_epoch))
+        self.total_steps = min(total, config.max_steps or total)
+        self.watch_steps = max(1, round(config.watch_every * self.steps_per_epoch))
+        self.energy = self.energy.to(device)
+        if devices.has_fast_kernels(config, device) and is_convolutional(self.energy.backbone):
+            self.energy = self.energy.to(memory_format=torch.channels_last)
+
+    def load(self) -> None:
+        """Take up the last checkpoint; raises UserError if it can't be read."""
+        if not self.folder.last_checkpoint.exists():
+            LOGGER.info("no checkpoint yet in %s: starting from step 0", self.folder.root)
+            return
+        content = run.load_checkpoint(self.folder.last_checkpoint)
+        self.energy.load_state_dict(content["model"])
+        self.stepper.optimizer.load_state_dict(content["optimizer"])
+        self.state = State(**content["state"])
+        self.history, self.energies = content["history"], content["energies"]
+        self.broken.add(self.state.broken)
+        now = config_to_dict(self.config)
+        if any(now.get(name) != content["config"].get(name) for name in DECIDED):
+            self.state.decisions = {}  # asked for otherwise this time
+        LOGGER.info("resuming at step %d of %d", self.state.step, self.total_steps)
+
+    def train(
+        self, console: Console, request: signals.StopRequest, callback: Callback | None = None
+    ) -> None:
+        """Go on to the last step, and leave the weights."""
+        settings, first = config_to_dict(self.config), self.fabric.is_global_zero
+        if first:
+            text = yaml.safe_dump(settings, sort_keys=False)
+            write_atomically(self.folder.config, text.encode())
+            if self.state.step:  # a run that was killed just behind a checkpoint had not yet
+                self._describe()
+            else:  # what evaluation holds the pretrained backbone against
+                run.write_tensors(self.folder.initial, self.energy.backbone.state_dict())
+        with request.at_once():
+            self._prepare()
+        metrics, succeeded = None, False
+        if first:
+            services = log.ServiceLoggers(self.config.loggers, self.folder, settings)
+            metrics = log.MetricsLog(self.folder, self.state.step, services)
+        try:
+            with log.training_bar(console, self.state.step, self.total_steps) as bar:
+                self._loop(bar, metrics, request, callback)
+            succeeded = True
+        finally:
+            if metrics is not None:
+                metrics.close(succeeded=succeeded)
+        if first:
+            self._export()
+
+    def _prepare(self) -> None:
+        """Find out what fits into memory, and what to compile."""
+        held_out = self.images.statistics.denormalize(self.held_out.images)  # as batches come
+        batch = held_out.repeat(-(-self.local_batch // len(held_out)), 1, 1, 1)[: self.local_batch]
+        self.energy.train()
+        warm_up(self.stepper, batch, self.total_steps - self.state.step, self.state.decisions)
+        self.watch_batch = min(self.watch_batch, self.stepper.micro_batch or self.local_batch)
+
+    def _loop(
+        self,
+        bar: Progress,
+        metrics: log.MetricsLog | None,
+        request: signals.StopRequest,
+        callback: Callback | None,
+    ) -> None:
+        meter, state = log.Meter(self.state.seconds), self.state
+        batches = self._batches()
+        self.energy.train()
+        saved = time.monotonic()
+        if state.step == 0 and not self.history:
+            if metrics is not None:
+                self._watch(metrics)
+            self._save()
+            meter.resume()
+        while state.step < self.total_steps:
+            meter.before_batch()
+            batch = self._next(batches, request)
+            meter.before_step(len(batch.images) * self.fabric.world_size)
+            self._unreadable += batch.broken
+            if self.fabric.world_size == 1:
+                self._count_unreadable()
+            loss, norm, last = self.stepper(batch.images, state.step)
+            state.step += 1
+            bar.advance(bar.task_ids[0])
+            if callback is not None:
+                callback(state.step, loss, last)
+            looks = state.step % self.watch_steps == 0 or state.step == self.total_steps
+            logs = looks or state.step % LOG_EVERY == 0
+            if logs or state.step == 1:
+                self._count_unreadable()
+                row = self._row(loss, norm, last, meter)
+                bar.update(bar.task_ids[0], numbers=log.describe_row(row))
+                if metrics is not None:
+                    metrics.add(row)
+            state.seconds = meter.seconds()
+            if looks and metrics is not None:
+                LOGGER.info("epoch %.1f: %s", self._epoch(), log.describe_row(row))
+                meter.pause()
+                self._watch(metrics)
+                meter.resume()
+            number = request.number
+            due = looks or time.monotonic() - saved > 60 * self.config.checkpoint_minutes
+            # Asking at every step would make each process wait for its device there.
+            if self.fabric.world_size > 1:
+                number, wanted = devices.largest(self.fabric, number, int(due)) if logs else (0, 0)
+                due = bool(wanted)
+            if due or number:
+                self._check_finite(float(loss), float(norm))
+                self._count_unreadable()
+                self._save()
+                saved = time.monotonic()
+            if number and state.step < self.total_steps:
+                self._stop(number)
+
+    def _batches(self) -> Iterator[loading.Batch]:
+        """One batch on this device for each step that is left, from files or from a stream."""
+        config, images, fabric = self.config, self.images, self.fabric
+        rank, ranks, pinned = fabric.global_rank, fabric.world_size, fabric.device.type == "cuda"
+        workers, prefetch = self.workers, config.prefetch or PREFETCH
+        if images.stream is not None:
+            places = self.state.stream
+            stream = self._stream = StreamBatches(
+                images.stream, self.image_size, images.channels, config.augmentation,
+                self.local_batch, config.seed, rank, ranks, workers, prefetch,
+                state=next(iter([*places[rank:], *places]), ""), pin_memory=pinned,
+            )  # fmt: skip
+            left = self.total_steps - self.state.step
+            return (fabric.to_device(batch) for batch in islice(stream.batches(), left))
+        loader = loading.training_loader(
+            images.training, self.image_size, images.channels, config.augmentation,
+            self.local_batch, config.seed, self.state.step, self.total_steps, rank, ranks,
+            workers, prefetch, pin_memory=pinned,
+        )  # fmt: skip
+        return loading.watched(fabric.setup_dataloaders(loader, use_distributed_sampler=False))
+
+    def _next(
+        self, batches: Iterator[loading.Batch], request: signals.StopRequest
+    ) -> loading.Batch:
+        if self.fabric.world_size > 1:  # processes leave together, behind a step
+            return next(batches)
+        try:
+            with request.at_once():
+                return next(batches)
+        except (signals.StopNow, RuntimeError):
+            # A signal reaches the workers too, and they leave: that is the RuntimeError.
+            if not request.number:
+                raise
+            signals.ignore_dying_workers()
+            self._save()
+            self._stop(request.number)
+
+    def _count_unreadable(self) -> None:
+        """Tell and count what any process could not read; all of them stop if it is too much."""
+        lines = devices.gather_lines(self.fabric, self._unreadable)
+        self._unreadable = []
+        for line in self.broken.add(lines):
+            LOGGER.warning("skipped: %s", line)
+
+    def _stop(self, number: int) -> NoReturn:
+        """Leave after the last step, which is saved."""
+        # Lightning kills the first process when it finds that another has left.
+        self.fabric.barrier()
+        done = f"at step {self.state.step} of {self.total_steps}, which is saved"
+        raise signals.stopped(number, done, self.config.out)
+
+    def _row(
+        self, loss: Tensor, norm: Tensor, last: Restored, meter: log.Meter
+    ) -> dict[str, float]:
+        """A row of ``metrics.csv``; stops the run if the loss is not finite."""
+        gain = last.psnr_gain_db(torch.tensor(self.images.statistics.std))
+        here = [float(loss), gain, last.energy_gap(self.energy)]
+        mean = self.fabric.all_reduce(torch.tensor(here, device=loss.device), reduce_op="mean")
+        mean_loss, gain, gap = cast(Tensor, mean).tolist()
+        self._check_finite(mean_loss, float(norm))
+        speed, wait = meter.read()
+        share = meter.long_wait()
+        if share is not None and not self._told_of_waiting:
+            self._told_of_waiting = True
+            LOGGER.warning(
+                "waiting for images takes %.0f %% of the time; raise --num-workers (now %d), or "
+                "store the images smaller",
+                100 * share,
+                self.workers,
+            )
+        return {
+            "step": self.state.step,
+            "epoch": self._epoch(),
+            "seconds": meter.seconds(),
+            "images_per_second": speed,
+            "data_wait": wait,
+            "lr": self.stepper.optimizer.param_groups[0]["lr"],
+            "loss": mean_loss,
+            "gradient_norm": float(norm),
+            "psnr_gain_db": gain,
+            "energy_gap": gap,
+        }
+
+    def _epoch(self) -> float:
+        return self.state.step / self.steps_per_epoch
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        # The norm too: where it is not finite, the weights are broken by now.
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(
+                f"the loss is {loss:g} and its gradient's norm {norm:g} at step "
+                f"{self.state.step}; the last good checkpoint is kept "
+                f"in {self.folder.last_checkpoint}; lower optimizer.base_lr (now "
+                f"{self.config.optimizer.base_lr:g}) or step_size, or set precision to 32-true"
+            )
+
+    def _watch(self, metrics: log.MetricsLog) -> None:
+        """Look at the held-out images: health, previews."""
+        statistics, images = self.images.statistics, self.held_out.images
+        how: dict[str, Any] = {
+            "num_steps": self.config.num_steps, "step_size": self.config.step_size,
+        }  # fmt: skip
+        entry, self.energies = watch(
+            self.energy, self.tasks, self.held_out, statistics, self.config.embedding,
+            batch_size=self.watch_batch, **how,
+        )  # fmt: skip
+        entry = {"step": self.state.step, "epoch": self._epoch(), **entry}
+        self.history.append(entry)
+        metrics.add_health(entry)
+        LOGGER.info("%s", describe_health(entry))
+        spread = np.linspace(0, len(images) - 1, min(PREVIEW_IMAGES, len(images)))
+        shown = images[torch.from_numpy(spread.round().astype(np.int64))]
+        for name, task in self.tasks.items():
+            path = self.folder.previews / f"step-{self.state.step:07d}-{name}.png"
+            write_preview(path, self.energy, task, shown, statistics, **how)
+
+    def _save(self) -> None:
+        """A checkpoint, and beside it what the report reads."""
+        state = self.state
+        state.broken = self.broken.descriptions
+        if self._stream is not None:
+            state.stream = devices.gather_lines(self.fabric, [self._stream.where()])
+        # All processes: a sharded optimizer's state is gathered in the first.
+        optimizer = self.stepper.optimizer.state_dict()
+        if not self.fabric.is_global_zero:
+            return
+        newest = self.history[-1] if self.history else {"step": -1, "psnr_gain_db": -math.inf}
+        is_best = newest["step"] == state.step and newest["psnr_gain_db"] > state.best_gain_db
+        if is_best:
+            state.best_gain_db = newest["psnr_gain_db"]
+        content = {
+            "state": vars(state).copy(),
+            "config": config_to_dict(self.config),
+            "channels": self.images.channels,
+            "image_size": list(self.image_size),
+            "mean": list(self.images.statistics.mean),
+            "std": list(self.images.statistics.std),
+            "model": self.energy.state_dict(),
+            "optimizer": optimizer,
+            "history": self.history,
+            "energies": self.energies,
+        }
+        # The best first: a run that dies between the two takes the step, and both, again.
+        if is_best:
+            run.save_checkpoint(self.folder.best_checkpoint, content)
+        run.add_checkpoint(self.folder, state.step, content, self.config.keep_checkpoints)
+        self._describe()
+
+    def _describe(self) -> None:
+        """What the report reads, as of the last checkpoint."""
+        write_json(self.folder.health, {"history": self.history, "energies": self.energies})
+        images, device = self.images, self.fabric.device
+        processor = devices.cpu_capabilities().get("cpu_name", "") or platform.machine()
+        packages = ("backfold", "torch", "timm", "lightning")
+        facts = {
+            "command": self.command,
+            "started": self.state.started,
+            "seconds": self.state.seconds,
+            "versions": {
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in packages},
+            },
+            "hardware": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"{processor}, {torch.get_num_threads()} threads",
+            "device": device.type,
+            "backbone": self.config.backbone,
+            "parameters": sum(p.numel() for p in self.energy.backbone.parameters()),
+            "image_size": list(self.image_size),
+            "channels": images.channels,
+            "mean": list(images.statistics.mean),
+            "std": list(images.statistics.std),
+            "data": (images.stream or images.training).name,
+            "training_images": images.count,
+            "held_out_images": len(images.held_out),
+            "tasks": list(self.tasks),
+            "precision": str(self.fabric.strategy.precision.precision),
+            "steps": self.state.step,
+            "total_steps": self.total_steps,
+            "epochs": self._epoch(),
+        }
+        write_json(self.folder.facts, facts)
+
+    def _export(self) -> None:
+        """The backbone's weights under timm's names, batch norms refreshed."""
+        backbone = self.energy.backbone
+        if batch_norms(backbone):
+            backbone = copy.deepcopy(backbone).eval()
+            refresh_batch_norm(backbone, self.held_out.images.split(self.config.batch_size))
+        run.write_tensors(self.folder.backbone, backbone.state_dict())
+        LOGGER.info("backbone written to %s", self.folder.backbone)
+
+
+def calibrate(
+    energy: EnergyModel, tasks: dict[str, PretextTask], images: Tensor, batch_norm: bool
+) -> None:
+    """Fit the head's scale, and ``batch_norm``, to normalised images corrupted as in training."""
+    generator = torch.Generator(images.device).manual_seed(0)
+    parts = images[: CALIBRATION_IMAGES * len(tasks)].tensor_split(len(tasks))
+    corrupted = [
+        task(part, generator).corrupted
+        for task, part in zip(tasks.values(), parts, strict=True)
+        if len(part)
+    ]
+    energy.calibrate(torch.cat(corrupted), batch_norm)

@@ -1,0 +1,191 @@
+"""Whether a run is healthy, on held-out images: measures, and pictures of restorations."""
+
+import io
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from backfold.data.statistics import ChannelStatistics
+from backfold.embedding import EmbeddingChoice, embed_batches
+from backfold.energy import EnergyModel
+from backfold.files import write_atomically
+from backfold.metrics import energy_auroc, energy_gap, knn_accuracy, psnr_db, rank_me
+from backfold.pretext import PretextTask, Sorting, chroma_error, patches_placed_right
+from backfold.restoration import restore
+from backfold.training.images import HeldOut
+
+HEALTH_SEED = 20230201
+SORTING_IMAGES = 128  # of a look; each takes some hundredths of a second at 224 px
+SMALLEST_SIDE = 112
+PREVIEW_SEED = 7
+
+
+Energies = dict[str, list[float]]  # of the clean, corrupted and restored images
+
+
+def watch_task(
+    energy: EnergyModel,
+    task: PretextTask,
+    images: Tensor,
+    statistics: ChannelStatistics,
+    *,
+    num_steps: int,
+    step_size: float,
+    batch_size: int,
+) -> tuple[dict[str, float], Energies]:
+    """Corrupt the held-out images (the same way each time), restore them, and compare.
+
+    PSNR counts only the pixels where the task's loss counts; the others are taken as clean.
+    """
+    generator = torch.Generator(images.device).manual_seed(HEALTH_SEED)
+    std = torch.tensor(statistics.std, device=images.device)
+    columns: dict[str, list[Tensor]] = {}
+    for number, clean in enumerate(images.split(batch_size)):
+        corruption = task(clean, generator)
+        result = restore(energy, corruption.corrupted, num_steps, step_size)
+        found = {
+            "clean": restore(energy, clean, num_steps=0).energies[0],
+            "corrupted": result.energies[0],
+            "restored": result.energies[-1],
+        }
+        pair = {"corrupted": corruption.corrupted, "restored": result.restored}
+        for name, variant in (pair | {"mean_fill": torch.zeros_like(clean)}).items():
+            compared = torch.where(corruption.loss_mask, variant, clean)
+            found[f"psnr_{name}_db"] = psnr_db(compared, clean, std)
+        # And in the task's own terms.
+        if isinstance(task, Sorting):
+            first = slice(max(0, SORTING_IMAGES - number * batch_size))
+            for name, variant in pair.items():
+                found[f"patches_placed_right_{name}"] = patches_placed_right(
+                    variant[first], clean[first], task.sorting_patch_size
+                )
+        elif clean.shape[1] > 1:
+            for name, variant in pair.items():
+                found[f"chroma_error_{name}"] = chroma_error(variant, clean)
+        for name, values in found.items():
+            columns.setdefault(name, []).append(values.float().cpu())
+    table = {name: torch.cat(parts) for name, parts in columns.items()}
+    energies = {name: table.pop(name) for name in ("clean", "corrupted", "restored")}
+    before, after = energies["clean"], energies["corrupted"]
+    finite = bool(torch.isfinite(before).all() and torch.isfinite(after).all())
+    measures = {name: float(values.nanmean()) for name, values in table.items()} | {
+        "energy_gap": energy_gap(before, after),
+        "auroc": energy_auroc(before, after) if finite else float("nan"),
+    }
+    return measures, {name: values.tolist() for name, values in energies.items()}
+
+
+def watch(
+    energy: EnergyModel,
+    tasks: Mapping[str, PretextTask],
+    held_out: HeldOut,
+    statistics: ChannelStatistics,
+    embedding: EmbeddingChoice,
+    *,
+    num_steps: int,
+    step_size: float,
+    batch_size: int,
+) -> tuple[dict[str, Any], dict[str, Energies]]:
+    """One entry of the health history (see `docs/architecture.md`), and the energies by task.
+
+    ``knn`` is the accuracy in percent of the held-out images' labels among the labelled training
+    images; None without labels.
+    """
+    look = partial(watch_task, num_steps=num_steps, step_size=step_size, batch_size=batch_size)
+    by_task = {
+        name: look(energy, task, held_out.images, statistics) for name, task in tasks.items()
+    }
+    rows = [measures for measures, _ in by_task.values()]
+    gains = [row["psnr_restored_db"] - row["psnr_corrupted_db"] for row in rows]
+
+    def embed(images: Tensor) -> Tensor:
+        return embed_batches(
+            energy.backbone, images.split(batch_size), embedding, held_out.images.device
+        )
+
+    embeddings, knn = embed(held_out.images), None
+    known, classes = held_out.knn_images, held_out.knn_labels
+    if held_out.labels is not None and known is not None and classes is not None:
+        knn = 100 * knn_accuracy(embed(known), classes, embeddings, held_out.labels)
+    finite = bool(torch.isfinite(embeddings).all())
+    entry = {
+        "psnr_gain_db": sum(gains) / len(rows),
+        "energy_gap": sum(row["energy_gap"] for row in rows) / len(rows),
+        "auroc": sum(row["auroc"] for row in rows) / len(rows),
+        "rank_me": rank_me(embeddings) if finite else float("nan"),
+        "embedding_size": embeddings.shape[1],
+        "knn": knn,
+        "tasks": {name: measures for name, (measures, _) in by_task.items()},
+    }
+    return entry, {name: energies for name, (_, energies) in by_task.items()}
+
+
+def describe_health(entry: dict[str, Any]) -> str:
+    """An entry of the health history in one line."""
+    tasks = ", ".join(
+        f"{name} {row['psnr_restored_db'] - row['psnr_corrupted_db']:+.2f} dB"
+        for name, row in entry["tasks"].items()
+    )
+    knn = "" if entry["knn"] is None else f"; kNN {entry['knn']:.1f} %"
+    return (
+        f"held out: {tasks}; AUROC {entry['auroc']:.3f}; "
+        f"effective rank {entry['rank_me']:.1f} of {entry['embedding_size']}{knn}"
+    )
+
+
+def to_display(images: Tensor, statistics: ChannelStatistics) -> Tensor:
+    """Normalised images as (images, 3, height, width) in [0, 1]; further channels are left out.
+
+    Two channels show the first one in grey; small images are enlarged with their pixels visible.
+    """
+    shown = statistics.denormalize(images.float()).clamp(0.0, 1.0).cpu()
+    shown = shown[:, :3] if shown.shape[1] >= 3 else shown[:, :1].expand(-1, 3, -1, -1)
+    factor = max(1, round(SMALLEST_SIDE / min(shown.shape[-2:])))
+    return F.interpolate(shown, scale_factor=factor, mode="nearest-exact")
+
+
+def restoration_grid(
+    trajectory: Tensor, clean: Tensor, statistics: ChannelStatistics
+) -> Image.Image:
+    """A row an image: corrupted, the points between, restored, clean.
+
+    Normalised: (points, images, channels, height, width), and without points the clean ones.
+    """
+    columns = torch.cat([trajectory, clean[None]]).transpose(0, 1)
+    tiles = to_display(columns.flatten(0, 1), statistics)
+    picture: Image.Image = to_pil_image(
+        make_grid(tiles, nrow=columns.shape[1], padding=4, pad_value=1.0)
+    )
+    return picture
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """The picture as a PNG file's content."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def write_preview(
+    path: Path,
+    energy: EnergyModel,
+    task: PretextTask,
+    clean: Tensor,
+    statistics: ChannelStatistics,
+    *,
+    num_steps: int,
+    step_size: float,
+) -> None:
+    """Corrupt (the same way each time), restore and draw these normalised images."""
+    generator = torch.Generator(clean.device).manual_seed(PREVIEW_SEED)
+    corrupted = task(clean, generator).corrupted
+    result = restore(energy, corrupted, num_steps, step_size)
+    write_atomically(path, png_bytes(restoration_grid(result.trajectory, clean, statistics)))

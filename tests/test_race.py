@@ -1,0 +1,102 @@
+"""The race's rivals train a timm backbone, go on when cut, and can't be mistaken for each other."""
+
+import importlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from backfold.data.open import EMBEDDED, open_source
+from backfold.data.source import SubsetSource
+from backfold.errors import UserError
+from backfold.evaluation.results import Row
+from backfold.pretext import Masking
+from backfold.training.config import PretrainConfig, TaskSettings
+from backfold.training.images import open_images
+from backfold.training.optimizer import OptimizerSettings
+
+pytest.importorskip("transformers")
+pytest.importorskip("lightly")
+from race import contest, race
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return PretrainConfig(
+        out=tmp_path, backbone="vit_tiny_patch16_224", image_size=28, batch_size=16, max_steps=3,
+        backbone_options={"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2},
+        held_out=8, accelerator="cpu", devices=1, precision="32-true", num_workers=0,
+        tasks=TaskSettings(masking=Masking(mask_patch_size=7)), checkpoint_minutes=0.0,
+        optimizer=OptimizerSettings(warmup_epochs=0.0),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def images(settings):
+    source = open_source(EMBEDDED / "fashion_mnist_train.parquet", "train")
+    return open_images(settings, source=SubsetSource(source, range(72)))
+
+
+def trained(method, images, settings):
+    module = importlib.import_module(f"race.{method}")
+    return module.train(settings.backbone, settings.backbone_options, images, settings)
+
+
+@pytest.mark.parametrize("method", ["mae", "simmim", "simclr", "vicreg"])
+def test_a_rival_goes_on_where_it_was_cut(method, images, settings, tmp_path, monkeypatch):
+    first = contest.start(settings.backbone, settings.backbone_options, images, settings)
+    whole = trained(method, images, replace(settings, out=tmp_path / "whole"))
+    assert type(whole) is type(first)
+    weights = whole.state_dict()
+    for name, value in first.state_dict().items():
+        assert weights[name].isfinite().all()
+        assert not torch.equal(weights[name], value) or name.endswith("k_bias")
+
+    def cut(path, content):
+        save(path, content)
+        if content["step"] == 2:
+            raise KeyboardInterrupt
+
+    save = contest.save_checkpoint
+    monkeypatch.setattr(contest, "save_checkpoint", cut)
+    with pytest.raises(KeyboardInterrupt):
+        trained(method, images, settings)
+    resumed = trained(method, images, settings).state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+
+
+def test_swapped_contenders_and_settings_are_noticed(images, settings):
+    trained("simmim", images, settings)
+    with pytest.raises(UserError, match="simmim"):
+        trained("mae", images, settings)
+    with pytest.raises(UserError, match="remove it"):
+        trained("simmim", images, replace(settings, seed=1))
+    row = {"part": race.VALIDATION, "rate": 1e-3, "mean": 40.0}
+    assert race.best_rate([row, row | {"rate": 1e-2, "mean": 41.0}]) == 1e-2
+    with pytest.raises(UserError, match="test images"):
+        race.best_rate([row | {"part": race.TEST}])
+
+
+def test_the_table_is_of_each_method_over_seeds(tmp_path, settings, images, monkeypatch):
+    """Means and deviations by hand; a second call reads what the first has written."""
+    truth = {("untrained", 0): 20.0, ("untrained", 1): 22.0, ("mae", 0): 30.0, ("mae", 1): 34.0}
+
+    def rows(backbone, **_):
+        return [Row("knn", "all labels", race.PRETRAINED, race.ACCURACY, backbone, 0.0, 1)]
+
+    monkeypatch.setattr(race, "train", lambda cell, *_: truth[cell.method, cell.seed])
+    monkeypatch.setattr(race.backfold, "evaluate", rows)
+    monkeypatch.setattr(race, "open_images", lambda _: images)
+    given = (["untrained", "mae"], [0, 1], [1e-3], settings, tmp_path)
+    found = race.race(*given)
+    monkeypatch.setattr(race, "train", None)
+    assert race.race(*given) == json.loads(json.dumps(found))
+    race.write_table(found, tmp_path)
+    text = (tmp_path / "race.md").read_text()
+    assert "| untrained | 0.001 | 2 | 21.0 ± 1.4 |" in text
+    assert "| MAE (transformers) | 0.001 | 2 | 32.0 ± 2.8 |" in text
+    swapped = {"untrained": "mae", "mae": "untrained"}
+    bent = [row | {"method": swapped[row["method"]]} for row in found]
+    assert race.summary(bent)["untrained"] == race.summary(found)["MAE (transformers)"]
+    assert (tmp_path / "race.svg").read_text().count("MAE") == 1
