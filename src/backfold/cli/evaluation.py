@@ -1,6 +1,6 @@
 """`backfold evaluate`: the rows as tables, and what they say."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -24,12 +24,17 @@ def run_evaluate(settings: EvaluateSettings) -> None:
         for found in evaluate_each(settings):
             rows += found
             print_tables(console, found)
-    verdict = payoff(rows)
-    if verdict.state != "unknown":
-        console.print(f"Did pretraining pay? {verdict.headline}", soft_wrap=True)
+    print_verdict(console, rows)
     folder = settings.out or RunFolder.of(settings.checkpoint)
     if folder is not None:
         print(f"rows: {RunFolder(Path(folder)).evaluation}")
+
+
+def print_verdict(console: Console, rows: Sequence[Row]) -> None:
+    """Did pretraining pay? Nothing where no row says so."""
+    verdict = payoff(rows)
+    if verdict.state != "unknown":
+        console.print(f"Did pretraining pay? {verdict.headline}", soft_wrap=True)
 
 
 def print_tables(console: Console, rows: Iterable[Row]) -> None:
