@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def run_and_kill(arguments: list[str], after: float | None) -> tuple[int | None,
         for stream in (0, 1, 2):
             os.dup2(nothing, stream)
         os._exit(main(arguments))
+    with suppress(PermissionError):  # it has done so itself, and is on its way
+        os.setpgid(process, process)  # or a kill could come before
     while True:
         finished, status = os.waitpid(process, os.WNOHANG)
         seconds = time.monotonic() - start
