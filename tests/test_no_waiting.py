@@ -50,6 +50,23 @@ class CountsWaits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class Waits:
+    """A task that asks the device for what it drew."""
+
+    def __call__(self, clean, generator):
+        drawn = torch.rand(len(clean), generator=generator, device=clean.device) < 0.5
+        corruption = Masking(mask_patch_size=7)(clean, generator)
+        corruption.corrupted[drawn.nonzero().squeeze(1)] *= 1.0
+        corruption.corrupted[drawn] *= 1.0
+        return corruption if bool(drawn.any()) else TASKS[0](clean, generator)
+
+
+def test_a_task_that_waits_is_noticed():
+    with CountsWaits() as counted:
+        Waits()(torch.randn(4, 3, 28, 28), torch.Generator().manual_seed(0))
+    assert len(counted.found) >= 3
+
+
 @pytest.mark.parametrize(
     "task",
     [

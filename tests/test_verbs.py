@@ -84,8 +84,22 @@ def test_a_run_goes_through_the_other_verbs(images, run, tmp_path):
     data = EMBEDDED / "fashion_mnist_test.parquet"
     table = backfold.score(run, data=data, out=tmp_path / "scores.parquet", **HERE)
     assert table.column_names == ["path", "energy", "error_masking"]
+    table = backfold.score(run, data=images.images, out=tmp_path / "memory.csv", **HERE)
+    assert table["path"].to_pylist()[:2] == ["Tensor item 0", "Tensor item 1"]
     found = backfold.stats(images.images, max_images=20)
     assert (found.images, found.looked_at, found.channels) == (80, 20, 1)
+
+
+@pytest.mark.parametrize("watch_labels", [False, True])
+def test_labels_in_memory_are_watched_only_if_asked_for(images, tmp_path, watch_labels):
+    backfold.pretrain(images, out=tmp_path, watch_labels=watch_labels, **SETTINGS)
+    (*_, last) = json.loads((tmp_path / "health.json").read_text())["history"]
+    assert (last["knn"] is not None) == watch_labels
+
+
+def test_images_in_memory_have_a_limit_too(images, tmp_path):
+    with pytest.raises(UserError, match=r"none of .* can be read"):
+        backfold.pretrain(images.images, out=tmp_path / "run", max_pixels=100, **SETTINGS)
 
 
 def test_what_was_in_memory_has_no_file(run):

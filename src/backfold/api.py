@@ -227,17 +227,18 @@ def pretrain(
     Raises:
         UserError: bad settings or data, a folder that can't be used, a loss that is not finite.
     """
-    source = None
-    if not (data is None or isinstance(data, (str, Path))):
-        source = open_source(data, "train")
-        data = source.name + IN_MEMORY
-    values = {**settings, "data": data}
+    in_memory = not (data is None or isinstance(data, (str, Path)))
+    name = type(data).__name__ + IN_MEMORY if in_memory else data
+    values = {**settings, "data": name}
     config = config_from_dict(
         {
             name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
             for name, value in values.items()
         }
     )
+    source = None
+    if in_memory:
+        source = open_source(data, "train", config.watch_labels, config.max_pixels)
     training.pretrain(config, resume=resume, overwrite=overwrite, source=source, callback=callback)
     return Backfold.load(config.out)
 

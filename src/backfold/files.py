@@ -13,6 +13,12 @@ from backfold.errors import UserError
 LOCK = ".lock"
 
 
+def refuse_missing_run(path: Path) -> None:
+    """Raise UserError where there is neither a run's folder nor a checkpoint."""
+    if not path.exists():
+        raise UserError(f"there is no checkpoint at {path}; give a run's folder or a .ckpt file")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside the path, sync, rename: a reader sees the old file or the new one.
 

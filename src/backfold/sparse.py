@@ -15,6 +15,8 @@ from backfold.backbone import ImageSize
 from backfold.errors import UserError
 from backfold.pretext.corruption import RunningSquares
 
+FAMILIES = (VisionTransformer, Eva)  # a tuple: older compilers stumble over a union
+
 
 def check_sparse(backbone: nn.Module) -> None:
     """Raise UserError unless `sparse_feature_map` is exact for this backbone.
@@ -38,13 +40,13 @@ def token_size(backbone: nn.Module) -> ImageSize:
         UserError: as `check_sparse`.
     """
     check_sparse(backbone)
-    assert isinstance(backbone, VisionTransformer | Eva)
+    assert isinstance(backbone, FAMILIES)
     height, width = backbone.patch_embed.patch_size
     return int(height), int(width)
 
 
 def _obstacle(backbone: nn.Module) -> str | None:
-    if not isinstance(backbone, VisionTransformer | Eva):
+    if not isinstance(backbone, FAMILIES):
         return "it is neither timm's VisionTransformer nor its Eva"
     own = Eva if isinstance(backbone, Eva) else VisionTransformer
     if type(backbone).forward_features is not own.forward_features:
@@ -55,7 +57,7 @@ def _obstacle(backbone: nn.Module) -> str | None:
     known = (vision_transformer.__name__, eva.__name__)
     if any(type(block).__module__ not in known for block in backbone.blocks):
         return "its blocks are not timm's own"
-    if not isinstance(backbone.patch_drop, nn.Identity | None):
+    if not isinstance(backbone.patch_drop, (nn.Identity, type(None))):
         return "its patch_drop_rate drops tokens too"
     return None
 
@@ -104,7 +106,7 @@ def sparse_feature_map(backbone: nn.Module, images: Tensor, tokens: Tensor) -> T
         UserError: as `check_sparse`.
     """
     features, rotations = embed_tokens(backbone, images, tokens)
-    assert isinstance(backbone, VisionTransformer | Eva)
+    assert isinstance(backbone, FAMILIES)
     for block, rotation in zip(backbone.blocks, rotations, strict=True):
         features = block(features) if rotation is None else block(features, rope=rotation)
     normed: Tensor = backbone.norm(features)
@@ -129,7 +131,7 @@ def embed_tokens(
         UserError: as `check_sparse`.
     """
     check_sparse(backbone)
-    assert isinstance(backbone, VisionTransformer | Eva)
+    assert isinstance(backbone, FAMILIES)
     embedded, rotation = backbone.patch_embed(images), None
     if isinstance(backbone, Eva):
         embedded, rotation = backbone._pos_embed(embedded)

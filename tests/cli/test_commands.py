@@ -141,6 +141,8 @@ def test_torch_is_not_loaded_for_help_and_for_mistakes(tmp_path):
         ("pretrain", "--data=nowhere"): "nowhere does not exist",
         ("pretrain", "--mixture=masking"): "give for instance masking=1",
         ("evaluate", "--data", "no/where/at/all"): "does not exist",
+        ("restore", "--checkpoint=no/where"): "there is no checkpoint at no/where; give a run's",
+        ("demo", "--resume"): "there is no option --resume",
         ("score", "--batch-sise=3"): "no option --batch-sise; nearest: --batch-size",
         ("pretrian",): "there is no command 'pretrian'",
     }

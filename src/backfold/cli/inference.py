@@ -139,7 +139,8 @@ def _compute(
     finish: Callable[[Parts], None] | None = None,
 ) -> int:
     config, workers = job.run.config, settings.num_workers
-    source = open_source(settings.data or config.data, settings.split, max_pixels=config.max_pixels)
+    data = config.data if settings.data is None else settings.data
+    source = open_source(data, settings.split, max_pixels=config.max_pixels)
     parts = Parts(job, source, settings.out, settings.batch_size, settings.part_size)
     if settings.engine == "ray":
         actors = 2 if workers is None else max(1, workers)

@@ -25,6 +25,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from backfold.data.files import refuse_missing
 from backfold.errors import RunStopped, UserError
+from backfold.files import refuse_missing_run
 from backfold.version import __version__
 
 PACKAGE = Path(str(files("backfold")))
@@ -66,7 +67,9 @@ class Command:
 
 RESUMES = "`backfold pretrain --resume --out RUN` goes on"
 AGAIN = "the same command goes on"
-PRETRAIN = frozenset({"config", "mixture", "recipe", "resume", "overwrite", "strategy"})
+DEMO = frozenset({"config", "mixture", "strategy"})
+PRETRAIN = DEMO | {"recipe", "resume", "overwrite"}
+OF_RUNS = ("restore", "export", "embed", "score")  # evaluate takes other people's backbones too
 COMMANDS = {
     "pretrain": Command(
         "pretrain a backbone on unlabelled images",
@@ -97,7 +100,7 @@ COMMANDS = {
         "training.config.PretrainConfig",
         "commands.run_demo",
         go_on=RESUMES,
-        options=PRETRAIN,
+        options=DEMO,
     ),
     "export": Command(
         "write a backbone for timm, Hugging Face, ONNX",
@@ -251,7 +254,7 @@ def build_parser(name: str, *, usual: bool = False) -> Parser:
     settings = _import(command.settings)
     names = {field.name for field in dataclasses.fields(settings)}
     if _is_training(name):
-        _add_training_options(parser)
+        _add_training_options(parser, command.options)
     parser.add_class_arguments(
         settings, skip={"overwrite", *(command.positional or ())[:1]} & names
     )
@@ -273,13 +276,13 @@ def build_parser(name: str, *, usual: bool = False) -> Parser:
     return parser
 
 
-def _add_training_options(parser: Parser) -> None:
+def _add_training_options(parser: Parser, options: frozenset[str]) -> None:
     parser.add_argument("--config", action="config", help="YAML file; flags override it")
-    parser.add_argument(
-        "--recipe", type=str | None, default=None, help=f"shipped YAML: {', '.join(recipe_names())}"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    if "recipe" in options:
+        names = f"shipped YAML: {', '.join(recipe_names())}"
+        parser.add_argument("--recipe", type=str | None, default=None, help=names)
+        parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+        parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     parser.add_argument(
         "--mixture",
         type=str | None,
@@ -367,6 +370,9 @@ def _refuse_early(name: str, arguments: list[str]) -> None:
     data = _value(arguments, "--data", "")
     if data and data != "null":
         refuse_missing(data)
+    checkpoint = _value(arguments, "--checkpoint", "")
+    if checkpoint and name in OF_RUNS:
+        refuse_missing_run(Path(checkpoint))
 
 
 def _field_names(settings: str) -> set[str]:

@@ -342,14 +342,16 @@ class DatasetSource:
     (height, width) or (channels, height, width); or a NumPy array, which may have its channels last
     too (see `channels_last`). Values are as in files (see `decode`). Random transforms make a run
     differ from its continuation: let them be done here, after reading. An item that raises is
-    broken. Labels are ``dataset.targets``, integers from 0, and ``dataset.classes`` their names,
-    where it has them.
+    broken. Labels, if ``labelled``, are ``dataset.targets``, integers from 0, and their names
+    ``dataset.classes``, where it has them.
 
     Raises:
         UserError: an empty or unsized data set, or labels that don't fit it.
     """
 
-    def __init__(self, dataset: MapDataset, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self, dataset: MapDataset, max_pixels: int = MAX_PIXELS, labelled: bool = True
+    ) -> None:
         self._dataset, self._max_pixels, self.name = dataset, max_pixels, type(dataset).__name__
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise UserError(f"{self.name} has no length or no items; give a map-style Dataset")
@@ -358,7 +360,7 @@ class DatasetSource:
         self.labels: Labels | None = None
         self.class_names: tuple[str, ...] = ()
         given = getattr(dataset, "targets", None)
-        if given is None:
+        if given is None or not labelled:
             return
         values = np.asarray(given)
         if values.shape != (len(dataset),) or values.dtype.kind not in "iu" or values.min() < 0:

@@ -82,7 +82,7 @@ def open_source(
     if data is not None and not isinstance(data, (str, Path)):
         if split == "test":
             raise _no_test_split(type(data).__name__)
-        return DatasetSource(data, max_pixels=max_pixels)
+        return DatasetSource(data, max_pixels, labelled)
     options = labelled, max_pixels
     if data is None:
         name = f"embedded Fashion-MNIST sample, {split}"

@@ -5,12 +5,12 @@ A protocol is a function of an `Evaluation` that returns rows, and one entry of 
 
 import copy
 import logging
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from typing import Protocol as Structural
 
 import torch
 from torch import nn
@@ -246,7 +246,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
 }  # fmt: skip
 
 
-class Run(Structural):
+class Run(typing.Protocol):
     """What `backfold.pretrain` and `backfold.load` give."""
 
     path: Path

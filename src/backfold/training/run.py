@@ -21,7 +21,7 @@ from backfold.batch_norm import batch_norms
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
-from backfold.files import LOCK, hold, write_atomically
+from backfold.files import LOCK, hold, refuse_missing_run, write_atomically
 from backfold.training.config import (
     PretrainConfig,
     config_from_dict,
@@ -161,8 +161,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if path.is_dir():
         path = RunFolder(path).last_checkpoint
-    if not path.exists():
-        raise UserError(f"there is no checkpoint at {path}; give a run's folder or a .ckpt file")
+    refuse_missing_run(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
