@@ -11,14 +11,15 @@ backward pass with all parameter gradients, which are None before it. The optimi
 same for all and left out, and so is drawing masks (it has a row of its own), but for MAE, which
 draws them within its model. The ordinary step is cross-entropy of random labels on mean features.
 
-Writes cost-DEVICE.json, .md and .svg, with --sweep cost-growth-DEVICE.*. `docs/cost.md` reads them.
-Needs `pip install backfold[benchmarks]`.
+Writes cost-DEVICE.json, with --sweep cost-growth-DEVICE.json, and prints the tables. `docs/cost.md`
+reads them. Needs `pip install backfold[benchmarks]`.
 """
 
 import argparse
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,17 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is chatty
 
 import torch
 
+from backfold.files import write_json
 from backfold.memory import keep_freed_memory
-from step_cost.comparing import compare_models, run_sweeps
+from step_cost.comparing import SWEEPS, cases_of, measure_each, sweep_of
 from step_cost.measuring import facts
-from step_cost.page import write_page, write_results
+from step_cost.page import write_page
+from step_cost.tables import bars_table, cost_tables, growth_tables
 from step_cost.workload import MODELS, TITLES, Variant
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "cost.md"
-QUICK = {
+QUICK: dict[str, Any] = {
     "models": ["vit_tiny_32"],
     "variants": ["ordinary", "exact", "sparse", "simmim"],
     "precisions": ["float32"],
@@ -61,18 +64,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     }
     for name, known in choices.items():
         parser.add_argument(f"--{name}", nargs="+", choices=list(known), default=list(known))
-    parser.add_argument(
-        "--num-steps", nargs="+", type=int, default=[1, 2, 4], help="K of the dense step"
-    )
-    parser.add_argument("--batch", type=int, help="images in a step; none takes each model's own")
+    parser.add_argument("--num-steps", nargs="+", type=int, default=[1, 2, 4], help="K, if dense")
     parser.add_argument("--repeats", type=int, default=7, help="rounds of timing")
-    parser.add_argument(
-        "--max-minutes",
-        type=float,
-        default=float("inf"),
-        help="no new work after this; what is left out is listed",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--max-minutes", type=float, default=float("inf"),
+                        help="no new work after this; what is left out is listed")  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS)
     if parser.parse_known_args(arguments)[0].quick:
         parser.set_defaults(**QUICK)
@@ -97,24 +92,28 @@ def main() -> None:
     if options.write_page:
         write_page(PAGE, RESULTS)
         return
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(automatic if options.device == "auto" else options.device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     deadline = time.perf_counter() + 60 * options.max_minutes
     if device.type == "cpu":
         keep_freed_memory()  # as pretraining does; for all steps alike
     if options.sweep:
         modes = [mode == "compiled" for mode in options.modes]
-        parts = run_sweeps(modes, options.repeats, device, deadline)
+        groups = {factor: partial(sweep_of, factor, modes, device) for factor in SWEEPS}
+        tables = [growth_tables]
     else:
         wanted = {name: variants_of(name, options) for name in MODELS if name in options.models}
-        wanted = {name: variants for name, variants in wanted.items() if variants}
-        parts = compare_models(wanted, options.batch, options.repeats, device, deadline)
+        groups = {MODELS[name].title: partial(cases_of, name, variants, device)
+                  for name, variants in wanted.items() if variants}  # fmt: skip
+        tables = [bars_table, cost_tables]
     content: dict[str, Any] = {"facts": facts(device), "rows": [], "left_out": []}
-    for part in parts:
+    path = options.out / f"cost-{'growth-' * options.sweep}{device.type}.json"
+    for part in measure_each(groups, options.repeats, device, deadline):
         content["rows"] += part.rows
         content["left_out"] += part.left_out
-        path = write_results(options.out, content, options.sweep)
+        write_json(path, content)
         print(path, f"{len(content['rows'])} rows", flush=True)
+    for table in tables:
+        print(table(content))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 
 from backfold import api  # noqa: F401 - what the forks need is imported once
 from backfold.cli.main import main
+from backfold.files import write_json
 from step_cost.measuring import facts
 
 RUN = [
@@ -62,25 +62,20 @@ def run_and_kill(arguments: list[str], after: float | None) -> tuple[int | None,
         time.sleep(0.002)
 
 
-def result(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, str]]]:
-    """The weights, and the logged rows without what a clock says."""
+def result(out: Path) -> tuple[dict[str, bytes], list[dict[str, str]]]:
+    """The weights' bits, and the logged rows without what a clock says."""
+    weights = load_file(out / "backbone.safetensors")
     with (out / "metrics.csv").open() as file:
         rows = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
-    return load_file(out / "backbone.safetensors"), rows
-
-
-def same(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
-    """Bit by bit."""
-    return one[1] == other[1] and all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+    return {name: weight.tobytes() for name, weight in weights.items()}, rows
 
 
 def torn(out: Path, needed: float, draws: random.Random) -> int:
     """Kill and resume the run until it is done; returns how often it was killed."""
     kills = 0
     while True:
-        resume = ["--resume"] if (out / "config.yaml").exists() else []
-        arguments = [*RUN, f"--out={out}", *resume, *([] if resume else ["--overwrite"])]
-        code, _ = run_and_kill(arguments, draws.uniform(0.0, needed))
+        start = "--resume" if (out / "config.yaml").exists() else "--overwrite"
+        code, _ = run_and_kill([*RUN, f"--out={out}", start], draws.uniform(0.0, needed))
         if code == 0:
             return kills
         if code is not None:
@@ -106,9 +101,9 @@ def go() -> None:
             draws, out = random.Random(found["rounds"]), Path(f"round-{found['rounds']}")
             found["kills"] += torn(out, 0.9 * needed, draws)
             found["rounds"] += 1
-            found["same"] += same(result(out), whole)
+            found["same"] += result(out) == whole
             found["machine"] = facts(torch.device("cpu"))
-            path.write_text(json.dumps(found, indent=1) + "\n")
+            write_json(path, found)
             print(f"{found['kills']} kills, {found['same']} of {found['rounds']} runs the same")
     sys.exit(found["same"] != found["rounds"])
 

@@ -17,7 +17,6 @@ import io
 import itertools
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from backfold.data.augmentation import Augmentation
-from backfold.data.decode import as_float
 from backfold.data.formats import FolderSource
 from backfold.data.loading import BatchDataset, default_workers, training_loader
 from backfold.files import write_json
@@ -82,28 +81,24 @@ class FullSize(FolderSource):
         return super().read(index)
 
 
-def milliseconds(source: FolderSource, convert: Callable[[Tensor], Tensor]) -> float:
-    """To load an image on one core and to share it; the median of 20 batches of 8."""
-    dataset = BatchDataset(source, SIZE, 3, Augmentation())
-    seconds = []
-    for first in range(0, 21 * 8, 8):
-        start = time.perf_counter()
-        images = dataset[[(0, index) for index in range(first, first + 8)]].images
-        convert(images).share_memory_()
-        seconds.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(seconds[1:])) / 8
+def milliseconds(source: FolderSource) -> float:
+    """To load an image on one core and to share it; the median of a second of batches of 8."""
+    dataset, places = BatchDataset(source, SIZE, 3, Augmentation()), itertools.count()
+
+    def load() -> None:
+        dataset[[(0, next(places) % len(source)) for _ in range(8)]].images.share_memory_()
+
+    timer = Timer("load()", globals={"load": load})
+    return 1e3 * timer.blocked_autorange(min_run_time=1.0).median / 8
 
 
-def time_loading(folder: Path) -> dict[str, float]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    times = {
-        "full size, float32 batches": milliseconds(FullSize(folder), as_float),
-        "full size, uint8 batches": milliseconds(FullSize(folder), lambda images: images),
-        "reduced size, uint8 batches": milliseconds(FolderSource(folder), lambda images: images),
-    }
-    torch.set_num_threads(threads)
-    return times
+def time_worker(folder: Path) -> float:
+    """Images a second that arrive here from one worker, when nothing else computes."""
+    loader = training_loader(
+        FolderSource(folder), SIZE, 3, Augmentation(), 16, 0, 0, 20, num_workers=1
+    )
+    arrivals = [time.perf_counter() for _ in loader]
+    return 16 * 15 / (arrivals[-1] - arrivals[-16])
 
 
 def train(
@@ -125,52 +120,39 @@ def train(
 def time_training(folders: dict[str, Path], place: Path) -> list[dict[str, Any]]:
     rows = []
     for (backbone, given), name in itertools.product(BACKBONES.items(), (STORED, LARGE)):
-        out, workers = place / f"{len(rows)}", default_workers()
-        alone = train(folders[name], out / "alone", *given, workers=0)
-        beside = train(folders[name], out / "beside", *given, workers=workers)
-        rows.append({
-            "backbone": backbone,
-            "images": name,
-            "workers": workers,
-            "wait": beside["data_wait"],
-            "wait_without_workers": alone["data_wait"],
-            "images_per_second": beside["images_per_second"],
-            "images_per_second_without_workers": alone["images_per_second"],
-        })  # fmt: skip
+        row: dict[str, Any] = {"backbone": backbone, "images": name, "workers": default_workers()}
+        for suffix, workers in (("", row["workers"]), ("_without_workers", 0)):
+            found = train(folders[name], place / f"run{len(rows)}{suffix}", *given, workers)
+            row |= {f"{measured}{suffix}": value for measured, value in found.items()}
+        rows.append(row)
     return rows
-
-
-def time_worker(folder: Path) -> float:
-    """Images a second that arrive here from one worker, when nothing else computes."""
-    loader = training_loader(
-        FolderSource(folder), SIZE, 3, Augmentation(), 16, 0, 0, 20, num_workers=1
-    )
-    arrivals = [time.perf_counter() for _ in loader]
-    return 16 * 15 / (arrivals[-1] - arrivals[-16])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/imagenette160"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     options = parser.parse_args()
     known = facts(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         folders = write_folders(options.data / "train.parquet", place)
         loading = {
-            name: {**time_loading(folder), "images a second from one worker": time_worker(folder)}
+            name: {
+                "full size, uint8 batches": milliseconds(FullSize(folder)),
+                "reduced size, uint8 batches": milliseconds(FolderSource(folder)),
+                "images a second from one worker": time_worker(folder),
+            }
             for name, folder in folders.items()
         }
         training = time_training(folders, place)
     known["data"] = "Imagenette (160 px, squashed), and 32 of its images scaled up with noise"
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "loading.json"
     write_json(path, {**known, "seed": 0, "loading_ms": loading, "training": training})
     parts = [
         f"{facts_line({'facts': known})}. {known['data']}; one run of each, seed 0.",
         "Milliseconds to load an image on one core (read, decode, crop, resize to 224, stack, share"
-        " with the training process); median of 20 batches of 8.",
+        " with the training process); median of a second of batches of 8.",
         table([{"JPEG images": name, **row} for name, row in loading.items()]),
         "Share of the time that training waits for images, with the default workers.",
         table(training),

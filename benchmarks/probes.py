@@ -8,23 +8,22 @@ unequal spread, mixed among the features. Writes probes.json.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from backfold.evaluation.probes import fit_linear_path, knn_predictions
+from backfold.files import write_json
 from step_cost.measuring import facts
 
-TRAIN, TEST, VALIDATION = 1_281_167, 50_000, 10_000
+IMAGES = {"train": 1_281_167, "test": 50_000, "validation": 10_000}
 FEATURES, CLASSES = 384, 1_000
 # Centres differ in so many directions, by so much of the noise: both probes are right on some half.
 DIRECTIONS, CENTRE_SPREAD = 48, 0.6
@@ -32,7 +31,6 @@ REGULARISATIONS = (1e-4, 1e-2, 1.0)
 ROWS = 50_000
 SEED = 0
 
-Timed = TypeVar("Timed")
 Embedded = tuple[Tensor, Tensor]
 
 
@@ -54,7 +52,7 @@ def write_embeddings(path: Path, count: int, seed: int) -> Embedded:
     return torch.from_numpy(stored), torch.from_numpy(labels)
 
 
-def measure(work: Callable[[], Timed]) -> tuple[Timed, dict[str, float]]:
+def measure(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     """What ``work`` returns, its seconds, and the process's peak memory so far in GB."""
     start, processor_start = time.perf_counter(), time.process_time()
     result = work()
@@ -88,29 +86,21 @@ def knn(data: Sequence[Embedded]) -> dict[str, Any]:
     return {**cost, "accuracy": float((predicted == test_y).double().mean())}
 
 
-PROBES = {"linear": linear, "knn": knn}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of images")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--temporary", type=Path, help="folder with 1.1 GB of room")
-    parser.add_argument("--only", choices=PROBES, help="keep the other's result in the file")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     arguments = parser.parse_args()
-    file = arguments.out / "probes.json"
-    results = json.loads(file.read_text()) if arguments.only else {}
-    counts = [max(2 * CLASSES, round(arguments.scale * each)) for each in (TRAIN, TEST, VALIDATION)]
-    results |= {"machine": facts(torch.device("cpu")) | {"seed": SEED}}
+    counts = [max(2 * CLASSES, round(arguments.scale * count)) for count in IMAGES.values()]
+    results = {"machine": facts(torch.device("cpu")) | {"seed": SEED}}
     results |= {"images": counts, "features": FEATURES, "classes": CLASSES}
-    with tempfile.TemporaryDirectory(dir=arguments.temporary) as folder:
-        paths = [Path(folder) / str(seed) for seed in range(len(counts))]
+    with tempfile.TemporaryDirectory() as folder:  # with 1.1 GB of room
+        paths = [Path(folder) / name for name in IMAGES]
         data = [write_embeddings(path, counts[seed], seed) for seed, path in enumerate(paths)]
-        for name in [arguments.only] if arguments.only else PROBES:
-            results[name] = PROBES[name](data)
-            Console().print(name, results[name])
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n")
+        for probe in (linear, knn):
+            results[probe.__name__] = probe(data)
+            print(probe.__name__, results[probe.__name__])
+            write_json(arguments.out / "probes.json", results)
 
 
 if __name__ == "__main__":

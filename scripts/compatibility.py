@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from backfold.backbone import ImageSize
 from backfold.energy import EnergyModel
@@ -30,22 +31,13 @@ STEPS = (1e-8, 1e-10, 1e-12, 1e-6, 1e-5, 1e-4, 1e-3)
 class Float64Throughout(TorchFunctionMode):
     """Within, what asks for float32 gets float64: a model that casts keeps its digits too."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function with float64 for float32 among its arguments."""
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        named = {name: _widened(value) for name, value in (kwargs or {}).items()}
-        return func(*map(_widened, args), **named)
-
-
-def _widened(value: object) -> object:
-    return torch.float64 if value is torch.float32 else value
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        args, kwargs = tree_map(
+            lambda value: torch.float64 if value is torch.float32 else value, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
 
 
 class Direction:
@@ -56,27 +48,29 @@ class Direction:
     """
 
     def __init__(self, parameters: Sequence[Tensor], seed: int) -> None:
-        self.parameters = parameters
-        self.seed = seed
+        self.parameters, self.seed = parameters, seed
         sizes = [float(p.detach().square().mean().sqrt()) for p in parameters]
         self.scales = [size if size > 1e-3 else 0.2 for size in sizes]
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
         for parameter, scale in zip(self.parameters, self.scales, strict=True):
             noise = torch.randn(parameter.shape, generator=generator)
-            yield noise.mul_(scale).to(parameter)
+            yield parameter, noise.mul_(scale).to(parameter)
+
+    @torch.no_grad()
+    def at(self, step: float, function: Callable[[], Any]) -> Any:
+        """What the function returns while the parameters are so far along the direction."""
+        self.move(step)
+        found = function()
+        self.move(-step)
+        return found
 
     @torch.no_grad()
     def move(self, step: float) -> None:
         """Add ``step`` times the direction to the parameters, in place."""
-        for parameter, noise in zip(self.parameters, self, strict=True):
+        for parameter, noise in self:
             parameter.add_(noise, alpha=step)
-
-    def times_gradient(self) -> float:
-        """The derivative along the direction, by the parameters' ``grad``; a missing one is 0."""
-        pairs = zip(self.parameters, self, strict=True)
-        return sum(float((p.grad * noise).sum()) for p, noise in pairs if p.grad is not None)
 
 
 def distance_from_difference(derivative: float, function: Callable[[float], float]) -> float:
@@ -94,7 +88,7 @@ def distance_from_difference(derivative: float, function: Callable[[float], floa
     return best
 
 
-@dataclass(frozen=True)
+@dataclass
 class Compatibility:
     """What `check_compatibility` found; ``reason`` is one line on the first check that failed.
 
@@ -103,13 +97,13 @@ class Compatibility:
     direction and its finite difference; NaN if not measured.
     """
 
-    finite_energies: bool
-    finite_gradient: bool
-    second_order: bool
-    independent: bool
-    reason: str
-    without_gradient: tuple[str, ...]
-    derivative_error: float
+    finite_energies: bool = False
+    finite_gradient: bool = False
+    second_order: bool = False
+    independent: bool = False
+    reason: str = ""
+    without_gradient: tuple[str, ...] = ()
+    derivative_error: float = float("nan")
 
     @property
     def ok(self) -> bool:
@@ -128,36 +122,32 @@ def check_compatibility(
         channels: of these images.
         seed: of the images, the perturbation and the directions.
     """
+    found = Compatibility()
     with Float64Throughout():
-        return _check(model.double().train(), image_size, channels, seed)
-
-
-def _check(model: EnergyModel, image_size: ImageSize, channels: int, seed: int) -> Compatibility:
-    for module in model.modules():  # two passes are then comparable
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
-        elif isinstance(module, DropPath):
-            module.drop_prob = 0.0
-    images = _random_images((3, channels, *image_size), seed)
-    # Noise of a tenth of each tensor's root mean square.
-    Direction(list(model.backbone.parameters()), seed).move(0.1)
-    found: dict[str, Any] = {"without_gradient": (), "derivative_error": float("nan")}
-    checks: dict[str, Callable[[], str]] = {
-        "finite_energies": lambda: check_energies(model, images),
-        "finite_gradient": lambda: check_gradient(model, images, seed),
-        "second_order": lambda: check_second_order(model, images[:2], seed, found),
-        "independent": lambda: check_independence(model, images),
-    }
-    complaints = {}
-    for name, check in checks.items():
-        try:
-            complaints[name] = check()
-        except Exception as error:
-            said = " ".join(str(error).split())[:200] or "no message"
-            complaints[name] = f"{type(error).__name__}: {said}"
-    reason = next(filter(None, complaints.values()), "")
-    passed = {name: not complaint for name, complaint in complaints.items()}
-    return Compatibility(**passed, reason=reason, **found)
+        model.double().train()
+        for module in model.modules():  # two passes are then comparable
+            if isinstance(module, _DropoutNd):
+                module.p = 0.0
+            elif isinstance(module, DropPath):
+                module.drop_prob = 0.0
+        images = _random_images((3, channels, *image_size), seed)
+        # Noise of a tenth of each tensor's root mean square.
+        Direction(list(model.backbone.parameters()), seed).move(0.1)
+        checks: dict[str, Callable[[], str]] = {
+            "finite_energies": lambda: check_energies(model, images),
+            "finite_gradient": lambda: check_gradient(model, images, seed),
+            "second_order": lambda: check_second_order(model, images[:2], seed, found),
+            "independent": lambda: check_independence(model, images),
+        }
+        for name, check in checks.items():
+            try:
+                complaint = check()
+            except Exception as error:
+                said = " ".join(str(error).split())[:200] or "no message"
+                complaint = f"{type(error).__name__}: {said}"
+            setattr(found, name, not complaint)
+            found.reason = found.reason or complaint
+    return found
 
 
 def _random_images(shape: Sequence[int], seed: int) -> Tensor:
@@ -174,7 +164,7 @@ def check_energies(model: EnergyModel, images: Tensor) -> str:
     return "" if bool(energies.isfinite().all()) else "an energy is not finite"
 
 
-def check_gradient(model: EnergyModel, images: Tensor, seed: int = 0) -> str:
+def check_gradient(model: EnergyModel, images: Tensor, seed: int) -> str:
     """Complains unless the energy gradient is finite, not zero, and equal to a finite difference.
 
     The difference is taken of the summed energies, along one direction, partly random.
@@ -187,13 +177,11 @@ def check_gradient(model: EnergyModel, images: Tensor, seed: int = 0) -> str:
     # Part of it along the gradient, so that the derivative is not small by chance.
     noise = _random_images(images.shape, seed + 2)
     direction = noise + gradient / gradient.square().mean().sqrt()
-
-    @torch.no_grad()
-    def energy_at(step: float) -> float:
-        return float(model(images + step * direction).sum())
-
-    derivative = float((gradient * direction).sum())
-    error = distance_from_difference(derivative, energy_at)
+    with torch.no_grad():
+        error = distance_from_difference(
+            float((gradient * direction).sum()),
+            lambda step: float(model(images + step * direction).sum()),
+        )
     if error < DERIVATIVE_TOLERANCE:
         return ""
     return f"the energy's gradient is off its finite difference by {error:.0e}"
@@ -201,76 +189,65 @@ def check_gradient(model: EnergyModel, images: Tensor, seed: int = 0) -> str:
 
 def check_independence(model: EnergyModel, images: Tensor) -> str:
     """Complains if the first image's energy or gradient changes with the other images."""
-    energies, gradient = energy_gradient(model, images)
-    energy_alone, gradient_alone = energy_gradient(model, images[:1])
-    pairs = {"energy": (energies[:1], energy_alone), "gradient": (gradient[:1], gradient_alone)}
-    for name, (together, alone) in pairs.items():
-        change = _relative_distance(together, alone)
+    pairs = zip(energy_gradient(model, images), energy_gradient(model, images[:1]), strict=True)
+    for name, (together, alone) in zip(("energy", "gradient"), pairs, strict=True):
+        change = _relative_distance(together[:1], alone)
         if not change < INDEPENDENCE_TOLERANCE:
             return f"an image's {name} changes by {change:.0e} with the other images of its batch"
     return ""
 
 
-def check_second_order(model: EnergyModel, images: Tensor, seed: int, found: dict[str, Any]) -> str:
+def check_second_order(model: EnergyModel, images: Tensor, seed: int, found: Compatibility) -> str:
     """Check the gradient of a training step's loss with respect to the backbone's parameters.
 
     Complains unless each parameter's gradient is finite and not zero, or else a change of the
     parameter leaves the energy's gradient as it is, and along a random direction in the space of
-    all parameters the loss's derivative equals a central finite difference.
-
-    Args:
-        model: in float64; its parameters are moved and put back.
-        images: (batch, channels, height, width), float64.
-        seed: of the clean images and the directions.
-        found: is told "without_gradient" and "derivative_error"; see `Compatibility`.
+    all parameters the loss's derivative equals a central finite difference. ``found`` is told the
+    parameters without a gradient and the distance.
     """
     clean = _random_images(images.shape, seed + 1)
     model.zero_grad()
     loss, _, _ = training_step(model, images, clean, torch.ones(1, dtype=torch.bool))
     torch.autograd.backward(loss)
     named = {name: p for name, p in model.backbone.named_parameters() if p.requires_grad}
-    for name, parameter in named.items():
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+    gradients = {name: p.grad for name, p in named.items() if p.grad is not None and p.grad.any()}
+    for name, gradient in gradients.items():
+        if not bool(gradient.isfinite().all()):
             return f"the second-order gradient of {name} is not finite"
-    without = {n: p for n, p in named.items() if p.grad is None or not bool(p.grad.any())}
-    found["without_gradient"] = tuple(without)
-    if len(without) == len(named):
+    if not gradients:
         return "no parameter gets a second-order gradient"
-    influence = _influence(model, images, Direction(list(without.values()), seed))
+    found.without_gradient = tuple(name for name in named if name not in gradients)
+    without = Direction([named[name] for name in found.without_gradient], seed)
+    influence = _influence(model, images, without)
     direction = Direction(list(named.values()), seed)
 
     def loss_at(step: float) -> float:
         """By first derivatives only, and without the training loss's cast to float32."""
-        direction.move(step)
-        restored, _ = restoration_step(model, images)
-        direction.move(-step)
+        restored, _ = direction.at(step, lambda: restoration_step(model, images))
         return float(F.smooth_l1_loss(restored, clean))
 
-    error = distance_from_difference(direction.times_gradient(), loss_at)
-    found["derivative_error"] = error
+    derivative = sum(float((p.grad * noise).sum()) for p, noise in direction if p.grad is not None)
+    found.derivative_error = distance_from_difference(derivative, loss_at)
     if not influence < INFLUENCE_TOLERANCE:
         return (
-            f"{next(iter(without))} or another of {len(without)} parameters gets no gradient, "
-            f"though the energy's gradient depends on it (relative slope {influence:.0e})"
+            f"{found.without_gradient[0]} or another of {len(found.without_gradient)} parameters "
+            "gets no gradient, though the energy's gradient depends on it (relative slope "
+            f"{influence:.0e})"
         )
-    if not error < DERIVATIVE_TOLERANCE:
-        return f"the loss's derivative is off its finite difference by {error:.0e}"
+    if not found.derivative_error < DERIVATIVE_TOLERANCE:
+        return f"the loss's derivative is off its finite difference by {found.derivative_error:.0e}"
     return ""
 
 
 def _influence(model: EnergyModel, images: Tensor, direction: Direction) -> float:
     """How much the energy's gradient changes along the direction, both relative: a slope."""
-    if not direction.parameters:
-        return 0.0
     _, before = energy_gradient(model, images)
-    slope = float("inf")
+    slope = float("inf") if direction.parameters else 0.0
     for step in STEPS:
-        direction.move(step)
-        _, after = energy_gradient(model, images)
-        direction.move(-step)
-        slope = min(slope, _relative_distance(after, before) / step)
         if slope < INFLUENCE_TOLERANCE:
             break
+        _, after = direction.at(step, lambda: energy_gradient(model, images))
+        slope = min(slope, _relative_distance(after, before) / step)
     return slope
 
 

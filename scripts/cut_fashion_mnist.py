@@ -35,59 +35,48 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
-def balanced_indices(labels: NDArray[np.uint8], count: int, seed: int) -> NDArray[np.int64]:
-    """Sorted indices of ``count`` items, equally many of every class."""
-    random = np.random.default_rng(seed)
-    per_class = count // len(CLASS_NAMES)
-    chosen = [
-        random.choice(np.flatnonzero(labels == label), per_class, replace=False)
-        for label in range(len(CLASS_NAMES))
-    ]
-    return np.sort(np.concatenate(chosen))
-
-
 def encode_png(image: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def as_table(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> pa.Table:
-    """Columns image (PNG) and label; the schema metadata is what Hugging Face datasets writes."""
+def cut(source: Path, out: Path, split: str) -> Path:
+    """Write one split's parquet file, equally many images of each class, and return its path.
+
+    Columns are image (PNG) and label; the schema's metadata is what Hugging Face datasets writes.
+    """
+    prefix, count = SPLITS[split]
+    images = read_idx(source / f"{prefix}-images-idx3-ubyte.gz")
+    labels = read_idx(source / f"{prefix}-labels-idx1-ubyte.gz").astype(np.int64)
+    random, per_class = np.random.default_rng(SEED), count // len(CLASS_NAMES)
+    chosen = [
+        random.choice(np.flatnonzero(labels == label), per_class, replace=False)
+        for label in range(len(CLASS_NAMES))
+    ]
+    places = np.sort(np.concatenate(chosen))
     features = {
         "image": {"_type": "Image"},
         "label": {"names": list(CLASS_NAMES), "_type": "ClassLabel"},
     }
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema([("image", pa.binary()), ("label", pa.int64())], metadata=metadata)
-    columns = [[encode_png(image) for image in images], labels.astype(np.int64)]
-    return pa.table(columns, schema=schema)
-
-
-def cut(source: Path, out: Path, split: str) -> Path:
-    """Write one split's parquet file into ``out`` and return its path."""
-    prefix, count = SPLITS[split]
-    images = read_idx(source / f"{prefix}-images-idx3-ubyte.gz")
-    labels = read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")
-    chosen = balanced_indices(labels, count, SEED)
+    table = pa.table([[encode_png(image) for image in images[places]], labels[places]], schema)
     path = out / f"fashion_mnist_{split}.parquet"
-    table = as_table(images[chosen], labels[chosen])
     pq.write_table(
         table, path, compression="zstd", compression_level=19, use_dictionary=False, version="2.6"
     )
     return path
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", type=Path, default=SOURCE, help="folder of the idx gz files")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for the parquet files")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     if not options.source.is_dir():
         parser.error(f"--source {options.source} is no folder; apt install dataset-fashion-mnist")
-    options.out.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
-        path = cut(options.source, options.out, split)
+        path = cut(options.source, OUT, split)
         print(f"{path}: {path.stat().st_size} bytes")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from backfold.backbone import feature_map, use_plain_attention
 from backfold.energy import LinearHead
@@ -70,55 +71,40 @@ class Counted(NamedTuple):
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes of storages made within that are alive at one time, on the meta device too."""
+    """The most bytes of storages used within that are alive at one time, on the meta device too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.known: set[int] = set()
+        self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, and count the storages among its results that are new."""
         del types
         result = func(*args, **(kwargs or {}))
-        given = set(_storages((args, kwargs)))
-        for key, storage in _storages(result).items():
-            if key not in given and key not in self.known:
-                self.known.add(key)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._forget, key, storage.nbytes()).atexit = False
+        for tensor in (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            storage = tensor.untyped_storage()
+            if storage not in self.known:
+                self.known[storage] = True
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes()).atexit = False
         return result
 
-    def _forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
-def _storages(tree: object) -> dict[int, torch.UntypedStorage]:
-    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return {storage._cdata: storage for storage in storages}
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def count(sparse: bool) -> Counted:
     """Count one exact restoration step, forward and backward."""
     energy = _energy()
-    tokens = SPARSE_TOKENS if sparse else None
 
     def step(batch: int) -> None:
-        with torch.device("meta"):
-            images = torch.empty(batch, 3, SIDE, SIDE)
-            mask = torch.empty(batch, 1, SIDE, SIDE, dtype=torch.bool)
-        training_step(partial(_run, energy, tokens=tokens), images, images, mask)[0].backward()
+        images = torch.empty(batch, 3, SIDE, SIDE, device="meta")
+        energies = partial(_run, energy, sparse=sparse)
+        training_step(energies, images, images, images[:, :1] > 0)[0].backward()
 
-    # What does not grow with the batch, such as gradients, drops out of the difference.
+    # What does not grow with the batch, such as weights and gradients, drops out of the difference.
     peaks = []
     for batch in (COUNTED_IMAGES, 2 * COUNTED_IMAGES):
         with PeakBytes() as bytes_of:
@@ -147,11 +133,11 @@ def _energy() -> nn.ModuleDict:
         return nn.ModuleDict({"backbone": backbone, "head": LinearHead(backbone.num_features)})
 
 
-def _run(energy: nn.ModuleDict, images: Tensor, tokens: int | None = None) -> Tensor:
-    """Energies of the images, of all patches or of so many tokens."""
-    if tokens is None:
+def _run(energy: nn.ModuleDict, images: Tensor, sparse: bool = False) -> Tensor:
+    """Energies of the images, of all patches or of those that run in a sparse step."""
+    if not sparse:
         return energy["head"](feature_map(energy["backbone"], images))
-    chosen = torch.empty(len(images), tokens, dtype=torch.int64, device="meta")
+    chosen = torch.empty(len(images), SPARSE_TOKENS, dtype=torch.int64, device="meta")
     return energy["head"](sparse_feature_map(energy["backbone"], images, chosen))
 
 
@@ -194,8 +180,8 @@ class Estimate(NamedTuple):
 Estimates = Mapping[str, Sequence[Estimate]]
 
 
-def parts() -> dict[str, str]:
-    """The tables of the page, by the names of their places in it."""
+def page(text: str) -> str:
+    """The page with each table renewed between its markers."""
     methods = {"dense": count(sparse=False), "sparse": count(sparse=True)}
     estimates = {
         f"{machine}, {name}": [
@@ -205,13 +191,21 @@ def parts() -> dict[str, str]:
         for name, counted in methods.items()
         for devices, machine in MACHINES.items()
     }
-    return {
+    parts = {
         "counted": _counted_table(methods, count_ordinary()),
         "rates": _rates_line(),
-        "time": _time_table(estimates),
+        "time": _table(estimates, {
+            "images/s": lambda each: each.images_per_second,
+            "step, s": lambda each: BATCH / each.images_per_second,
+            "sent by each GPU in a step": lambda each: f"{each.network_bytes / 1e9:.2f} GB",
+            "of the step, s": lambda each: _number(each.network_seconds),
+            f"ImageNet-1K, {EPOCHS} epochs, h": lambda each: each.hours(IMAGENET_IMAGES, EPOCHS),
+            "100 million images, one epoch, h": lambda each: each.hours(MANY_IMAGES, 1),
+        }),
         "memory": _memory_table(methods),
         "loading": _loading_table(estimates),
-    }
+    }  # fmt: skip
+    return fill(text, parts)
 
 
 def _counted_table(methods: Mapping[str, Counted], ordinary: float) -> str:
@@ -225,16 +219,13 @@ def _counted_table(methods: Mapping[str, Counted], ordinary: float) -> str:
 
 def _rates_line() -> str:
     """Operations a second of exact dense steps over those of ordinary steps, on a CPU."""
-    measured = [
-        row
-        for row in json.loads((RESULTS / "cost-cpu.json").read_text())["rows"]
-        # In bf16 fused attention is slow on that CPU.
-        if (row["precision"], row["num_steps"]) == ("float32", 1)
-    ]
+    measured = json.loads((RESULTS / "cost-cpu.json").read_text())["rows"]
     rates = []
-    for rows in grouped(measured, "model", "compiled").values():
-        found = {row["method"]: row["operations"] / row["seconds"]["median"] for row in rows}
-        if {"exact", "ordinary"} <= found.keys():
+    for group, rows in grouped(measured, "model", "compiled", "precision").items():
+        found = {row["method"]: row["operations"] / row["seconds"]["median"]
+                 for row in rows if row["num_steps"] == 1}  # fmt: skip
+        # In bf16 fused attention is slow on that CPU.
+        if "float32" in group and {"exact", "ordinary"} <= found.keys():
             rates.append(found["exact"] / found["ordinary"])
     return (
         f"On the CPU of [cost.md](cost.md), in {len(rates)} pairs of measurements in float32, the\n"
@@ -243,26 +234,13 @@ def _rates_line() -> str:
     )
 
 
-def _time_table(estimates: Estimates) -> str:
-    return _table(estimates, {
-        "images/s": lambda each: each.images_per_second,
-        "step, s": lambda each: BATCH / each.images_per_second,
-        "sent by each GPU in a step": lambda each: f"{each.network_bytes / 1e9:.2f} GB",
-        "of the step, s": lambda each: _number(each.network_seconds),
-        f"ImageNet-1K, {EPOCHS} epochs, h": lambda each: each.hours(IMAGENET_IMAGES, EPOCHS),
-        "100 million images, one epoch, h": lambda each: each.hours(MANY_IMAGES, 1),
-    })  # fmt: skip
-
-
 def _table(estimates: Estimates, columns: Mapping[str, Callable[[Estimate], float | str]]) -> str:
     """Numbers at the lowest, middle and highest utilisation; a text does not depend on it."""
     rows = []
     for title, made in estimates.items():
         cells = [[column(each) for each in made] for column in columns.values()]
-        texts = [
-            cell[0] if isinstance(cell[0], str) else " / ".join(map(_number, cell))
-            for cell in cells
-        ]
+        texts = [cell[0] if isinstance(cell[0], str) else " / ".join(map(_number, cell))
+                 for cell in cells]  # fmt: skip
         rows.append([title, *texts])
     return markdown_table(["", *columns], rows)
 
@@ -306,11 +284,6 @@ def _loading_table(estimates: Estimates) -> str:
         f"{MANY_IMAGES * bytes_each / 1e12:.1f} TB. Loading one takes a core\n"
         f"{milliseconds:.1f} ms.\n\n{table}"
     )
-
-
-def page(text: str) -> str:
-    """The page with each table renewed between its markers."""
-    return fill(text, parts())
 
 
 if __name__ == "__main__":

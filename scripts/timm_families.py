@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,14 @@ from compatibility import check_compatibility
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from step_cost.page import fill
+from step_cost.tables import markdown_table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SIZES = (28, 32, 48, 56, 64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
 # Attention over one position has no gradient with respect to its queries and keys.
 ENOUGH_POSITIONS = 4
 LONGEST_SEARCH = 1200.0  # seconds, to build every model without memory
+LONGEST_CHECK = 300.0  # seconds, of a family
 CHECKS = {
     "finite_energies": "energy",
     "finite_gradient": "gradient",
@@ -53,45 +55,29 @@ Row = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--families", default="", help="check only these, again; comma-separated")
-    parser.add_argument("--time-limit", type=float, default=300.0, help="seconds for a family")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write to")
-    options = parser.parse_args()
-    rows_file, page_file = options.docs / "timm-families.json", options.docs / "timm-families.md"
-    report = _load(rows_file)
-    if not report["families"]:
+    chosen = parser.parse_args().families
+    rows_file, page_file = DOCS / "timm-families.json", DOCS / "timm-families.md"
+    versions = {"timm": timm.__version__, "torch": torch.__version__}
+    versions["python"] = platform.python_version()
+    report = json.loads(rows_file.read_text()) if rows_file.exists() else {}
+    if report.get("versions") != versions:
+        report = {"versions": versions, "date": "", "rows": {}}
         report["families"] = _isolated(find_families, None, LONGEST_SEARCH)
         write_json(rows_file, report)
-    chosen = options.families.split(",") if options.families else []
-    unknown = [family for family in chosen if family not in report["families"]]
-    if unknown:
-        known = ", ".join(report["families"])
-        raise SystemExit(f"unknown family {unknown[0]!r}; choose from {known}")
-    for family, member in report["families"].items():
-        if family in chosen or (not chosen and family not in report["rows"]):
-            start = time.perf_counter()
-            found = _isolated(check_family, member["model"], options.time_limit)
-            row = {"family": family, **member, **dict.fromkeys(CHECKS, False), **found}
-            row["seconds"] = round(time.perf_counter() - start, 1)
-            print(f"{family:36} {row['seconds']:6.1f} s  {row['reason'] or 'ok'}", flush=True)
-            report["rows"][family] = row
-            report["date"] = datetime.date.today().isoformat()
-            write_json(rows_file, report)
-    text = (page_file if page_file.exists() else DOCS / page_file.name).read_text(encoding="utf-8")
-    page_file.write_text(fill(text, {"families": table(report)}), encoding="utf-8")
-
-
-def _load(path: Path) -> Row:
-    """The report so far; a new one if there is none or it was made with other versions."""
-    versions = {
-        "timm": timm.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    if path.exists():
-        report: Row = json.loads(path.read_text(encoding="utf-8"))
-        if report["versions"] == versions:
-            return report
-    return {"versions": versions, "date": "", "families": {}, "rows": {}}
+    families, rows = report["families"], report["rows"]
+    wanted = chosen.split(",") if chosen else [each for each in families if each not in rows]
+    if unknown := [family for family in wanted if family not in families]:
+        raise SystemExit(f"unknown family {unknown[0]!r}; choose from {', '.join(families)}")
+    for family in wanted:
+        start = time.perf_counter()
+        found = _isolated(check_family, families[family]["model"], LONGEST_CHECK)
+        row = {"family": family, **families[family], **dict.fromkeys(CHECKS, False), **found}
+        row["seconds"] = round(time.perf_counter() - start, 1)
+        print(f"{family:36} {row['seconds']:6.1f} s  {row['reason'] or 'ok'}", flush=True)
+        rows[family] = row
+        report["date"] = datetime.date.today().isoformat()
+        write_json(rows_file, report)
+    page_file.write_text(fill(page_file.read_text(), {"families": table(report)}))
 
 
 def _isolated(function: Callable[[Any], Row], argument: Any, limit_s: float) -> Row:
@@ -163,35 +149,26 @@ def smallest(name: str) -> tuple[EnergyModel, int, int]:
     Raises:
         UserError: no size is legal.
     """
+    default = default_image_size(timm.get_pretrained_cfg(name))[0]
     # Sizes are found quickly without memory and arithmetic. But on the meta device some models stop
     # at a number that they need, and others overlook an index that is out of range.
     for device in ("meta", "cpu"):
-        sizes = [*legal_sizes(name, device)]
-        if sizes:
-            enough = [size for size in sizes if size[1] >= ENOUGH_POSITIONS]
-            side, positions = (enough or sizes)[0]
+        legal: dict[int, int] = {}
+        for side in sorted({*SIZES, default}):
+            with contextlib.suppress(UserError), torch.device(device), torch.no_grad():
+                backbone = create_backbone(name, (side, side)).eval()
+                legal[side] = feature_map(backbone, torch.zeros(2, 3, side, side)).shape[1]
+                if legal[side] >= ENOUGH_POSITIONS:
+                    break
+        enough = [side for side, positions in legal.items() if positions >= ENOUGH_POSITIONS]
+        for side in [*enough, *legal][:1]:
             with contextlib.suppress(UserError):
-                return EnergyModel(name, image_size=side), side, positions
+                return EnergyModel(name, image_size=side), side, legal[side]
     raise UserError(f"no image size of {SIZES[0]} to {SIZES[-1]} pixels is legal")
 
 
 def _rounded(value: float) -> float | None:
     return float(f"{value:.3g}") if math.isfinite(value) else None
-
-
-def legal_sizes(name: str, device: str) -> Iterator[tuple[int, int]]:
-    """(pixels a side, positions of the feature map), rising, up to the first with enough."""
-    default = default_image_size(timm.get_pretrained_cfg(name))[0]
-    for side in sorted({*SIZES, default}):
-        try:
-            with torch.device(device), torch.no_grad():
-                backbone = create_backbone(name, (side, side)).eval()
-                positions = feature_map(backbone, torch.zeros(2, 3, side, side)).shape[1]
-        except UserError:
-            continue
-        yield side, positions
-        if positions >= ENOUGH_POSITIONS:
-            return
 
 
 def first_gradient_rms(model: EnergyModel, side: int) -> float:
@@ -208,20 +185,18 @@ def table(report: Row) -> str:
     passed = [row for row in rows if not row["reason"]]
     made_with = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     doubled = [row["gradient_rms_doubled"] for row in passed if row["gradient_rms_doubled"]]
-    lines = [
+    header = [
+        "family", "smallest model", "parameters", "pixels", *CHECKS.values(), "no gradient",
+        "error", "scale", "scale, 2x", "s", "why not",
+    ]  # fmt: skip
+    return (
         f"**{len(passed)} of {len(rows)} families pass ({len(passed) / len(rows):.1%}).** The first"
         f" gradient's scale is {_within([row['gradient_rms'] for row in passed])}; at twice the "
         f"image size, for the {len(doubled)} that take it, {_within(doubled)}. Made on "
         f"{report['date']} with {made_with}, on the CPU, "
-        f"in {sum(row['seconds'] for row in rows) / 60:.0f} minutes.",
-        "",
-        "| family | smallest model | parameters | pixels | "
-        + " | ".join(CHECKS.values())
-        + " | no gradient | error | scale | scale, 2x | s | why not |",
-        "|---|---|--:|--:|" + ":-:|" * len(CHECKS) + "--:|--:|--:|--:|--:|---|",
-        *(_line(row) for row in rows),
-    ]
-    return "\n".join(lines)
+        f"in {sum(row['seconds'] for row in rows) / 60:.0f} minutes.\n\n"
+        + markdown_table(header, map(_cells, rows))
+    )
 
 
 def _within(values: list[float]) -> str:
@@ -232,15 +207,13 @@ def _within(values: list[float]) -> str:
     )
 
 
-def _line(row: Row) -> str:
+def _cells(row: Row) -> list[str]:
     forms = {
-        "share_without_gradient": ".1%",
-        "derivative_error": ".0e",
-        "gradient_rms": ".3g",
+        "share_without_gradient": ".1%", "derivative_error": ".0e", "gradient_rms": ".3g",
         "gradient_rms_doubled": ".3g",
-    }
+    }  # fmt: skip
     values = ((row.get(name), form) for name, form in forms.items())
-    cells = [
+    return [
         row["family"],
         row["model"],
         f"{row['parameters'] / 1e6:.1f} M",
@@ -250,7 +223,6 @@ def _line(row: Row) -> str:
         f"{row['seconds']:.0f}",
         row["reason"].replace("|", "/"),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

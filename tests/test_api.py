@@ -15,7 +15,7 @@ from backfold.embedding import EmbeddingChoice, embed
 from backfold.energy import EnergyModel
 from backfold.restoration import restore
 from backfold.training.config import PretrainConfig, config_to_dict
-from backfold.training.run import Pretrained, RunFolder, save_checkpoint
+from backfold.training.run import Pretrained, RunFolder, build_energy, save_checkpoint
 
 OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
 NAME = "vit_tiny_patch16_224"
@@ -79,7 +79,7 @@ def test_images_that_were_normalised_already_are_warned_of(model, images):
 
 def test_a_run_s_folder_is_loaded(tmp_path, images):
     config = PretrainConfig(backbone=NAME, backbone_options=OPTIONS, image_size=28)
-    energy = EnergyModel(NAME, image_size=28, backbone_options=OPTIONS)
+    energy = build_energy(config, 3)
     content = {
         "state": {"step": 7}, "config": config_to_dict(config), "channels": 3,
         "image_size": [28, 28], "mean": MEAN, "std": STD, "model": energy.state_dict(),

@@ -106,7 +106,7 @@ def test_a_dense_step_costs_twice_an_ordinary_step_and_a_sparse_one_as_much(toke
     patch = VIT_TINY[tokens][1]["patch_size"]
     task = Masking(mask_ratio=0.75, mask_patch_size=patch, hidden_share=1 / 3)
     corruption = task(torch.randn(images.shape), torch.Generator().manual_seed(0))
-    running = running_tokens(corruption.running, (patch, patch), images.shape[2:]).to("meta")
+    running = running_tokens(corruption.running, energy.backbone, images.shape[2:]).tokens
     assert running.shape == (len(images), tokens // 2)
-    sparse, mask = partial(energy, tokens=running), corruption.loss_mask.to("meta")
+    sparse, mask = partial(energy, tokens=running.to("meta")), corruption.loss_mask.to("meta")
     assert 0.95 < count_operations(lambda: exact_step(sparse, images, mask)) / ordinary <= 1.10

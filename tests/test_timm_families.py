@@ -18,7 +18,7 @@ FAMILIES = {
     "ConvNeXt": ("test_convnext", 64, {}),
     "ResNet": ("test_resnet", 48, {}),
     "EfficientNet": ("test_efficientnet", 48, {}),
-    "LeViT, batch norm of tokens": ("levit_128s", 96, {}),
+    "LeViT, batch norm of tokens": ("levit_128s", 64, {}),
     "MobileNet V3, hard sigmoids": ("lcnet_035", 48, {}),
 }
 

@@ -1,7 +1,8 @@
 """Masked autoencoders: transformers' decoder, target and loss around a timm ViT.
 
 As in the paper: a quarter of the patches is encoded; normalised pixels are the target; the decoder
-has 8 layers of width 512, whatever the encoder is.
+is two thirds as deep and wide as a ViT-B, for which the paper has 8 layers of width 512, and so for
+any other encoder.
 """
 
 from typing import Any
@@ -46,7 +47,17 @@ class MaskedAutoencoder(nn.Module):
     def __init__(self, vit: Any, sizes: dict[str, int], settings: PretrainConfig) -> None:
         super().__init__()
         self.backbone, self.augmentation = vit, settings.augmentation
-        self.rival = ViTMAEForPreTraining(ViTMAEConfig(**sizes, norm_pix_loss=True))
+        depth, heads = len(vit.blocks), vit.blocks[0].attn.num_heads
+        self.rival = ViTMAEForPreTraining(
+            ViTMAEConfig(
+                **sizes,
+                norm_pix_loss=True,
+                decoder_num_hidden_layers=round(2 / 3 * depth),
+                decoder_hidden_size=round(2 / 3 * vit.embed_dim / (4 * heads)) * 4 * heads,
+                decoder_intermediate_size=round(8 / 3 * vit.embed_dim / 32) * 32,
+                decoder_num_attention_heads=heads,
+            )
+        )
         self.rival.vit = VisibleTokens(vit)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -186,6 +186,8 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1.5e-3, 5e-3])
     parser.add_argument("--backbone", default="vit_tiny_patch16_224")
     parser.add_argument("--patch", type=int, default=4, help="pixels, also of hidden squares")
+    parser.add_argument("--depth", type=int, help="blocks; none takes the backbone's own")
+    parser.add_argument("--width", type=int, help="features, a multiple of 32, the heads' width")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--epochs", type=float, default=100.0)
     parser.add_argument("--batch", type=int, default=256)
@@ -193,9 +195,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "race")
     options = parser.parse_args()
     device = choose_device(options.device).type
+    # Of all contenders: timm's usual start is too quiet for short runs.
+    shape: dict[str, Any] = {"patch_size": options.patch, "weight_init": "jax"}
+    shape |= {"depth": options.depth} if options.depth else {}
+    if options.width:
+        shape |= {"embed_dim": options.width, "num_heads": options.width // 32}
     common = PretrainConfig(
         data=options.data, backbone=options.backbone, image_size=options.image_size,
-        backbone_options={"patch_size": options.patch}, epochs=options.epochs,
+        backbone_options=shape, epochs=options.epochs,
         batch_size=options.batch, accelerator=device, devices=1,
         precision="bf16-mixed" if device == "cuda" else "32-true",
         tasks=TaskSettings(masking=Masking(mask_patch_size=options.patch)),

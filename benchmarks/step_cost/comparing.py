@@ -2,9 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from logging.handlers import BufferingHandler
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,6 @@ from step_cost.measuring import Step, peak_memory, spread, time_by_kind, time_in
 from step_cost.operations import count_operations
 from step_cost.workload import MODELS, Model, Variant, Workload
 
-COMPILING = 6  # as many times as long as an eager variant, roughly
 PROFILED = ("ordinary", "ordinary-plain", "exact", "sparse")
 SHARE_OF_WARMING_UP = 0.7
 # ViT-Ti's width on 4-pixel patches: which of batch, image size, depth and K is varied, and how.
@@ -35,6 +34,9 @@ class Case(NamedTuple):
     facts: Mapping[str, Any]
 
 
+Cases = Mapping[str, Case]
+
+
 class Results(NamedTuple):
     """Rows of measurements, and one line for each thing that was left out, with the reason."""
 
@@ -42,61 +44,54 @@ class Results(NamedTuple):
     left_out: list[str]
 
 
-def compare_models(
-    variants: Mapping[str, Sequence[Variant]],
-    batch: int | None,
-    repeats: int,
-    device: torch.device,
-    deadline: float,
-) -> Iterator[Results]:
-    """Measure `MODELS` one after another, each in a share of the time that is left.
+def cases_of(name: str, variants: Sequence[Variant], device: torch.device) -> Cases:
+    """The variants of one of `MODELS`, in order of importance."""
+    model = MODELS[name]
+    batch = model.gpu_batch if device.type == "cuda" else model.cpu_batch
+    workload = Workload(model, batch, device)
+    return {
+        f"{model.title}, {variant.name}": Case(workload, variant, {"model": name})
+        for variant in variants
+    }
 
-    Variants come in order of importance. ``batch`` None takes the models' own; ``repeats`` are
-    rounds of timing; ``deadline`` is in seconds of `time.perf_counter`.
+
+def sweep_of(factor: str, modes: Sequence[bool], device: torch.device) -> Cases:
+    """The points of one of `SWEEPS`; ``modes`` says whether to compile."""
+    cases = {}
+    for point in SWEEPS[factor]:
+        size, depth = point["image_size"], point["depth"]
+        options = {"patch_size": PATCH, "depth": depth}
+        model = Model("", "vit_tiny_patch16_224", "vit", size, PATCH, 0, 0, options)
+        workload = Workload(model, point["batch"], device)
+        known = point | {"tokens": (size // PATCH) ** 2}
+        facts = {"factor": factor, "value": known[factor], "tokens": known["tokens"]}
+        methods = ("ordinary", "ordinary-plain", "exact")
+        for method in methods if point["num_steps"] == 1 else ("exact",):
+            for compiled in modes:
+                variant = Variant(method, compiled, num_steps=point["num_steps"])
+                name = f"{factor} {known[factor]}, {variant.name}"
+                cases[name] = Case(workload, variant, facts | {"depth": depth})
+    return cases
+
+
+def measure_each(
+    groups: Mapping[str, Callable[[], Cases]], repeats: int, device: torch.device, deadline: float
+) -> Iterator[Results]:
+    """Measure groups of cases one after another, each in an equal share of the time that is left.
+
+    They are made when their turn comes; ``repeats`` are rounds of timing; ``deadline`` is in
+    seconds of `time.perf_counter`.
     """
-    weights = [
-        sum(COMPILING if made.compiled else 1 for made in each) for each in variants.values()
-    ]
-    for number, (name, wanted) in enumerate(variants.items()):
-        model, now = MODELS[name], time.perf_counter()
-        if now > deadline:
-            yield Results([], [f"{model.title}: no time left"])
+    for number, (name, make) in enumerate(groups.items()):
+        left = deadline - (now := time.perf_counter())
+        if left < 0:
+            yield Results([], [f"{name}: no time left"])
             continue
-        size = batch or (model.gpu_batch if device.type == "cuda" else model.cpu_batch)
-        workload = Workload(model, size, device)
-        cases = {variant.name: Case(workload, variant, {"model": name}) for variant in wanted}
-        share = (deadline - now) * weights[number] / sum(weights[number:])
-        measured = measure(cases, repeats, device, now + share)
-        yield Results(measured.rows, [f"{model.title}: {line}" for line in measured.left_out])
+        yield measure(make(), repeats, device, now + left / (len(groups) - number))
         torch._dynamo.reset()
 
 
-def run_sweeps(
-    modes: Sequence[bool], repeats: int, device: torch.device, deadline: float
-) -> Iterator[Results]:
-    """All sweeps, each in rounds over its points; ``modes`` says whether to compile."""
-    for factor, points in SWEEPS.items():
-        cases = {}
-        for point in points:
-            size, depth = point["image_size"], point["depth"]
-            options = {"patch_size": PATCH, "depth": depth}
-            model = Model("", "vit_tiny_patch16_224", "vit", size, PATCH, 0, 0, options)
-            workload = Workload(model, point["batch"], device)
-            known = point | {"tokens": (size // PATCH) ** 2}
-            facts = {"factor": factor, "value": known[factor], "tokens": known["tokens"]}
-            methods = ("ordinary", "ordinary-plain", "exact")
-            for method in methods if point["num_steps"] == 1 else ("exact",):
-                for compiled in modes:
-                    variant = Variant(method, compiled, num_steps=point["num_steps"])
-                    name = f"{factor} {known[factor]}, {variant.name}"
-                    cases[name] = Case(workload, variant, facts | {"depth": depth})
-        yield measure(cases, repeats, device, deadline)
-        torch._dynamo.reset()
-
-
-def measure(
-    cases: Mapping[str, Case], repeats: int, device: torch.device, deadline: float
-) -> Results:
+def measure(cases: Cases, repeats: int, device: torch.device, deadline: float) -> Results:
     """Run once, time in rounds, then measure memory, operations and where the time goes."""
     start = time.perf_counter()
     last_start = start + SHARE_OF_WARMING_UP * (deadline - start)
@@ -104,6 +99,11 @@ def measure(
     rows: dict[str, dict[str, Any]] = {}
     left_out: list[str] = []
     late: list[str] = []
+
+    def prepare() -> None:
+        for case in cases.values():
+            case.workload.clear_gradients()
+
     for name, case in cases.items():
         if time.perf_counter() > last_start:
             late.append(name)
@@ -117,11 +117,6 @@ def measure(
         case.workload.clear_gradients()
     if late:
         left_out.append(f"no time left for {'; '.join(late)}")
-
-    def prepare() -> None:
-        for case in cases.values():
-            case.workload.clear_gradients()
-
     seconds = time_interleaved(steps, repeats, prepare, deadline=deadline)
     operations: dict[tuple[int, Variant], int] = {}
     for name, step in steps.items():
@@ -147,33 +142,24 @@ def measure(
 
 
 def _first_run(case: Case, device: torch.device) -> tuple[Step, dict[str, Any]]:
-    """The step after its first run, and its row with what was said and how long that took."""
+    """The step after its first run, and its row with how long that took and what was said."""
     variant, start = case.variant, time.perf_counter()
-    with _warnings() as said:
+    said, logger = BufferingHandler(1000), logging.getLogger("backfold")
+    said.setLevel(logging.WARNING)  # such as that a step could not be compiled
+    logger.addHandler(said)
+    try:
         step = case.workload.step(variant)
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+    finally:
+        logger.removeHandler(said)
     row = {
         **case.facts,
-        **{name: getattr(variant, name) for name in ("method", "title", "compiled", "precision")},
-        "num_steps": variant.num_steps,
+        **asdict(variant),
+        "title": variant.title,
         "batch": case.workload.batch,
         "first_run_seconds": time.perf_counter() - start,
-        "warnings": said,
+        "warnings": [record.getMessage() for record in said.buffer],
     }
     return step, row
-
-
-@contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """Collect what backfold warns of, such as a step that could not be compiled."""
-    said: list[str] = []
-    collector = logging.Handler(logging.WARNING)
-    collector.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("backfold")
-    logger.addHandler(collector)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(collector)

@@ -22,11 +22,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import benchmark
 
-Step = Callable[[], None]
-PRODUCTS = "matrix products and convolutions"
-ATTENTION, NORMS = "fused attention", "norms, softmax and activations"
-ELEMENTWISE, COPIES = "element-wise and sums", "copies and memory"
-REST = "generated kernels and Python"
+Step = Callable[[], object]
+PRODUCTS, ATTENTION = "matrix products and convolutions", "fused attention"
+NORMS, ELEMENTWISE = "norms, softmax and activations", "element-wise and sums"
+COPIES, REST = "copies and memory", "generated kernels and Python"
 KINDS = (PRODUCTS, ATTENTION, NORMS, ELEMENTWISE, COPIES, REST)
 PATTERNS = {  # of names of operations and kernels; the first that fits
     REST: r"^triton_(poi|per|red)",
@@ -59,21 +58,14 @@ def time_interleaved(
     once to warm up, then on the clock, which waits for the device; ``prepare`` is called before
     both, untimed. No round but the first starts after the deadline of `time.perf_counter`.
     """
-    timers = {
-        name: benchmark.Timer(
-            "step()",
-            "prepare()",
-            globals={"step": step, "prepare": prepare},
-            timer=clock,
-            num_threads=torch.get_num_threads(),
-        )
-        for name, step in steps.items()
-    }
+    threads = torch.get_num_threads()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(repeats):
         if number and time.perf_counter() > deadline:
             break
-        for name, timer in timers.items():
+        for name, step in steps.items():
+            names = {"step": step, "prepare": prepare}
+            timer = benchmark.Timer("step()", "prepare()", "", clock, names, num_threads=threads)
             # So short a time asks for single runs.
             seconds[name] += timer.blocked_autorange(min_run_time=1e-12).raw_times
     return seconds
@@ -97,11 +89,8 @@ def peak_memory(step: Step, device: torch.device) -> int:
         step()
     events = recorded.profiler.kineto_results.events()
     sizes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
-    current = highest = 0
-    for _, size in sorted(sizes, key=lambda allocation: allocation[0]):
-        current += size
-        highest = max(highest, current)
-    return highest
+    sizes.sort(key=lambda allocation: allocation[0])
+    return max([0, *np.cumsum([size for _, size in sizes]).tolist()])
 
 
 def time_by_kind(step: Step, device: torch.device) -> dict[str, float]:
@@ -111,31 +100,29 @@ def time_by_kind(step: Step, device: torch.device) -> dict[str, float]:
     compiled graphs and Python between the operations are what remains.
     """
     on_cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with profile(activities=activities) as recorded:
+    with profile() as recorded:
         step()
     seconds: Counter[str] = Counter()
     for event in recorded.key_averages():
         on_device = event.device_type.name != "CPU"
         if on_device == on_cuda and not (on_device and event.is_user_annotation):
             own = event.self_device_time_total if on_device else event.self_cpu_time_total
-            seconds[_kind(event.key.lower())] += own
-    total = sum(seconds.values()) or 1.0
+            name = event.key.lower()
+            fitting = (kind for kind, pattern in PATTERNS.items() if re.search(pattern, name))
+            seconds[next(fitting, REST)] += own
+    total = seconds.total() or 1.0
     return {kind: seconds[kind] / total for kind in KINDS if seconds[kind] > 0}
-
-
-def _kind(name: str) -> str:
-    return next((kind for kind, pattern in PATTERNS.items() if re.search(pattern, name)), REST)
 
 
 def facts(device: torch.device) -> dict[str, Any]:
     """Date, command, commit, hardware, threads and versions."""
+    processor = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": _commit(),
         "device": device.type,
-        "hardware": _hardware(device),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "versions": {
@@ -143,13 +130,6 @@ def facts(device: torch.device) -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in PACKAGES},
         },
     }
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    told = torch.cpu.get_capabilities().get("cpu_name")
-    return str(told or platform.processor() or platform.machine())
 
 
 def _commit() -> str:

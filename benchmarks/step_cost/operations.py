@@ -27,7 +27,7 @@ def count_operations(function: Callable[[], object]) -> int:
         NotImplementedError: an operation whose name says that it multiplies matrices, and that
             has no formula.
     """
-    with _Counter() as counter:
+    with _Counter(display=False, custom_mapping=_FORMULAS) as counter:
         function()
     return counter.get_total_flops()
 
@@ -41,8 +41,8 @@ class _Everything(nullcontext[None]):
 class _Counter(FlopCounterMode):
     """Refuses what upstream would silently count as nothing."""
 
-    def __init__(self) -> None:
-        super().__init__(display=False, custom_mapping=_FORMULAS)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.mod_tracker = _Everything()
 
     def _count_flops(
@@ -56,13 +56,9 @@ class _Counter(FlopCounterMode):
         return super()._count_flops(func_packet, out, args, kwargs)
 
 
-def _matrix_product(left: Shape, right: Shape, *_: Any, **_named: Any) -> int:
-    """Operations of (..., m, k) times (k,), (k, n) or (..., k, n), or of two vectors."""
-    return 2 * prod(left) * (right[-1] if len(right) > 1 else 1)
-
-
-def _added_product(_added: Shape, left: Shape, right: Shape, *_: Any, **_named: Any) -> int:
-    return _matrix_product(left, right)
+def _vector_product(left: Shape, _vector: Shape, **_named: Any) -> int:
+    """Operations of (..., k) times (k,)."""
+    return 2 * prod(left)
 
 
 def _convolution_backward(
@@ -74,8 +70,8 @@ def _convolution_backward(
     return int(2 * inputs[0] * positions * prod(weight) * sum(output_mask[:2]))
 
 
-def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **_named: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+def _attention(*shapes: Any, **_named: Any) -> int:
+    return int(sdpa_flop_count(*shapes[:3]))
 
 
 def _attention_backward(*shapes: Any, **_named: Any) -> int:
@@ -86,16 +82,12 @@ aten = torch.ops.aten
 _FORMULAS: dict[Any, Callable[..., int]] = {
     # torch's own formula counts the weight's gradient once too often for each group.
     aten.convolution_backward: _convolution_backward,
-    # Products that torch's registry lacks, the fused ones on the CPU before torch 2.15.
+    # What torch's registry lacks, the fused ones on the CPU before torch 2.15.
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    **dict.fromkeys((aten.mv, aten.dot, aten.vdot), _matrix_product),
-    **dict.fromkeys(
-        (aten.addmv, aten.addmv_, aten.addmm_, aten.addbmm, aten.addbmm_, aten.baddbmm_),
-        _added_product,
-    ),
+    **dict.fromkeys((aten.mv, aten.dot, aten.vdot), _vector_product),
 }
 _MULTIPLIES = re.compile(
-    r"(?:^|_)(?:\w?\w?\w?\w?b?mm|\w*matmul|conv(?!ert)\w*|convolution|linear|trilinear|attention"
+    r"(?:^|_)(?:\w?\w?\w?\w?b?m[mv]|\w*matmul|conv(?!ert)\w*|convolution|linear|trilinear|attention"
     r"|transformer|rnn|lstm|gru|cdist)(?:_|$)"
 )

@@ -26,13 +26,12 @@ class Bar(NamedTuple):
     models: Sequence[str] = tuple(MODELS)
 
 
-def _facts(method: str, compiled: bool = False, precision: str = "float32") -> Row:
-    return {"method": method, "compiled": compiled, "precision": precision, "num_steps": 1}
+def _facts(method: str, compiled: bool = False, precision: str = "float32", steps: int = 1) -> Row:
+    return {"method": method, "compiled": compiled, "precision": precision, "num_steps": steps}
 
 
-EXACT, SPARSE, PLAIN = _facts("exact"), _facts("sparse"), _facts("ordinary-plain")
-COMPILED, ORDINARY = _facts("ordinary", True), _facts("ordinary")
-EXACT_COMPILED, SPARSE_COMPILED = _facts("exact", True), _facts("sparse", True)
+EXACT, PLAIN, ORDINARY = map(_facts, ("exact", "ordinary-plain", "ordinary"))
+EXACT_COMPILED, ORDINARY_COMPILED = _facts("exact", True), _facts("ordinary", True)
 EXACT_BF16 = _facts("exact", True, "bf16")
 SMALL_VITS = [name for name in MODELS if name.endswith("_32")]
 LARGE_VITS = [name for name in MODELS if name.startswith("vit") and name.endswith("_224")]
@@ -42,17 +41,18 @@ BARS = (
         models=SMALL_VITS),
     Bar("operations, dense over ordinary, 196 tokens", 2.20, "operations", EXACT, PLAIN,
         models=LARGE_VITS),
-    Bar("operations, sparse over ordinary dense", 1.10, "operations", SPARSE, PLAIN),
+    Bar("operations, sparse over ordinary dense", 1.10, "operations", _facts("sparse"), PLAIN),
     Bar("time, dense eager over ordinary eager", 2.3, "time", EXACT, ORDINARY, CPU),
-    Bar("time, dense compiled over ordinary compiled", 2.3, "time", EXACT_COMPILED, COMPILED, CPU),
-    Bar("time, sparse compiled over SimMIM compiled", 1.2, "time", SPARSE_COMPILED,
+    Bar("time, dense compiled over ordinary compiled", 2.3, "time", EXACT_COMPILED,
+        ORDINARY_COMPILED, CPU),
+    Bar("time, sparse compiled over SimMIM compiled", 1.2, "time", _facts("sparse", True),
         _facts("simmim", True), CPU),
     Bar("peak memory, dense eager over ordinary eager", 2.5, "memory", EXACT, ORDINARY),
     Bar("peak memory, dense compiled over ordinary compiled", 2.5, "memory", EXACT_COMPILED,
-        COMPILED),
-    Bar("peak memory, K = 4 over K = 1, eager", 1.05, "memory", EXACT | {"num_steps": 4}, EXACT),
-    Bar("peak memory, K = 4 over K = 1, compiled", 1.05, "memory",
-        EXACT_COMPILED | {"num_steps": 4}, EXACT_COMPILED),
+        ORDINARY_COMPILED),
+    Bar("peak memory, K = 4 over K = 1, eager", 1.05, "memory", _facts("exact", steps=4), EXACT),
+    Bar("peak memory, K = 4 over K = 1, compiled", 1.05, "memory", _facts("exact", True, steps=4),
+        EXACT_COMPILED),
     Bar("time, bf16, dense compiled over ordinary compiled with unfused attention", 2.3, "time",
         EXACT_BF16, _facts("ordinary-plain", True, "bf16"), CUDA, VIT_B),
     Bar("time, bf16, dense compiled over ordinary compiled with fused attention", 2.8, "time",
@@ -120,7 +120,7 @@ def facts_line(content: dict[str, Any]) -> str:
 
 
 def cost_tables(content: dict[str, Any]) -> str:
-    """One table for each model."""
+    """One table for each model, and what was left out."""
     header = (
         "step", "precision", "mode", "ms (quartiles)", "images/s", "time x", "peak MiB",
         "memory x", "GFLOP an image", "operations x",
@@ -129,25 +129,21 @@ def cost_tables(content: dict[str, Any]) -> str:
     for name, rows in grouped(content["rows"], "model").items():
         table = markdown_table(header, [_cells(row, rows) for row in rows])
         parts.append(f"### {MODELS[name].title}\n\nBatch {rows[0]['batch']}.\n\n{table}")
-    return _with_left_out(parts, content)
+    return "\n\n".join([*parts, *_left_out(content)])
 
 
-def _with_left_out(parts: list[str], content: dict[str, Any]) -> str:
-    if content["left_out"]:
-        lines = "\n".join(f"- {line}" for line in content["left_out"])
-        parts = [*parts, f"Left out:\n\n{lines}"]
-    return "\n\n".join(parts)
+def _left_out(content: dict[str, Any]) -> list[str]:
+    lines = [f"- {line}" for line in content["left_out"]]
+    return ["\n".join(["Left out:", "", *lines])] if lines else []
 
 
 def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
-    same = {key: row[key] for key in ("precision", "compiled")}
-    ordinary = select(rows, method="ordinary", **same)
+    ordinary = select(rows, method="ordinary", precision=row["precision"], compiled=row["compiled"])
     times = [f"{1000 * row['seconds'][key]:.0f}" for key in ("median", "lower", "upper")]
-    note = " (fell back to eager)" if row["warnings"] else ""
     return [
         row["title"],
         row["precision"],
-        mode(row) + note,
+        mode(row) + (" (fell back to eager)" if row["warnings"] else ""),
         f"{times[0]} ({times[1]} to {times[2]})",
         f"{row['images_per_second']:.1f}",
         _ratio(row, ordinary, "time"),
@@ -167,11 +163,9 @@ def _ratio(row: Row, reference: Row | None, quantity: str) -> str:
 def kind_tables(content: dict[str, Any]) -> str:
     """Milliseconds of the dense, sparse and ordinary steps by kind of work, for each model."""
     parts = []
-    for name, of_model in grouped(content["rows"], "model").items():
-        rows = [
-            row for row in of_model
-            if "time_by_kind" in row and row["precision"] == content["rows"][0]["precision"]
-        ]  # fmt: skip
+    profiled = [row for row in content["rows"] if "time_by_kind" in row]
+    profiled = [row for row in profiled if row["precision"] == profiled[0]["precision"]]
+    for name, rows in grouped(profiled, "model").items():
         kinds = [kind for kind in KINDS if any(kind in row["time_by_kind"] for row in rows)]
         lines = []
         for row in rows:
@@ -192,13 +186,7 @@ def growth_tables(content: dict[str, Any]) -> str:
                   if name != factor]  # fmt: skip
         setting = f"ViT-Ti's width, {', '.join(others)}."
         parts.append(f"### {titles[factor]}\n\n{setting}\n\n{_growth_table(factor, rows)}")
-    return _with_left_out(parts, content)
-
-
-def growth(rows: Sequence[Row], quantity: str) -> list[float]:
-    """A quantity of rows relative to the first; see `quantity_of`."""
-    values = [quantity_of(row, quantity) for row in rows]
-    return [value / values[0] for value in values]
+    return "\n\n".join([*parts, *_left_out(content)])
 
 
 def _growth_table(factor: str, rows: Sequence[Row]) -> str:
@@ -208,14 +196,13 @@ def _growth_table(factor: str, rows: Sequence[Row]) -> str:
     ]  # fmt: skip
     lines = []
     for series in grouped(rows, "method", "compiled").values():
-        grown = [growth(series, name) for name in ("time", "operations", "memory")]
-        for row, *factors in zip(series, *grown, strict=True):
+        for row in series:
             value = 1 if factor == "num_steps" else row["value"]
             ordinary = select(rows, method="ordinary", value=value, compiled=row["compiled"])
             lines.append([
                 str(row["value"]), row["title"].partition(", K")[0], mode(row),
                 f"{1000 * row['seconds']['median']:.0f}",
-                *(f"{times:.2f}" for times in factors),
+                *(_ratio(row, series[0], name) for name in ("time", "operations", "memory")),
                 *(_ratio(row, ordinary, name) for name in ("time", "operations")),
             ])  # fmt: skip
     return markdown_table(header, lines)

@@ -1,10 +1,10 @@
 """What is measured: a backbone on a device with a batch of images, and the steps run on it."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from backfold.energy import EnergyModel
 from backfold.finite_difference import finite_difference_losses
 from backfold.pretext.masking import Masking
 from backfold.restoration import restoration_losses
-from backfold.sparse import running_tokens, token_size
+from backfold.sparse import running_tokens
 from backfold.training.step import RestorationTraining
 from step_cost.measuring import Step
 
@@ -140,6 +140,7 @@ class Workload:
         ).to(device)
         # A restoration's attention becomes plain for good; the forward pass keeps its fused one.
         self.fused = copy.deepcopy(self.energy)
+        self.modules: dict[str, nn.Module] = {"restored": self.energy, "fused": self.fused}
         self.generator = torch.Generator(device).manual_seed(seed)
         shape = (batch, 3, model.image_size, model.image_size)
         self.images = torch.randn(shape, generator=self.generator, device=device)
@@ -147,80 +148,83 @@ class Workload:
         self.task = Masking(MASK_RATIO, model.mask_size)
         self.dense = self.task(self.images, self.generator)
 
-    @cached_property
-    def classifier(self) -> nn.Module:
-        """The ordinary step's model."""
+    def other(self, method: str) -> Any:
+        """The model of an ordinary or a rival's step, in train mode; made once."""
+        if method not in self.modules:
+            ordinary = method.startswith("ordinary")
+            made = self._ordinary(method) if ordinary else self._rival(method)
+            self.modules[method] = made.train().to(self.device)
+        return self.modules[method]
+
+    def _ordinary(self, method: str) -> nn.Module:
         # A copy: the energy's batch norms stay on fixed statistics, an ordinary step's do not.
         backbone = copy.deepcopy(self.fused.backbone)
-        made = Classifier(backbone, self.energy.head.weight.shape[-1])
-        return made.to(self.device).train()
+        if method == "ordinary-plain":
+            use_plain_attention(backbone)
+        return Classifier(backbone, self.energy.head.weight.shape[-1])
 
-    @cached_property
-    def plain_classifier(self) -> nn.Module:
-        """The same without fused attention."""
-        made = copy.deepcopy(self.classifier)
-        use_plain_attention(made)
-        return made
-
-    @cached_property
-    def mae(self) -> nn.Module:
-        """The masked autoencoder of transformers as it comes: a decoder of 8 layers, width 512."""
+    def _rival(self, method: str) -> nn.Module:
+        """That of transformers as it comes; MAE's decoder has 8 layers of width 512."""
         import transformers
 
-        config = transformers.ViTMAEConfig(**self._dimensions(), mask_ratio=MASK_RATIO)
-        return self._rival(transformers.AutoModelForPreTraining, config)
-
-    @cached_property
-    def simmim(self) -> nn.Module:
-        """SimMIM of transformers as it comes, with this ViT or with Swin-T."""
-        import transformers
-
+        sizes = {"image_size": self.model.image_size}
         if self.model.family == "vit":
-            patch = self.model.mask_size
-            config = transformers.ViTConfig(**self._dimensions(), encoder_stride=patch)
+            blocks = self.energy.backbone.blocks
+            sizes |= {
+                "hidden_size": self.energy.backbone.embed_dim,
+                "num_hidden_layers": len(blocks),
+                "num_attention_heads": blocks[0].attn.num_heads,
+                "intermediate_size": blocks[0].mlp.fc1.out_features,
+                "patch_size": self.model.mask_size,
+            }
+        if method == "mae":
+            kind: Any = transformers.ViTMAEForPreTraining
+            config: Any = transformers.ViTMAEConfig(**sizes, mask_ratio=MASK_RATIO)
+        elif self.model.family == "vit":
+            kind = transformers.ViTForMaskedImageModeling
+            config = transformers.ViTConfig(**sizes, encoder_stride=self.model.mask_size)
         else:
-            config = transformers.SwinConfig(image_size=self.model.image_size, drop_path_rate=0.0)
-        return self._rival(transformers.AutoModelForMaskedImageModeling, config)
-
-    def _dimensions(self) -> dict[str, int]:
-        blocks = self.energy.backbone.blocks
-        return {
-            "hidden_size": self.energy.backbone.embed_dim,
-            "num_hidden_layers": len(blocks),
-            "num_attention_heads": blocks[0].attn.num_heads,
-            "intermediate_size": blocks[0].mlp.fc1.out_features,
-            "image_size": self.model.image_size,
-            "patch_size": self.model.mask_size,
-        }
-
-    def _rival(self, factory: Any, config: Any) -> nn.Module:
+            kind = transformers.SwinForMaskedImageModeling
+            config = transformers.SwinConfig(**sizes, drop_path_rate=0.0)
         # "sdpa" takes PyTorch's fused kernels, the best attention they have.
-        return factory.from_config(config, attn_implementation="sdpa").train().to(self.device)
+        made: nn.Module = kind._from_config(config, attn_implementation="sdpa")
+        return made
 
     def step(self, variant: Variant) -> Step:
         """Forward and backward to all parameters; for "masking" and "forward" only that."""
         method = variant.method
         if method == "masking":
             return lambda: self.task(self.images, self.generator)
-        if method == "forward":
-            return self._forward(variant)
         if method in ("exact", "sparse"):
             return self._restoration(variant)
+        energy = self._compiled(self.fused) if variant.compiled else self.fused
         if method == "finite-difference":
-            energy = self._compiled(self.fused) if variant.compiled else self.fused
             given = (self.dense.corrupted, self.images, self.dense.loss_mask, 1.0)
             return lambda: _backward_each(finite_difference_losses(energy, *given))
-        if method == "mae":
-            mae = self.mae
-            return self._loss_step(variant, lambda images: mae(images).loss, self.images)
-        if method == "simmim":
-            simmim, patch = self.simmim, self.simmim.config.patch_size
-            hidden = self.dense.loss_mask[:, 0, ::patch, ::patch].flatten(1).to(torch.bool)
-            return self._loss_step(
-                variant, lambda *inputs: simmim(*inputs).loss, self.images, hidden
-            )
-        model = self.classifier if method == "ordinary" else self.plain_classifier
-        return self._loss_step(variant, model, self.images, self.labels)
+        loss, inputs = (energy, [self.images]) if method == "forward" else self._loss(variant)
+
+        def step() -> None:
+            with self._autocast(variant), torch.set_grad_enabled(method != "forward"):
+                value = loss(*inputs)
+            if value.requires_grad:
+                value.backward()
+
+        return step
+
+    def _loss(self, variant: Variant) -> tuple[Callable[..., Tensor], list[Tensor]]:
+        """The loss of an ordinary or a rival's step, and what it is given."""
+        model = self.other(variant.method)
+        if variant.method.startswith("ordinary"):
+            return self._compiled(model) if variant.compiled else model, [self.images, self.labels]
+        inputs = [self.images]
+        if variant.method == "simmim":
+            patch = model.config.patch_size
+            inputs.append(self.dense.loss_mask[:, 0, ::patch, ::patch].flatten(1))
+
+        def loss(*inputs: Tensor) -> Tensor:
+            return model(*inputs).loss
+
+        return self._compiled(loss, whole=False) if variant.compiled else loss, inputs
 
     def _autocast(self, variant: Variant) -> AbstractContextManager[object]:
         enabled = variant.precision == "bf16"
@@ -230,51 +234,28 @@ class Workload:
     def _compiled(function: Callable[..., Tensor], whole: bool = True) -> Callable[..., Tensor]:
         return torch.compile(function, fullgraph=whole, dynamic=False)
 
-    def _forward(self, variant: Variant) -> Step:
-        energy = self._compiled(self.fused) if variant.compiled else self.fused
-
-        def step() -> None:
-            with torch.no_grad(), self._autocast(variant):
-                energy(self.images)
-
-        return step
-
-    def _loss_step(self, variant: Variant, loss: Callable[..., Tensor], *inputs: Tensor) -> Step:
-        """Forward and backward of a loss; our own models are compiled in one graph."""
-        if variant.compiled:
-            loss = self._compiled(loss, whole=isinstance(loss, nn.Module))
-
-        def step() -> None:
-            with self._autocast(variant):
-                value = loss(*inputs)
-            value.backward()
-
-        return step
-
     def _restoration(self, variant: Variant) -> Step:
-        corruption, tokens = self.dense, None
+        corruption = self.dense
         if variant.method == "sparse":
             sparse = Masking(MASK_RATIO, self.model.mask_size, hidden_share=HIDDEN_SHARE)
             corruption = sparse(self.images, self.generator)
-            assert corruption.running is not None
-            size = (self.model.image_size, self.model.image_size)
-            tokens = running_tokens(corruption.running, token_size(self.energy.backbone), size)
+        size = (self.model.image_size, self.model.image_size)
+        tokens = running_tokens(corruption.running, self.energy.backbone, size)
         training = RestorationTraining(self.energy, 1.0, compiled=variant.compiled)
 
         def restore(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             with self._autocast(variant):
-                return training(points, self.images, corruption.loss_mask, tokens)
+                return training(points, self.images, corruption.loss_mask, *tokens)
 
         losses = partial(restoration_losses, restore, corruption.corrupted, variant.num_steps)
         return lambda: _backward_each(losses())
 
     def clear_gradients(self) -> None:
         """Set all gradients to None, as before every step."""
-        for module in vars(self).values():
-            if isinstance(module, nn.Module):
-                module.zero_grad(set_to_none=True)
+        for module in self.modules.values():
+            module.zero_grad(set_to_none=True)
 
 
-def _backward_each(losses: Any) -> None:
-    for loss, _, _ in losses:
+def _backward_each(losses: Iterable[tuple[Tensor, ...]]) -> None:
+    for loss, *_ in losses:
         loss.backward()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backfold.errors import UserError
-from backfold.sparse import embed_tokens
+from backfold.sparse import check_sparse, embed_tokens
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,12 @@ class Context:
     rotations: list[Tensor | None]
 
 
-def check_conditional(backbone: nn.Module) -> None:
+def check_conditional(backbone: nn.Module, num_blocks: int = 1) -> None:
     """Raise UserError unless hidden patches can enter the last blocks: timm's ViTs and EVAs."""
+    check_sparse(backbone)
     blocks = getattr(backbone, "blocks", [])
+    if not 1 <= num_blocks <= len(blocks):
+        raise UserError(f"hidden_blocks is {num_blocks}; give 1 to {len(blocks)}")
     attentions = (Attention, AttentionRope, EvaAttention)
     for block in blocks:
         fits = type(block) in (Block, EvaBlock) and type(block.attn) in attentions
@@ -92,9 +95,8 @@ def hidden(
     Raises:
         UserError: more blocks than there are, or none.
     """
+    check_conditional(backbone, num_blocks)
     blocks, prefix = _blocks(backbone), int(getattr(backbone, "num_prefix_tokens", 0))
-    if not 1 <= num_blocks <= len(blocks):
-        raise UserError(f"hidden_blocks is {num_blocks}; give 1 to {len(blocks)}")
     sequence, rotations = embed_tokens(backbone, images, tokens)
     features = sequence[:, prefix:]
     for index in range(len(blocks) - num_blocks, len(blocks)):

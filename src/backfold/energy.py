@@ -8,7 +8,7 @@ size of 1 then fits every backbone and resolution.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,11 @@ from backfold.backbone import (
     make_twice_differentiable,
 )
 from backfold.batch_norm import batch_norms, measure_batch_norm
+from backfold.conditional import Context, hidden, visible
+from backfold.invariance import Projector
+from backfold.pretext.corruption import Corruption
 from backfold.restoration import EnergyFn, at_least_float32, energy_gradient, eval_mode
-from backfold.sparse import sparse_feature_map
+from backfold.sparse import running_tokens, sparse_feature_map
 
 CALIBRATION_BATCH = 8
 
@@ -53,8 +56,11 @@ class EnergyModel(nn.Module):
             module keeps its weights: only the head is scaled.
         image_size: (height, width) or one number, in pixels; None takes the backbone's own.
         channels: channels of the images.
-        second_head: have another such head, ``second_head``, for what the backbone shall learn
-            beside restoring; it is None otherwise.
+        second_head: have another such head, ``second_head``, for what hidden patches shall be
+            restored to beside their pixels; it is None otherwise.
+        hidden_blocks: how many of the last blocks hidden patches run through; see
+            `backfold.conditional`.
+        projector: have one, for `backfold.invariance`; it is None otherwise.
         backbone_options: further keyword arguments for timm.
         seed: of the head's weights and of the images for the first calibration.
 
@@ -69,10 +75,13 @@ class EnergyModel(nn.Module):
         image_size: int | ImageSize | None = None,
         channels: int = 3,
         second_head: bool = False,
+        hidden_blocks: int = 1,
+        projector: bool = False,
         backbone_options: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.hidden_blocks = hidden_blocks
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         if isinstance(backbone, str):
             self.backbone = create_backbone(backbone, size, channels, backbone_options)
@@ -93,11 +102,16 @@ class EnergyModel(nn.Module):
                 num_features = feature_map(self.backbone, images[:2]).shape[-1]
             self.head = LinearHead(num_features).to(parameter)
             self.second_head = LinearHead(num_features).to(parameter) if second_head else None
+            self.projector = Projector(num_features).to(parameter) if projector else None
             self.calibrate(images, batch_norm=isinstance(backbone, str))
         self.train()
 
     def forward(
-        self, images: Tensor, tokens: Tensor | None = None, second: Tensor | None = None
+        self,
+        images: Tensor,
+        tokens: Tensor | None = None,
+        context: Context | None = None,
+        normalised: Tensor | None = None,
     ) -> Tensor:
         """Energies ``(batch,)`` of normalised images.
 
@@ -105,17 +119,58 @@ class EnergyModel(nn.Module):
             images: (batch, channels, height, width).
             tokens: int64, (batch, tokens); only these patch tokens run and are summed over. The
                 backbone must be one that `backfold.sparse.check_sparse` accepts.
-            second: bool, (batch,); these images' energies are the second head's.
+            context: of visible patches; the ``tokens`` are hidden ones then, whose energy is that
+                given the context.
+            normalised: bool, as ``tokens``; these hidden patches' energies are the second head's.
         """
         if tokens is None:
             features = feature_map(self.backbone, images)
-        else:
+        elif context is None:
             features = sparse_feature_map(self.backbone, images, tokens)
-        energies: Tensor = self.head(features)
-        if second is not None:
-            assert self.second_head is not None
-            energies = torch.where(second, self.second_head(features), energies)
-        return energies
+        else:
+            features = hidden(self.backbone, images, tokens, context, self.hidden_blocks)
+        if normalised is None:
+            energies: Tensor = self.head(features)
+            return energies
+        assert self.second_head is not None
+        chosen, others = (features * mask[:, :, None] for mask in (normalised, ~normalised))
+        summed: Tensor = self.head(others) + self.second_head(chosen)
+        return summed
+
+    def given(
+        self,
+        images: Tensor,
+        tokens: Tensor | None = None,
+        visible_tokens: Tensor | None = None,
+        normalised: Tensor | None = None,
+    ) -> partial[Tensor]:
+        """The energy of what is corrupted in these images, as a function of images alone.
+
+        Without ``visible_tokens`` that of all ``tokens``; with them the conditional one, whose
+        context is these images' visible patches. Arguments are those of `RunningTokens`.
+        """
+        if visible_tokens is None:
+            return partial(self, tokens=tokens)
+        context = visible(self.backbone, images, visible_tokens)
+        return partial(self, tokens=tokens, context=context, normalised=normalised)
+
+    def projected(self, context: Context) -> Tensor:
+        """The mean of each image's visible tokens through the projector: (batch, width)."""
+        assert self.projector is not None
+        tokens = self.backbone.norm(context.tokens)  # type: ignore[operator]
+        prefix = int(getattr(self.backbone, "num_prefix_tokens", 0))
+        projected: Tensor = self.projector(tokens[:, prefix:].mean(dim=1))
+        return projected
+
+    @torch.no_grad()
+    def of(self, corruption: Corruption) -> EnergyFn:
+        """As `given`, of a whole corruption in eval mode, all of it by the first head."""
+        images = corruption.corrupted
+        tokens, visible_tokens, _ = running_tokens(
+            corruption.running, self.backbone, (images.shape[2], images.shape[3])
+        )
+        with eval_mode(self):
+            return self.given(images, tokens, visible_tokens)
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, but batch normalisation stays in eval mode."""
@@ -124,25 +179,27 @@ class EnergyModel(nn.Module):
             norm.eval()
         return self
 
-    def calibrate(self, images: Tensor, batch_norm: bool = True) -> None:
+    def calibrate(self, images: Tensor | Corruption, batch_norm: bool = True) -> None:
         """Scale each head so that its energy gradient's root mean square on these images is 1.
 
         Args:
-            images: normalised (zero mean, unit deviation), as the energy will see them.
+            images: normalised (zero mean, unit deviation), as the energy will see them; of a
+                corruption, what is corrupted counts alone.
             batch_norm: also set the running statistics of batch normalisation to these images'.
         """
+        made = images if isinstance(images, Corruption) else None
+        points = made.corrupted if made is not None else cast(Tensor, images)
         with eval_mode(self):
             if batch_norm:
-                measure_batch_norm(self.backbone, images)
-            _scale_head(self.head, self, images)
-            if self.second_head is not None:
-                second = torch.ones(len(images), dtype=torch.bool, device=images.device)
-                _scale_head(self.second_head, partial(self, second=second), images)
-
-
-def _scale_head(head: LinearHead, energy_fn: EnergyFn, images: Tensor) -> None:
-    _, gradient = energy_gradient(energy_fn, images)
-    scale = gradient.float().square().mean().sqrt()
-    if torch.isfinite(scale) and scale > 0:
-        with torch.no_grad():
-            head.weight.copy_(head.weight / scale)
+                measure_batch_norm(self.backbone, points)
+            energy_fn = self if made is None else self.of(made)
+            _, gradient = energy_gradient(energy_fn, points)
+            # What does not run has a gradient of zeros.
+            scale = gradient[gradient != 0].float().square().mean().sqrt()
+            if not (torch.isfinite(scale) and scale > 0):
+                return
+            with torch.no_grad():
+                self.head.weight.copy_(self.head.weight / scale)
+                if self.second_head is not None:
+                    other = self.second_head.weight
+                    other.copy_(other * self.head.weight.norm() / other.norm())

@@ -4,6 +4,8 @@ The others are removed, not hidden: no token attends to them, and no energy is s
 Patch embedding and positions come first, so a patch keeps its place in the image.
 """
 
+from typing import NamedTuple
+
 import torch
 from timm.layers import PatchEmbed, apply_keep_indices_nlc
 from timm.models import eva, vision_transformer
@@ -62,33 +64,53 @@ def _obstacle(backbone: nn.Module) -> str | None:
     return None
 
 
-def running_tokens(running: RunningSquares, patch_size: ImageSize, image_size: ImageSize) -> Tensor:
-    """The patch tokens inside the squares: int64, (batch, tokens), rising.
+class RunningTokens(NamedTuple):
+    """The patch tokens that run, int64, (batch, count); see `RunningSquares` for the others."""
+
+    tokens: Tensor | None = None  # None runs all
+    visible: Tensor | None = None
+    normalised: Tensor | None = None  # bool, as tokens
+
+
+def running_tokens(
+    running: RunningSquares | None, backbone: nn.Module, image_size: ImageSize
+) -> RunningTokens:
+    """The patch tokens inside the squares; those of one square follow each other.
 
     Args:
-        running: the squares.
-        patch_size: (height, width) of the backbone's patches in pixels, as `token_size` gives it.
+        running: the squares; None runs all tokens.
+        backbone: one that `check_sparse` accepts.
         image_size: (height, width) of the images in pixels, multiples of the square's side.
 
     Raises:
-        UserError: a square that is not made of whole patches.
+        UserError: as `check_sparse`, or a square that is not made of whole patches.
     """
-    size = running.square_size
-    if size % patch_size[0] or size % patch_size[1]:
+    if running is None:
+        return RunningTokens()
+    size, patch = running.square_size, token_size(backbone)
+    if size % patch[0] or size % patch[1]:
         raise UserError(
             f"mask_patch_size or excerpt_patch_size is {size} and the backbone's patches are "
-            f"{patch_size[0]}x{patch_size[1]} pixels; to run on a part of them, give a multiple"
+            f"{patch[0]}x{patch[1]} pixels; to run on a part of them, give a multiple"
         )
     assert image_size[0] % size == 0
     assert image_size[1] % size == 0
-    rows, columns = size // patch_size[0], size // patch_size[1]
-    squares_across, tokens_across = image_size[1] // size, image_size[1] // patch_size[1]
-    device = running.indices.device
-    row = torch.arange(rows, device=device)[:, None] * tokens_across
-    within = (row + torch.arange(columns, device=device)).flatten()
-    square_row, square_column = running.indices // squares_across, running.indices % squares_across
-    corner = square_row * rows * tokens_across + square_column * columns
-    return (corner[:, :, None] + within).flatten(1).sort(dim=1).values
+    rows, columns = size // patch[0], size // patch[1]
+    squares_across, tokens_across = image_size[1] // size, image_size[1] // patch[1]
+    row = torch.arange(rows, device=running.indices.device)[:, None] * tokens_across
+    within = (row + torch.arange(columns, device=row.device)).flatten()
+
+    def tokens(squares: Tensor) -> Tensor:
+        square_row, square_column = squares // squares_across, squares % squares_across
+        corner = square_row * rows * tokens_across + square_column * columns
+        return (corner[:, :, None] + within).flatten(1)
+
+    visible, normalised = running.visible, running.normalised
+    return RunningTokens(
+        tokens(running.indices),
+        None if visible is None else tokens(visible),
+        None if normalised is None else normalised.repeat_interleave(rows * columns, dim=1),
+    )
 
 
 def sparse_feature_map(backbone: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:

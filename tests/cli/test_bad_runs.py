@@ -69,26 +69,20 @@ def test_an_older_run_s_linear_head_and_unused_task_are_no_obstacle(run_folder):
 
 def test_an_existing_run_stays(run_folder, refused, tiny, snapshot, make_parquet):
     before = snapshot(run_folder)
-    data = f"--data={make_parquet()}"
-    arguments = ["pretrain", *tiny, data, f"--out={run_folder}"]
-    refused(arguments, "exists; give --resume to go on, --overwrite to replace it")
+    anew = ["pretrain", *tiny, f"--data={make_parquet()}", f"--out={run_folder}"]
+    resume = ["pretrain", "--resume", f"--out={run_folder}"]
+    refused(anew, "exists; give --resume to go on, --overwrite to replace it")
     # What is refused for another reason must not have emptied the folder first.
-    refused([*arguments, "--overwrite", "--backbone=no_such"], "unknown backbone")
-    (run_folder / "notes.txt").write_text("mine")
-    refused([*arguments, "--overwrite"], "notes.txt", "choose another --out")
-    (run_folder / "notes.txt").unlink()
-    assert snapshot(run_folder) == before
-
-
-def test_a_run_in_use(run_folder, refused, tiny, snapshot, make_parquet):
-    before = snapshot(run_folder)
+    refused([*anew, "--overwrite", "--backbone=no_such"], "unknown backbone")
+    changed = [*resume, "--seed=3", "--optimizer.base-lr=1"]
+    assert "epochs" not in refused(changed, "seed", "optimizer", "leave them out")
     with (run_folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for arguments in (["--resume"], ["--overwrite", *tiny, f"--data={make_parquet()}"]):
-            refused(
-                ["pretrain", f"--out={run_folder}", *arguments],
-                "is in use by another process; wait for it or choose another --out",
-            )
+        for arguments in (resume, [*anew, "--overwrite"]):
+            refused(arguments, "is in use by another process; wait for it or choose another --out")
+    (run_folder / "notes.txt").write_text("mine")
+    refused([*anew, "--overwrite"], "notes.txt", "choose another --out")
+    (run_folder / "notes.txt").unlink()
     assert snapshot(run_folder) == before
 
 
@@ -108,16 +102,6 @@ def test_nothing_to_resume(refused, tmp_path, snapshot):
         out = tmp_path / name
         refused(["pretrain", "--resume", f"--out={out}"], "holds no run to resume; check --out")
     assert snapshot(tmp_path) == {"empty": None}
-
-
-def test_changed_settings_of_a_resumed_run_are_named(run_folder, refused, snapshot):
-    before = snapshot(run_folder)
-    line = refused(
-        ["pretrain", "--resume", f"--out={run_folder}", "--seed=3", "--optimizer.base-lr=1"],
-        "seed", "optimizer", "leave them out",
-    )  # fmt: skip
-    assert "epochs" not in line
-    assert snapshot(run_folder) == before
 
 
 def test_the_demo_leaves_folders_of_others_alone(make_parquet, tiny, refused, tmp_path):

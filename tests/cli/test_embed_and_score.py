@@ -34,18 +34,18 @@ def test_vectors_of_the_run_s_own_images(finished, tmp_path, capsys):
     assert not out.with_name("vectors.parquet.parts").exists()
 
 
-def test_vectors_of_other_images_with_another_pooling(finished, make_folder, tmp_path, capsys):
-    folder = make_folder(count=9)
-    out = tmp_path / "vectors.npz"
-    arguments = [f"--data={folder}", f"--out={out}", "--embedding.pooling=class_token"]
-    assert main(["embed", f"--checkpoint={finished}", *arguments, *HERE]) == 0
-    paths = sorted(folder.iterdir())
-    with np.load(out) as arrays:
-        assert arrays["path"].tolist() == [str(path) for path in paths]
-        given = torch.from_numpy(arrays["vector"])
-    choice = EmbeddingChoice(pooling="class_token")
-    torch.testing.assert_close(given, Backfold.load(finished).embed(paths, choice))
-    capsys.readouterr()
+def test_vectors_of_other_images_with_another_pooling(finished, make_folder, tmp_path, refused):
+    folder, out = make_folder(count=9), tmp_path / "vectors.npz"
+    command = ["embed", f"--checkpoint={finished}", f"--data={folder}", f"--out={out}", *HERE]
+    for choice in (EmbeddingChoice(), EmbeddingChoice(pooling="class_token")):
+        assert main([*command, f"--embedding.pooling={choice.pooling}", "--overwrite"]) == 0
+        paths, before = sorted(folder.iterdir()), out.read_bytes()
+        with np.load(out) as arrays:
+            assert arrays["path"].tolist() == [str(path) for path in paths]
+            given = torch.from_numpy(arrays["vector"])
+        torch.testing.assert_close(given, Backfold.load(finished).embed(paths, choice))
+        refused(command, "vectors.npz exists; give --overwrite")
+        assert out.read_bytes() == before
 
 
 def test_an_interrupted_command_goes_on_and_leaves_broken_images_out(
@@ -68,17 +68,6 @@ def test_an_interrupted_command_goes_on_and_leaves_broken_images_out(
     assert captured.out == f"11 vectors: {out}\n"
     assert "011.png" in captured.err
     assert "warning: 1 of 12 images could not be read" in captured.err
-
-
-def test_an_existing_file_is_replaced_on_request(finished, tmp_path, refused):
-    out = tmp_path / "vectors.parquet"
-    command = ["embed", f"--checkpoint={finished}", f"--out={out}", *HERE]
-    assert main(command) == 0
-    before = out.read_bytes()
-    refused(command, "vectors.parquet exists; give --overwrite")
-    assert out.read_bytes() == before
-    assert main([*command, "--embedding.pooling=max", "--overwrite"]) == 0
-    assert out.read_bytes() != before
 
 
 @pytest.fixture
@@ -109,11 +98,15 @@ def test_energies_and_errors_of_every_image(finished, score, capsys):
 
 
 def test_the_same_seed_gives_the_same_numbers(score):
-    _, first, table = score("a.csv")
-    _, _, again = score("b.csv", "--batch-size=3", "--part-size=3")
-    _, _, other = score("c.csv", "--seed=1", "--pretext=mixture", "--num-steps=2")
+    _, _, table = score("a.parquet")
+    _, first, again = score("b.csv", "--batch-size=3", "--part-size=3")
+    assert again.column_names == table.column_names
+    assert again["path"] == table["path"]
+    _, _, other = score("c.parquet", "--seed=1", "--pretext=mixture", "--num-steps=2")
     errors = [given["error_masking"].to_pylist() for given in (table, again, other)]
     assert errors[1] == pytest.approx(errors[0], rel=1e-5)
+    energies = table["energy"].to_pylist()
+    assert again["energy"].to_pylist() == pytest.approx(energies, rel=1e-5)
     assert errors[2] != errors[0]
     assert other["energy"] == table["energy"]
     assert other.column_names == [

@@ -8,6 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from backfold.errors import UserError
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """From Python 3.12 on, forking a process with threads warns; torch has threads and forks."""
+    warning = "ignore:This process .* is multi-threaded:DeprecationWarning"
+    item.add_marker(pytest.mark.filterwarnings(warning))
+
 
 def random_image(seed: int, shape: tuple[int, ...] = (9, 11, 3)) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
@@ -22,6 +30,30 @@ def encode() -> Callable[..., bytes]:
         return buffer.getvalue()
 
     return encode_image
+
+
+@pytest.fixture
+def users_error() -> Callable[[Callable[[], object]], str]:
+    """The one line of the UserError that a call raises."""
+
+    def message(call: Callable[[], object]) -> str:
+        try:
+            call()
+        except UserError as error:
+            # torch's own frames tie the error and the loader's iterator into a cycle; left to the
+            # garbage collector, the iterator would wait five seconds for each worker.
+            line = str(error.with_traceback(None))
+            assert "\n" not in line
+            return line
+        pytest.fail("no UserError was raised")
+
+    return message
+
+
+@pytest.fixture
+def contents(encode) -> list[bytes]:
+    """Twelve distinct PNG files."""
+    return [encode(random_image(seed, (6, 7, 3))) for seed in range(12)]
 
 
 @pytest.fixture

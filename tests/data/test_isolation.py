@@ -27,11 +27,6 @@ from backfold.data.loading import (
 )
 from backfold.errors import BrokenImage, UserError
 
-# From Python 3.12 on, forking a process with threads warns; torch has threads and forks.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded:DeprecationWarning"
-)
-
 
 def act(what):
     """What a decoder may come to."""

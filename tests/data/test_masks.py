@@ -10,10 +10,6 @@ from PIL import Image
 from backfold.data.masks import VOID, load_masked, open_masked
 from backfold.errors import UserError
 
-# From Python 3.12 on, forking a process with threads warns; loaders fork their workers.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded:DeprecationWarning"
-)
 SIZE = (12, 20)
 
 

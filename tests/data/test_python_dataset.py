@@ -9,9 +9,6 @@ from backfold.data.formats import DatasetSource
 from backfold.data.loading import training_loader
 from backfold.errors import BrokenImage, UserError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded:DeprecationWarning"
-)
 ARRAY = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
 CHANNELS_FIRST = torch.from_numpy(np.moveaxis(ARRAY, 2, 0).copy())
 

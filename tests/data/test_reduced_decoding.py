@@ -11,15 +11,10 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from backfold.data.augmentation import Augmentation, Augmenter, cover
+from backfold.data.augmentation import Augmentation, Augmenter
 from backfold.data.decode import decode
 from backfold.data.formats import FolderSource, ParquetSource
 from backfold.data.source import SubsetSource
-
-# From Python 3.12 on, forking a process with threads warns; torch has threads and forks workers.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded:DeprecationWarning"
-)
 
 
 def photo(height, width, seed=0):
@@ -81,13 +76,6 @@ def test_reduced_images_are_averages_of_the_full_pixels(jpeg, reduction):
     assert psnr_db(full[:, ::reduction, ::reduction], means) < 30.0
     for shifts in [(0, 1), (1, 0), (0, -1), (-1, 0)]:
         assert psnr_db(reduced.roll(shifts, (1, 2)), means) < 30.0
-
-
-@pytest.mark.parametrize("size", [100, 48, 20])
-def test_views_of_reduced_images_are_close_to_those_of_whole_ones(jpeg, size):
-    full, reduced = decode(jpeg), decode(jpeg, size)
-    assert reduced.shape[1] < full.shape[1]
-    assert psnr_db(cover(reduced, (size, size)), cover(full, (size, size))) > 36.0
 
 
 @pytest.mark.parametrize(("mode", "orientation"), [("RGB", 1), ("RGB", 3), ("L", 6), ("CMYK", 6)])

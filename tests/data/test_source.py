@@ -8,6 +8,16 @@ from backfold.data.source import BrokenFiles, NoTestSplit, SubsetSource, stratif
 from backfold.errors import UserError
 
 
+@pytest.mark.parametrize(("split", "per_class"), [("train", 1000), ("test", 200)])
+def test_the_embedded_sample_is_balanced(split, per_class):
+    source = open_source(None, split, labelled=True)
+    assert np.bincount(source.labels).tolist() == [per_class] * 10
+    assert len(set(source.class_names)) == 10
+    assert source.class_names[9] == "Ankle boot"
+    for index in range(0, len(source), 97):
+        assert source.read(index).shape == (1, 28, 28)
+
+
 def places(source):
     return [source.describe(index) for index in range(len(source))]
 
@@ -34,28 +44,24 @@ def test_folders_without_splits(tmp_path, make_folder, names):
     assert issubclass(NoTestSplit, UserError)
 
 
-def test_split_parquet_files(tmp_path, make_parquet):
-    below = "data/"
-    make_parquet(tmp_path / f"{below}train-0.parquet", 3, 0, label=[0, 1, 0])
-    make_parquet(tmp_path / f"{below}train-1.parquet", 2, 3, label=[1, 1])
-    make_parquet(tmp_path / f"{below}test-0.parquet", 4, 5, label=[0, 1, 1, 1])
-    train, test = (open_source(tmp_path, split, labelled=True) for split in ("train", "test"))
-    assert train.labels.tolist() == [0, 1, 0, 1, 1]
-    assert test.labels.tolist() == [0, 1, 1, 1]
-    assert open_source(tmp_path, "train", labelled=False).labels is None
-
-
-def test_parquet_in_split_folders_and_without_splits(tmp_path, make_parquet):
-    make_parquet(tmp_path / "a/train/0.parquet", 3)
-    make_parquet(tmp_path / "a/valid/0.parquet", 2, 3)
-    assert len(open_source(tmp_path / "a", "train", False)) == 3
-    assert len(open_source(tmp_path / "a", "test", False)) == 2
-    file = make_parquet(tmp_path / "b/x.parquet", 2)
-    make_parquet(tmp_path / "b/y.parquet", 2, 2)
-    for data, count in ((tmp_path / "b", 4), (file, 2)):
-        assert len(open_source(data, "train", False)) == count
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        (("data/train-0.parquet", "data/train-1.parquet"), "data/test-0.parquet"),
+        (("train/a.parquet", "train/b.parquet"), "valid/0.parquet"),
+    ],
+)
+def test_parquet_files_with_and_without_splits(tmp_path, make_parquet, train, test):
+    first = make_parquet(tmp_path / train[0], 3, 0, label=[0, 1, 0])
+    make_parquet(tmp_path / train[1], 2, 3, label=[1, 1])
+    for data, count in ((first.parent, 5), (first, 3)):
+        assert len(open_source(data, "train")) == count
         with pytest.raises(NoTestSplit):
-            open_source(data, "test", False)
+            open_source(data, "test")
+    make_parquet(tmp_path / test, 4, 5, label=[0, 1, 1, 1])
+    for split, labels in (("train", [0, 1, 0, 1, 1]), ("test", [0, 1, 1, 1])):
+        assert open_source(tmp_path, split, labelled=True).labels.tolist() == labels
+    assert open_source(tmp_path, "train").labels is None
 
 
 def test_wrong_paths_are_the_users_error(tmp_path, make_folder):

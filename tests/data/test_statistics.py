@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from backfold.data.open import open_source
 from backfold.data.statistics import (
     STD_FLOOR,
     ChannelStatistics,
@@ -108,15 +107,6 @@ def test_count_channels_takes_the_most_common():
     assert many.reads == [0, 250, 500, 749, 999]
 
 
-def test_embedded_images_have_one_channel_and_known_statistics():
-    source = open_source(None, "train", labelled=False)
-    assert count_channels(source) == 1
-    statistics = measure_statistics(source, 1, max_images=500)
-    # Widely used values for the whole of Fashion-MNIST are 0.286 and 0.353.
-    assert statistics.mean == pytest.approx((0.286,), abs=0.015)
-    assert statistics.std == pytest.approx((0.353,), abs=0.015)
-
-
 def test_bytes_are_normalized_as_their_floats():
     statistics = ChannelStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     images = torch.stack(random_images(4))
@@ -133,7 +123,6 @@ def test_bytes_are_normalized_as_their_floats():
     assert statistics.normalize(images.double() / 255).dtype == torch.float64
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_count_channels_goes_on_past_a_decoder_that_crashes():
     class Deadly(ListSource):
         def read(self, index):

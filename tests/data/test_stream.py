@@ -20,13 +20,9 @@ from backfold.data.open import open_source, open_stream
 from backfold.data.stream import SHARD_FACTOR, StreamBatches, hub_stream, tar_stream
 from backfold.errors import UserError
 
-pytestmark = [
-    # From Python 3.12 on, forking a process with threads warns; torch has threads and forks.
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 PLAIN = Augmentation(random_crop=False, horizontal_flip=False)
-SHARDS, EACH = 8, 6
+SHARDS, EACH = 4, 6
 ALL = set(range(SHARDS * EACH))
 
 
@@ -82,22 +78,22 @@ def lines(batches):
     return [line for batch in batches for line in batch.broken]
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3, 20])
+@pytest.mark.parametrize("workers", [0, 3, 20])
 def test_an_epoch_sees_every_image_once_and_the_next_in_another_order(make, workers):
-    given = numbers(load(make(), 24, num_workers=workers)[0])
-    epochs = [given[:48], given[48:]]
+    given = numbers(load(make(), 12, num_workers=workers)[0])
+    epochs = [given[:24], given[24:]]
     assert [set(epoch) for epoch in epochs] == [ALL, ALL]
     assert epochs[0] != epochs[1]
     assert epochs[0] != sorted(ALL)
-    assert numbers(load(make(), 12, seed=1, num_workers=workers)[0]) != epochs[0]
+    assert numbers(load(make(), 6, seed=1, num_workers=workers)[0]) != epochs[0]
 
 
 def test_what_does_not_fill_a_batch_is_kept(make):
-    given = numbers(load(make(), 48, batch_size=5, num_workers=3)[0])
-    assert all(given.count(number) == 5 for number in ALL)  # 48 x 5 images are 5 epochs
+    given = numbers(load(make(), 24, batch_size=5, num_workers=2)[0])
+    assert all(given.count(number) == 5 for number in ALL)  # 24 x 5 images are 5 epochs
 
 
-@pytest.mark.parametrize("world_size", [2, 3])  # 8 shards are 4 for each, or all for each
+@pytest.mark.parametrize("world_size", [2, 3])  # 4 shards are 2 for each, or all for each
 def test_ranks_share_each_epoch_without_overlap(make, world_size):
     share = len(ALL) // world_size
     options = {"batch_size": 4, "world_size": world_size, "num_workers": 2}
@@ -107,7 +103,7 @@ def test_ranks_share_each_epoch_without_overlap(make, world_size):
     assert sorted(itertools.chain(*ranks)) == sorted(ALL)
 
 
-@pytest.mark.parametrize(("workers", "done"), [(0, 0), (0, 20), (2, 5), (2, 77)])
+@pytest.mark.parametrize(("workers", "done"), [(0, 0), (0, 20), (2, 5), (2, 53)])
 def test_a_resumed_epoch_repeats_nothing_and_lacks_the_buffers_alone(make, workers, done):
     before, place = load(make(), done, 1, num_workers=workers)
     after, _ = load(make(), 3 * len(ALL), 1, num_workers=workers, state=place)
@@ -118,8 +114,8 @@ def test_a_resumed_epoch_repeats_nothing_and_lacks_the_buffers_alone(make, worke
 
 
 def test_another_number_of_workers_begins_the_epoch_anew(make, caplog):
-    _, place = load(make(), 17, num_workers=2)
-    given, _ = load(make(), 12, num_workers=1, state=place)
+    _, place = load(make(), 9, num_workers=2)
+    given, _ = load(make(), 6, num_workers=1, state=place)
     assert "begins anew: it was shared by 1 process(es) with 2 worker(s)" in caplog.text
     assert set(numbers(given)) == ALL
     assert json.loads(place)["epoch"] == 1
@@ -157,38 +153,38 @@ def test_broken_and_deadly_images_are_passed_over_and_told(make, contents, monke
 
     monkeypatch.setattr(module, "decode", decode_or_die)
     monkeypatch.setattr(module, "IMAGE_SECONDS", 0.5)
-    batches, _ = load(make({30: b"broken"}), 15, batch_size=3, num_workers=2)
-    assert set(numbers(batches)) == ALL - {7, 20, 30}
+    batches, _ = load(make({15: b"broken"}), 7, batch_size=3, num_workers=2)
+    assert set(numbers(batches)) == ALL - {7, 15, 20}
     assert sorted(lines(batches)) == [
         f"{tmp_path}/1.tar.gz member 1.png: ends the process that decodes it (exit code -11)",
+        f"{tmp_path}/2.tar.gz member 3.png: not an image in a known format",
         f"{tmp_path}/3.tar.gz member 2.png: takes its decoder more than 0.5 seconds",
-        f"{tmp_path}/5.tar.gz member 0.png: not an image in a known format",
     ]
 
 
 @pytest.mark.parametrize("limit", [5, 100])
-def test_nothing_readable_is_the_users_error(make, monkeypatch, limit):
+def test_nothing_readable_is_the_users_error(make, monkeypatch, users_error, limit):
     monkeypatch.setattr(module, "MAX_REPLACEMENTS", limit)
     message = f"{limit} images in a row can't" if limit < len(ALL) else "no image can be read"
-    with pytest.raises(UserError, match=f"7 more: {message}") as caught:
-        load(make(dict.fromkeys(ALL, b"broken")), 1, num_workers=1)
-    assert "\n" not in str(caught.value)
+    stream = make(dict.fromkeys(ALL, b"broken"))
+    assert f"3 more: {message}" in users_error(lambda: load(stream, 1, num_workers=1))
 
 
 def test_the_first_images_are_held_out(make, contents):
     head, rest = make().hold_out(8)
     assert [head.content(index) for index in range(len(head))] == contents[:8]
     assert head.describe(7).endswith("1.tar.gz member 1.png")
-    assert rest.count == 40
-    assert set(numbers(load(rest, 20, num_workers=2)[0])) == ALL - set(range(8))
-    with pytest.raises(UserError, match="holds 48 images, and 48 are held out; hold out fewer"):
-        make().hold_out(48)
+    assert rest.count == 16
+    assert set(numbers(load(rest, 8, num_workers=2)[0])) == ALL - set(range(8))
+    with pytest.raises(UserError, match="holds 24 images, and 24 are held out; hold out fewer"):
+        make().hold_out(24)
 
 
-def test_a_damaged_shard_ends_with_a_broken_row(tmp_path, contents):
+def test_a_damaged_shard_ends_with_a_broken_row(tmp_path):
+    contents = [np.random.default_rng(0).bytes(5000)] * 24  # so large that the cut is in one
     content = write_tar(tmp_path / "0.tar.gz", contents).read_bytes()
     (tmp_path / "0.tar.gz").write_bytes(content[: len(content) * 2 // 3])
-    stream = tar_stream([f"{tmp_path}/0.tar.gz", f"{tmp_path}/nowhere.tar.gz"], count=48)
+    stream = tar_stream([f"{tmp_path}/0.tar.gz", f"{tmp_path}/nowhere.tar.gz"], count=24)
     *rows, last = stream.rows([0])
     assert [row["content"] for row in rows] == contents[: len(rows)]
     assert last["content"] is None
@@ -230,9 +226,9 @@ def test_shards_at_addresses(make, tmp_path):
     handler = functools.partial(Handler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/{{0..7}}.tar.gz"
-        head, rest = open_stream(address, count=48).hold_out(4)  # in this process, and in workers
-        given = numbers(load(rest, 11, num_workers=2)[0])
+        address = f"http://127.0.0.1:{server.server_port}/{{0..3}}.tar.gz"
+        head, rest = open_stream(address, count=24).hold_out(4)  # in this process, and in workers
+        given = numbers(load(rest, 5, num_workers=2)[0])
         server.shutdown()
     assert len(head) == 4
     assert set(given) == ALL - set(range(4))
@@ -243,8 +239,8 @@ def test_a_data_set_of_the_hub(contents, workers):
     rows = {"image": [{"bytes": content, "path": None} for content in contents]}
     rows["image"][9] = None
     made = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
-    stream = hub_stream(made.to_iterable_dataset(num_shards=SHARDS), "x", count=48)
-    batches, _ = load(stream, 47, 1, num_workers=workers)
+    stream = hub_stream(made.to_iterable_dataset(num_shards=SHARDS), "x", count=24)
+    batches, _ = load(stream, 23, 1, num_workers=workers)
     assert set(numbers(batches)) == ALL - {9}
     assert set(lines(batches)) == {"x shard 1 row 3: no image in this row"}
     with pytest.raises(UserError, match="count 0; give"):

@@ -12,10 +12,6 @@ from backfold.data.statistics import measure_statistics
 from backfold.data.survey import Survey, survey
 from backfold.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded:DeprecationWarning"
-)
-
 
 @pytest.fixture
 def folder(tmp_path, encode):

@@ -81,7 +81,9 @@ def test_named_axes(options):
     assert np.array_equal(levels(image), planes)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float64", "int8", "int16", "uint32"])
+@pytest.mark.parametrize(
+    "dtype", ["float16", "float32", "float64", "int8", "int16", "int32", "uint32"]
+)
 def test_other_numbers_keep_their_values(dtype):
     if np.dtype(dtype).kind == "f":
         array = (RANDOM.standard_normal((9, 11)) * 1000).astype(dtype)

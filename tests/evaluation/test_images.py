@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from toys import ArraySource
 
 from backfold.data.open import open_source
 from backfold.errors import UserError
@@ -93,9 +94,14 @@ def test_draws_hold_so_many_images_of_every_class(count):
     assert torch.equal(parts.draws(None, 3, 2)[0], fit)
 
 
-@pytest.mark.parametrize("kept", [0, 2**29])
-def test_broken_files_are_replaced_label_and_all(tmp_path, monkeypatch, kept):
-    monkeypatch.setattr("backfold.evaluation.images.KEPT_BYTES", kept)
+@pytest.fixture(params=["kept", "streamed"])
+def where(request, monkeypatch):
+    if request.param == "streamed":
+        monkeypatch.setattr("backfold.evaluation.images.KEPT_BYTES", 0)
+
+
+@pytest.mark.usefixtures("where")
+def test_broken_files_are_replaced_label_and_all(tmp_path):
     stands_in = torch.tensor([*range(9), 10, *range(10, 20)])
     truth = noise(tmp_path, 20)[stands_in]
     (tmp_path / "a" / "09.npy").write_bytes(b"torn")
@@ -106,6 +112,26 @@ def test_broken_files_are_replaced_label_and_all(tmp_path, monkeypatch, kept):
     assert torch.equal(given.labels, (stands_in >= 10).long())
     few, places = given.load(limit=6)
     assert torch.equal(few, truth[places])
+
+
+# From Python 3.12 on, forking a process with threads warns; torch has threads and forks.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.usefixtures("where")
+def test_deadly_files_are_counted_and_skipped_until_they_are_too_many(caplog, monkeypatch):
+    monkeypatch.setattr("backfold.data.loading.IMAGE_SECONDS", 0.5)
+    grey = np.random.default_rng(0).integers(0, 256, (200, 1, 28, 28), np.uint8)
+
+    def loaded(num_workers, count=200, **fates):
+        source = ArraySource(grey[:count], np.arange(count) % 2, **fates)
+        images = Images(source, subject(), num_workers)
+        return images.load()[0], images.labels
+
+    found = loaded(2, crash=(7,), hang=(9,))
+    assert [line[:18] for line in caplog.messages] == ["skipped: image 7: ", "skipped: image 9: "]
+    expected = loaded(0, broken=(7, 9))
+    assert all(torch.equal(given, wanted) for given, wanted in zip(found, expected, strict=True))
+    with pytest.raises(UserError, match="2 images can't be read, 1 are allowed: image 3: ends the"):
+        loaded(1, count=24, crash=(3, 7))
 
 
 def test_mixed_depths_become_floats_of_the_subjects_size(tmp_path):

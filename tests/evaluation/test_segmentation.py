@@ -75,13 +75,6 @@ def test_feature_grids_are_timm_s_maps_of_an_image_that_is_not_square(name):
             module.resized(wide, (30, 32), 3, name)
 
 
-@pytest.mark.parametrize(("stride", "factor"), [(2, 1), (4, 1), (16, 4)])
-def test_the_decoder_s_logits_are_four_pixels_apart(stride, factor):
-    with torch.no_grad():
-        logits = module.new_head("decoder", 6, 3, stride)(torch.randn(2, 6, 3, 5))
-    assert logits.shape == (2, 3, 3 * factor, 5 * factor)
-
-
 def colours(strength=1.0):
     """Mean colours of 8 x 8 squares, as far as the weights let them be seen."""
     look = nn.Conv2d(3, 3, 8, 8, bias=False)
@@ -122,7 +115,7 @@ def squares(tmp_path_factory):
 
 
 def evaluate(folder, subject, seed=3, num_workers=0, **options):
-    chosen = {"void": 0, "epochs": 40, "finetune_epochs": 0, "seeds": 2, "batch_size": 4, **options}
+    chosen = {"void": 0, "epochs": 40, "finetune_epochs": 0, "seeds": 1, "batch_size": 4, **options}
     own = module.SegmentationSettings(data=folder, **chosen)
     settings = EvaluateSettings(segmentation=own, num_workers=num_workers, seed=seed)
     given = Evaluation(settings, subject, torch.device("cpu"))
@@ -153,8 +146,8 @@ def test_who_sees_the_colours_wins_whatever_the_name(squares):
 
 def test_gaps_are_taken_seed_by_seed(squares):
     weights = {"pretrained": colours().state_dict(), "before": colours(-1.0).state_dict()}
-    both, _ = evaluate(squares[0], subject_of(weights), epochs=1)
-    single = [evaluate(squares[0], subject_of(weights), s, epochs=1, seeds=1)[0] for s in (3, 4)]
+    both, _ = evaluate(squares[0], subject_of(weights), epochs=1, seeds=2)
+    single = [evaluate(squares[0], subject_of(weights), s, epochs=1)[0] for s in (3, 4)]
     for key, row in both.items():
         values = [rows[key].mean for rows in single]
         assert (row.mean, row.std) == pytest.approx(
@@ -164,11 +157,11 @@ def test_gaps_are_taken_seed_by_seed(squares):
 
 def test_rows_are_the_same_wherever_images_and_maps_are_kept(squares, monkeypatch):
     subject = subject_of({"pretrained": colours().state_dict()}, statistics=None)
-    options = {"epochs": 2, "finetune_epochs": 1, "seeds": 1}
+    options = {"epochs": 1, "finetune_epochs": 1}
     kept, _ = evaluate(squares[0], subject, **options)
     for name in ("backfold.data.masks", "backfold.evaluation.segmentation"):
         monkeypatch.setattr(f"{name}.KEPT_BYTES", 0)
-    anew, _ = evaluate(squares[0], subject, num_workers=2, **options)
+    anew, _ = evaluate(squares[0], subject, num_workers=1, **options)
     means = {key: row.mean for key, row in kept.items()}
     assert {key: row.mean for key, row in anew.items()} == pytest.approx(means)
 
@@ -178,7 +171,7 @@ def test_fine_tuning_opens_blind_eyes_and_leaves_the_subject_alone(squares):
     weights = {name: vit().state_dict() for name in ("pretrained", "before", "random")}
     before = {key: value.clone() for key, value in weights["pretrained"].items()}
     subject = subject_of(weights, vit, started_random=False)
-    options = {"epochs": 5, "finetune_epochs": 8, "finetune_rate": 1e-3, "seeds": 1}
+    options = {"epochs": 5, "finetune_epochs": 8, "finetune_rate": 1e-3}
     rows, _ = evaluate(squares[0], subject, **options)
     frozen = {"pretrained", "before", "random", "pixels"}
     assert {name for case, name in rows if case == FROZEN[0] and "over" not in name} == frozen

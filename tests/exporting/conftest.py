@@ -16,7 +16,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "vit": ("vit_tiny_patch16_224", VIT, 28),
     "convnext": ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}, 64),
     "swin": ("swin_tiny_patch4_window7_224", SWIN, 32),
-    "resnet": ("resnet10t", {}, 32),
+    "resnet": ("resnet10t", {"channels": [8, 16, 24, 32]}, 32),
 }
 
 

@@ -1,6 +1,7 @@
 """Weights that left give the outputs that they gave here."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from backfold import Backfold
 from backfold.exporting.export import export_run
 
 MODELS = ["vit", "convnext", "swin", "resnet"]
+PAGE = Path(__file__).parents[2] / "docs" / "using-a-run.md"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -21,8 +23,9 @@ def exported(make_run, kind, tmp_path, model="vit", channels=3):
     return Backfold.load(run), tmp_path / "out"
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("model", "channels"), [("vit", 1), ("convnext", 3), ("swin", 3), ("resnet", 1)]
+)
 def test_timm_loads_the_weights_by_name(make_run, pixels, tmp_path, model, channels):
     ours, out = exported(make_run, "timm", tmp_path, model, channels)
     config = json.loads((out / "config.json").read_text())
@@ -116,3 +119,16 @@ def test_graphs_give_the_backbone_s_own_features_and_energies(
         for given, expected in zip(outputs, (ours.embed(images), ours.energy(images)), strict=True):
             scale = 1 + float(expected.abs().max())
             torch.testing.assert_close(given, expected, rtol=0, atol=1e-5 * scale)
+
+
+def test_the_page_on_using_a_run_has_five_lines_that_work(make_run, pixels, tmp_path, monkeypatch):
+    run = make_run()
+    monkeypatch.chdir(tmp_path)
+    to_pil_image(pixels(1)[0]).save("photo.png")
+    (code,) = [part.split("```")[0] for part in PAGE.read_text().split("```python\n")[1:]]
+    assert len([line for line in code.splitlines() if line]) == 5
+    scope = {}
+    exec(code.replace("runs/demo", str(run)), scope)
+    assert scope["energies"].shape == (1,)
+    assert scope["vectors"].shape == (1, 16)
+    assert scope["restored"].shape == (1, 3, 28, 28)

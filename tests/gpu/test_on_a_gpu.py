@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from backfold import EnergyModel, evaluate, restore
 from backfold.cli.main import main
 from backfold.data.statistics import ChannelStatistics
-from backfold.pretext import Masking
+from backfold.pretext import HiddenPatches, Masking
+from backfold.sparse import running_tokens
 from backfold.training.autotune import GRADIENT_TOLERANCE, gradient_distance
 from backfold.training.config import PretrainConfig
 from backfold.training.optimizer import freeze_unreachable
@@ -28,11 +30,11 @@ def make(name="vit_tiny_patch16_224", options=OPTIONS):
     return EnergyModel(name, image_size=96, backbone_options=options).cuda()
 
 
-def draw(count=8):
+def draw(count=8, task=TASK):
     generator = torch.Generator().manual_seed(1)
     clean = torch.randn(count, 3, 96, 96, generator=generator)
-    corruption = TASK(clean, generator)
-    return corruption.corrupted.cuda(), clean.cuda(), corruption.loss_mask.cuda()
+    corruption = task(clean, generator).to(torch.device("cuda"))
+    return corruption, (corruption.corrupted, clean.cuda(), corruption.loss_mask)
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -44,7 +46,22 @@ def test_the_compiled_step_has_the_eager_gradient(name, options, graphs):
     training = RestorationTraining(energy, 1.0)
     step = CompiledStep(training.restore, graphs=graphs)
     for _ in range(3):  # warm, recorded, replayed
-        losses = [lambda s=s: s(*draw(), None)[0] for s in (step, training.restore)]
+        losses = [lambda s=s: s(*draw()[1])[0] for s in (step, training.restore)]
+        distance, name = gradient_distance(dict(energy.named_parameters()), *losses)
+        assert distance < 0.01, name
+    assert step.is_compiled
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_compiled_conditional_step_has_the_eager_gradient(graphs):
+    energy = make()
+    training = RestorationTraining(energy, 1.0, conditional=True)
+    step = CompiledStep(training.restore, graphs=graphs)
+    masking = replace(TASK, normalised_share=0.0)
+    made, given = draw(task=HiddenPatches((masking,), (1.0,), masking))
+    tokens = running_tokens(made.running, energy.backbone, (96, 96))
+    for _ in range(3):
+        losses = [lambda s=s: s(*given, *tokens)[0] for s in (step, training.restore)]
         distance, name = gradient_distance(dict(energy.named_parameters()), *losses)
         assert distance < 0.01, name
     assert step.is_compiled
@@ -56,16 +73,16 @@ def test_bf16_has_float32_s_gradient_but_for_rounding():
 
     def rounded():
         with torch.autocast("cuda", torch.bfloat16):
-            return training.restore(*draw())[0]
+            return training.restore(*draw()[1])[0]
 
-    exact = lambda: training.restore(*draw())[0]  # noqa: E731
+    exact = lambda: training.restore(*draw()[1])[0]  # noqa: E731
     distance, name = gradient_distance(dict(energy.named_parameters()), rounded, exact)
     assert distance < 2 * GRADIENT_TOLERANCE[torch.bfloat16], name
 
 
 def test_restoring_runs_on_fused_attention():
     energy = make()
-    corrupted, _, _ = draw()
+    corrupted = draw()[0].corrupted
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]):
         fused = restore(energy, corrupted, num_steps=2).restored
     with sdpa_kernel(SDPBackend.MATH):
@@ -76,7 +93,7 @@ def test_restoring_runs_on_fused_attention():
 def peak(num_steps):
     """Bytes of one optimizer step."""
     energy = make()
-    freeze_unreachable(energy, draw(2)[0])
+    freeze_unreachable(energy, draw(2)[0].corrupted)
     config = PretrainConfig(batch_size=64, num_steps=num_steps, precision="32-true")
     fabric = Fabric(accelerator="cuda", devices=1)
     step = Stepper(

@@ -45,7 +45,7 @@ class Pictures:
         return (noise * (index + 1) / self.count).to(torch.uint8)
 
     def describe(self, index: int) -> str:
-        return f"dir/{index:03}.png"
+        return f"dir/{index:03}{'ä' * (index % 3)}.png"
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from dataclasses import asdict, replace
 from html import escape
+from xml.etree import ElementTree
 
 import pytest
 from fake_run import FACTS, all_rows, entry, health, page_of, text, with_class, write_run
@@ -31,13 +32,18 @@ def whole(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "a-run")
 
 
+@pytest.fixture(scope="module")
+def html(whole):
+    return write_report(whole).read_text(encoding="utf-8")
+
+
 def sections(page) -> dict:
     parts = ((part.find("h2"), part) for part in page.iter("section"))
     return {text(heading): part for heading, part in parts if heading is not None}
 
 
-def test_a_whole_run_has_every_section_with_its_words_pictures_and_notes(whole):
-    page = page_of(whole)
+def test_a_whole_run_has_every_section_with_its_words_pictures_and_notes(whole, html):
+    page = ElementTree.fromstring(html)
     found = sections(page)
     titles = [protocol.title for name, protocol in PROTOCOLS.items() if name != "lowshot"]
     assert [title for title in found if title in titles] == titles
@@ -142,17 +148,15 @@ def test_texts_from_the_run_cannot_become_markup(tmp_path):
     assert evil in sections(page)
 
 
-def test_the_same_run_gives_the_same_bytes_which_ask_for_nothing_outside(whole, tmp_path):
-    html = write_report(whole).read_text(encoding="utf-8")
+def test_the_same_run_gives_the_same_bytes_which_ask_for_nothing_outside(whole, html, tmp_path):
     assert write_report(whole, tmp_path / "else" / "where.html").read_text("utf-8") == html
     assert re.search(r"https?://|@import|url\(|<script|<link|<iframe", html) is None
     assert "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in html
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium on the PATH")
-def test_in_a_browser_every_picture_loads_and_the_page_fits_in_light_and_dark(whole, tmp_path):
-    html = write_report(whole).read_text(encoding="utf-8").replace("<details>", "<details open>")
-    page, colours = tmp_path / "frame.html", {}
+def test_in_a_browser_every_picture_loads_and_the_page_fits_in_light_and_dark(html, tmp_path):
+    html, page, colours = html.replace("<details>", "<details open>"), tmp_path / "f.html", {}
     for width in (375, 1280):  # Chromium's own windows are 500 pixels wide at least
         page.write_text(FRAME.format(width, escape(html)), encoding="utf-8")
         for scheme in (0, 1):

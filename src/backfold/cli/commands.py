@@ -1,19 +1,41 @@
-"""What the other commands do, as functions of their settings; each imports what it uses."""
+"""What most commands do, as functions of their settings."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from backfold.data.decode import MAX_PIXELS
+from backfold.data.loading import default_workers
+from backfold.data.open import open_source
+from backfold.data.survey import survey
 from backfold.errors import UserError
-from backfold.training.run import DEMO_RUN, RunFolder
-
-if TYPE_CHECKING:
-    from backfold.training.config import PretrainConfig
+from backfold.evaluation.evaluate import PROTOCOLS, EvaluateSettings, evaluate_each
+from backfold.evaluation.results import Row, tables_of
+from backfold.exporting.export import Format, export_run
+from backfold.files import write_json
+from backfold.inference import restored
+from backfold.reporting.report import write_report
+from backfold.reporting.verdicts import payoff
+from backfold.training.config import PretrainConfig, build_tasks, config_to_dict
+from backfold.training.log import is_first_process, log_to, terminal
+from backfold.training.pretrain import pretrain
+from backfold.training.run import DEMO_RUN, RunFolder, load_checkpoint, load_pretrained
+from backfold.training.signals import was_requeued
 
 SAMPLED_IMAGES = 4
+SHOWN = 5  # broken files and groups of duplicates on the terminal
+SHOWN_SEVERITY = 3  # the report has them all
+# What may differ between a run and its continuation without changing its result.
+FREE_ON_RESUME = {
+    "out", "num_workers", "prefetch", "accelerator", "devices", "checkpoint_minutes",
+    "keep_checkpoints", "micro_batch", "compile", "num_nodes", "shard_optimizer", "loggers",
+}  # fmt: skip
 
 
 @dataclass
@@ -53,11 +75,69 @@ class ReportSettings:
     out: Path | None = None
 
 
-def run_pretrain(config: "PretrainConfig", resume: bool, overwrite: bool, command: str) -> None:
-    """`backfold pretrain`."""
-    from backfold.training.log import is_first_process
-    from backfold.training.pretrain import pretrain
+@dataclass
+class ExportSettings:
+    """How `backfold export` takes a pretrained backbone elsewhere, with a model card.
 
+    Args:
+        checkpoint: a run's folder or a .ckpt file.
+        format: timm (weights and config that timm.create_model loads), huggingface (the same, for
+            transformers too), onnx or pt2 (images in [0, 1] to embeddings and energies; pt2 is
+            torch.export's).
+        out: the folder.
+        overwrite: replace an earlier export.
+    """
+
+    checkpoint: Path = DEMO_RUN
+    format: Format = "timm"
+    out: Path = Path("exported")
+    overwrite: bool = False
+
+
+@dataclass
+class StatsSettings:
+    """How `backfold stats` looks at a data set.
+
+    Args:
+        data: as pretrain takes it; its training split is looked at.
+        channels: that mean and deviation are of; none takes the most common count.
+        max_images: look at a random sample of this size; none looks at all.
+        max_pixels: larger images are broken.
+        num_workers: processes that read images; none takes up to 8, one core left free.
+        seed: of the sample.
+        out: a JSON file for what was found; none writes none.
+    """
+
+    data: str | None = None
+    channels: int | None = None
+    max_images: int | None = None
+    max_pixels: int = MAX_PIXELS
+    num_workers: int | None = None
+    seed: int = 0
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "max_images", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; give 1 or more")
+        if self.seed < 0 or (self.num_workers or 0) < 0:
+            raise UserError("seed and num_workers can't be negative; give 0 or more")
+
+
+def run_pretrain(config: PretrainConfig, resume: bool, overwrite: bool, command: str) -> None:
+    """`backfold pretrain`; a job that its cluster starts anew goes on by itself."""
+    requeued = was_requeued(config.out)
+    checkpoint = RunFolder(config.out).last_checkpoint
+    if resume and checkpoint.exists():
+        before, now = load_checkpoint(checkpoint)["config"], config_to_dict(config)
+        changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
+        if changed:
+            raise UserError(
+                f"--resume goes on with the run's own settings, and {', '.join(changed)} "
+                "differ(s); leave them out, or start a new run with another --out"
+            )
+    resume, overwrite = resume or requeued, overwrite and not requeued
     pretrain(config, resume=resume, overwrite=overwrite, command=command)
     if is_first_process():
         print(f"run: {config.out}")
@@ -65,10 +145,6 @@ def run_pretrain(config: "PretrainConfig", resume: bool, overwrite: bool, comman
 
 def run_restore(settings: RestoreSettings) -> None:
     """`backfold restore`: writes the pictures, prints the numbers."""
-    from backfold.inference import restored
-    from backfold.training.config import build_tasks
-    from backfold.training.run import load_pretrained
-
     if settings.num_steps < 0:
         raise UserError(f"num_steps is {settings.num_steps}; give 0 or more")
     run = load_pretrained(settings.checkpoint)
@@ -76,7 +152,8 @@ def run_restore(settings: RestoreSettings) -> None:
         run.config.pretext = settings.pretext
     name, task = next(iter(build_tasks(run.config, run.channels).items()))
     if settings.images:
-        names = restored.distinct_names(settings.images)
+        stems = [path.stem for path in settings.images]
+        names = [f"{s}-{at}" if stems.count(s) > 1 else s for at, s in enumerate(stems)]
         clean = restored.read_images(settings.images, run)
     else:
         names, clean = restored.sample_images(run, SAMPLED_IMAGES)
@@ -107,19 +184,31 @@ def run_restore(settings: RestoreSettings) -> None:
 
 def run_report(settings: ReportSettings) -> None:
     """`backfold report`: writes one HTML file."""
-    from backfold.reporting.report import write_report
-
     print(f"report: {write_report(settings.run, settings.out)}")
 
 
-def run_demo(config: "PretrainConfig", command: str) -> None:
-    """`backfold demo`: pretrain, evaluate, report; the table and the report's path come last."""
-    from backfold.cli.evaluation import print_tables, print_verdict
-    from backfold.evaluation.evaluate import EvaluateSettings, evaluate_each
-    from backfold.reporting.report import write_report
-    from backfold.training.log import is_first_process, log_to, terminal
-    from backfold.training.pretrain import pretrain
+def run_export(settings: ExportSettings) -> None:
+    """`backfold export`: writes the folder, prints its path."""
+    with log_to(None, terminal()):
+        export_run(settings.checkpoint, settings.format, settings.out, settings.overwrite)
+    print(f"{settings.format}: {settings.out}")
 
+
+def run_evaluate(settings: EvaluateSettings) -> None:
+    """`backfold evaluate`: prints tables and verdict, writes ``evaluation.json`` and pictures."""
+    rows: list[Row] = []
+    with log_to(None, terminal()):
+        for found in evaluate_each(settings):
+            rows += found
+            print_tables(found)
+    print_verdict(rows)
+    folder = settings.out or RunFolder.of(settings.checkpoint)
+    if folder is not None:
+        print(f"rows: {RunFolder(Path(folder)).evaluation}")
+
+
+def run_demo(config: PretrainConfig, command: str) -> None:
+    """`backfold demo`: pretrain, evaluate, report; the table and the report's path come last."""
     console = terminal()
     pretrain(config, overwrite=True, command=command, console=console)
     if not is_first_process():
@@ -129,6 +218,86 @@ def run_demo(config: "PretrainConfig", command: str) -> None:
         rows = [row for part in evaluate_each(settings) for row in part]
     report = write_report(config.out)
     shown = [row for row in rows if row.protocol != "layers"]
-    print_tables(Console(), shown)
-    print_verdict(Console(), shown)
+    print_tables(shown)
+    print_verdict(shown)
     print(f"report: {report}")
+
+
+def print_verdict(rows: Sequence[Row]) -> None:
+    """Did pretraining pay? Nothing where no row says so."""
+    verdict = payoff(rows)
+    if verdict.state != "unknown":
+        Console().print(f"Did pretraining pay? {verdict.headline}", soft_wrap=True)
+
+
+def print_tables(rows: Sequence[Row]) -> None:
+    """A table for each protocol and metric, and under it what was chosen."""
+    console = Console()
+    ordered = sorted(rows, key=lambda row: list(PROTOCOLS).index(row.protocol))
+    for protocol, members in groupby(ordered, lambda row: row.protocol):
+        found = list(members)
+        for content in tables_of(found, SHOWN_SEVERITY):
+            title = f"{PROTOCOLS[protocol].title}: {content.caption}"
+            table = Table(content.headings[0], title=title)
+            for heading in content.headings[1:]:
+                table.add_column(heading, justify="right")
+            for cells in content.rows:
+                table.add_row(*cells)
+            console.print(table)
+        for row in found:
+            if row.note:
+                line = f"  {row.contender}, {row.case}: {row.note}"
+                console.print(line, style="dim", soft_wrap=True)
+
+
+def run_stats(settings: StatsSettings) -> None:
+    """`backfold stats`: prints a table, and writes JSON where a file is named."""
+    console, limit = terminal(), settings.max_images
+    source = open_source(settings.data, "train", max_pixels=settings.max_pixels)
+    workers = default_workers() if settings.num_workers is None else settings.num_workers
+    bar = Progress(
+        "images", MofNCompleteColumn(), BarColumn(bar_width=None), TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    task = bar.add_task("", total=min(len(source), limit or len(source)))
+    with log_to(None, console), bar:
+        found = survey(
+            source, settings.channels, limit, settings.seed, workers,
+            lambda done: bar.update(task, completed=done),
+        )  # fmt: skip
+    if settings.out is not None:
+        write_json(settings.out, asdict(found))
+    table = Table(title=escape(found.name), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    part = f"{found.looked_at} of " if found.looked_at < found.images else ""
+    duplicates = [" = ".join(group) for group in found.duplicates]
+    rows = {
+        "images": f"{part}{found.images}",
+        "broken": _listed(found.broken_count, found.broken),
+        "formats": _counts(found.formats),
+        "values": f"{_counts(found.kinds)}, from {found.lowest:.6g} to {found.highest:.6g}",
+        "channels": _counts(found.channel_counts),
+        "can't be given these channels": str(found.unfit_count or ""),
+        "height": "{0} to {2}, median {1} pixels".format(*found.height),
+        "width": "{0} to {2}, median {1} pixels".format(*found.width),
+        "in reading": _counts(found.conversions),
+        "duplicates": _listed(found.duplicate_count, duplicates),
+        f"mean of {found.channels} channel(s)": "  ".join(f"{each:.5g}" for each in found.mean),
+        "deviation": "  ".join(f"{each:.5g}" for each in found.std),
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, escape(value))
+    Console().print(table)
+    if settings.out is not None:
+        print(f"stats: {settings.out}")
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+
+
+def _listed(count: int, names: list[str]) -> str:
+    more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return "\n".join([str(count), *names[:SHOWN], *more])

@@ -10,8 +10,7 @@ import logging
 import math
 import struct
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +45,7 @@ PILLOW_SAMPLES = {
     **dict.fromkeys((PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR, PHOTOMETRIC.CIELAB), 3),
     PHOTOMETRIC.SEPARATED: 4,
 }
+PILLOW_KINDS = {"1": "bool", "I": "int32", "F": "float32"}
 TURNED, ALPHA_ON_BLACK = "turned as EXIF says", "alpha composited on black"
 _OPENING = threading.Lock()
 # Each damaged file is counted and described by us; tifffile would log it on the terminal too.
@@ -91,14 +91,25 @@ def examine(content: bytes, min_side: int | None = None, max_pixels: int = MAX_P
         if content.startswith(NPY_MAGIC):
             array = decode_npy(content, max_pixels)
             return Decoded(to_tensor(in_range(array)), "NPY", str(array.dtype))
-        if content.startswith(TIFF_MAGIC):
-            tiff = _decode_tiff(content, max_pixels)
-            if tiff is not None:
-                return tiff
-        with _open_pillow(content) as image:
+        tiff = _decode_tiff(content, max_pixels) if content.startswith(TIFF_MAGIC) else None
+        if tiff is not None:
+            return tiff
+        # Our own limit, which an option can raise, stands in for Pillow's, which all share.
+        with _OPENING:
+            before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                image = Image.open(io.BytesIO(content), formats=FORMATS)
+            finally:
+                Image.MAX_IMAGE_PIXELS = before
+        with image:
             check_size((image.height, image.width, 1), max_pixels)
             if content.startswith(PNG_MAGIC) and content[24] == 16:
-                return _decode_deep_png(content, image)
+                array = in_range(np.atleast_3d(imagecodecs.png_decode(content)))
+                has_alpha = array.shape[2] in (2, 4)
+                array = on_black(array) if has_alpha else array
+                # Asking Pillow for the tag decodes the pixels once more where it comes after them.
+                tag = image.getexif().get(ORIENTATION) if b"eXIf" in content else None
+                return _upright(array, tag, "PNG", "uint16", [ALPHA_ON_BLACK] * has_alpha)
             if min_side is not None:
                 image.draft(None, (min_side, min_side))  # only JPEG knows how
             return decode_pillow(image)
@@ -113,56 +124,30 @@ def examine(content: bytes, min_side: int | None = None, max_pixels: int = MAX_P
         raise BrokenImage(reason) from error
 
 
-@contextmanager
-def _open_pillow(content: bytes) -> Iterator[Image.Image]:
-    # Our own limit, which an option can raise, stands in for Pillow's, which all programs share.
-    with _OPENING:
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
-        finally:
-            Image.MAX_IMAGE_PIXELS = before
-    with image:
-        yield image
-
-
 def decode_pillow(image: Image.Image) -> Decoded:
     """Any image of Pillow's; numbers that are not finite raise `BrokenImage`."""
     tag = image.getexif().get(ORIENTATION)
     image.load()
-    array, conversions = _pixels(image)
-    # Pillow turns TIFF images itself, and takes the tag away.
-    array, turned = _upright(array, image.getexif().get(ORIENTATION))
-    if not turned and tag in range(2, 9):
-        turned = (TURNED,)
-    kind = "uint16" if image.mode.startswith("I;16") else "uint8"
-    kind = {"1": "bool", "I": "int32", "F": "float32"}.get(image.mode, kind)
-    format = "JPEG" if image.format == "MPO" else image.format or "Pillow"
-    return Decoded(to_tensor(array), format, kind, (*conversions, *turned))
-
-
-def _pixels(image: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
     mode = image.mode
+    conversions: list[str] = []
     if mode in ("I", "F") or mode.startswith("I;16"):
-        return in_range(np.atleast_3d(np.array(image))), ()
-    if image.has_transparency_data:
+        array = in_range(np.array(image))
+    elif image.has_transparency_data:
         target = "LA" if mode in ("1", "L", "LA", "La") else "RGBA"
-        array = np.array(image if mode == target else image.convert(target))
-        return on_black(array), (ALPHA_ON_BLACK,)
-    if mode in ("1", "L", "RGB"):
-        return np.atleast_3d(np.array(image.convert("L") if mode == "1" else image)), ()
-    return np.array(image.convert("RGB")), (f"{'palette' if mode == 'P' else mode} made RGB",)
-
-
-def _decode_deep_png(content: bytes, image: Image.Image) -> Decoded:
-    values = in_range(np.atleast_3d(imagecodecs.png_decode(content)))
-    conversions: tuple[str, ...] = ()
-    if values.shape[2] in (2, 4):
-        values, conversions = on_black(values), (ALPHA_ON_BLACK,)
-    # Asking Pillow for the tag decodes the pixels once more where it comes after them.
-    tag = image.getexif().get(ORIENTATION) if b"eXIf" in content else None
-    values, turned = _upright(values, tag)
-    return Decoded(to_tensor(values), "PNG", "uint16", (*conversions, *turned))
+        array = on_black(np.array(image if mode == target else image.convert(target)))
+        conversions.append(ALPHA_ON_BLACK)
+    elif mode in ("1", "L", "RGB"):
+        array = np.array(image.convert("L") if mode == "1" else image)
+    else:
+        array = np.array(image.convert("RGB"))
+        conversions.append(f"{'palette' if mode == 'P' else mode} made RGB")
+    # Pillow turns TIFF images itself, and takes the tag away.
+    left = image.getexif().get(ORIENTATION)
+    if tag in range(2, 9) and left not in range(2, 9):
+        conversions.append(TURNED)
+    kind = "uint16" if mode.startswith("I;16") else PILLOW_KINDS.get(mode, "uint8")
+    format = "JPEG" if image.format == "MPO" else image.format or "Pillow"
+    return _upright(np.atleast_3d(array), left, format, kind, conversions)
 
 
 def _decode_tiff(content: bytes, max_pixels: int) -> Decoded | None:
@@ -179,9 +164,37 @@ def _decode_tiff(content: bytes, max_pixels: int) -> Decoded | None:
                 f"colours of kind {page.photometric} in {page.bitspersample} bits; "
                 "store grey or RGB"
             )
-        array, conversions = _values(_read_series(series, max_pixels), page)
-        array, turned = _upright(array, page.tags.valueof(ORIENTATION))
-        return Decoded(to_tensor(array), "TIFF", str(series.dtype), (*conversions, *turned))
+        lengths = dict(zip(series.axes, series.shape, strict=True))
+        others = [axis for axis in series.axes if axis not in "YX"]
+        if not {"Y", "X"} <= set(lengths) or len(others) > 1:
+            raise BrokenImage(
+                f"axes {series.axes} of {series.shape}; give height, width and one axis of channels"
+            )
+        shape = lengths["Y"], lengths["X"], lengths[others[0]] if others else 1
+        check_size(shape, max_pixels)
+        # One tile or strip may be far larger than the image that it holds a corner of.
+        segment = math.prod(page.chunks)
+        if segment > 4 * max_pixels:
+            raise BrokenImage(f"tiles or strips of {segment} values; write the file anew")
+        order = [series.axes.index(axis) for axis in ("Y", "X", *others)]
+        array = np.asarray(series.asarray(maxworkers=1)).transpose(order).reshape(shape)
+        conversions: list[str] = []
+        if page.photometric == PHOTOMETRIC.MINISWHITE and array.dtype.kind in "bu":
+            top = True if array.dtype.kind == "b" else 2**page.bitspersample - 1
+            array = np.bitwise_xor(array, array.dtype.type(top))
+            conversions.append("white at zero turned round")
+        array = in_range(array, page.bitspersample)
+        alpha = [number for number, kind in enumerate(page.extrasamples) if kind in ALPHA]
+        if alpha and page.planarconfig != PLANARCONFIG.SEPARATE:
+            conversions.append(ALPHA_ON_BLACK)
+            place = array.shape[2] - len(page.extrasamples) + alpha[0]
+            colours, coverage = np.delete(array, place, axis=2), array[..., [place]]
+            is_multiplied = page.extrasamples[alpha[0]] == EXTRASAMPLE.ASSOCALPHA
+            array = colours
+            if not is_multiplied:
+                array = on_black(np.concatenate([colours, coverage], axis=2))
+        orientation = page.tags.valueof(ORIENTATION)
+        return _upright(array, orientation, "TIFF", str(series.dtype), conversions)
 
 
 def _check_pages(content: bytes) -> None:
@@ -216,54 +229,19 @@ def _pillow_reads(series: tifffile.TiffPageSeries, page: tifffile.TiffPage) -> b
     )
 
 
-def _read_series(series: tifffile.TiffPageSeries, max_pixels: int) -> Pixels:
-    lengths = dict(zip(series.axes, series.shape, strict=True))
-    others = [axis for axis in series.axes if axis not in "YX"]
-    if not {"Y", "X"} <= set(lengths) or len(others) > 1:
-        raise BrokenImage(
-            f"axes {series.axes} of {series.shape}; give height, width and one axis of channels"
-        )
-    channels = lengths[others[0]] if others else 1
-    check_size((lengths["Y"], lengths["X"], channels), max_pixels)
-    # One tile or strip may be far larger than the image that it holds a corner of.
-    segment = math.prod(series.keyframe.chunks)
-    if segment > 4 * max_pixels:
-        raise BrokenImage(f"tiles or strips of {segment} values; write the file anew")
-    array = np.asarray(series.asarray(maxworkers=1))
-    order = [series.axes.index(axis) for axis in ("Y", "X", *others)]
-    return array.transpose(order).reshape(lengths["Y"], lengths["X"], channels)
-
-
-def _values(array: Pixels, page: tifffile.TiffPage) -> tuple[Pixels, tuple[str, ...]]:
-    conversions = []
-    if page.photometric == PHOTOMETRIC.MINISWHITE and array.dtype.kind in "bu":
-        top = True if array.dtype.kind == "b" else 2**page.bitspersample - 1
-        array = np.bitwise_xor(array, array.dtype.type(top))
-        conversions.append("white at zero turned round")
-    values = in_range(array, page.bitspersample)
-    alpha = [number for number, kind in enumerate(page.extrasamples) if kind in ALPHA]
-    if not alpha or page.planarconfig == PLANARCONFIG.SEPARATE:
-        return values, tuple(conversions)
-    conversions.append(ALPHA_ON_BLACK)
-    position = array.shape[2] - len(page.extrasamples) + alpha[0]
-    colours = np.delete(values, position, axis=2)
-    if page.extrasamples[alpha[0]] == EXTRASAMPLE.ASSOCALPHA:  # multiplied already
-        return colours, tuple(conversions)
-    joined = np.concatenate([colours, values[..., position : position + 1]], axis=2)
-    return on_black(joined), tuple(conversions)
-
-
-def _upright(array: Pixels, orientation: object) -> tuple[Pixels, tuple[str, ...]]:
+def _upright(
+    array: Pixels, orientation: object, format: str, kind: str, conversions: Sequence[str]
+) -> Decoded:
     """Undo what the EXIF orientation (2 to 8) says was done to (height, width, channels)."""
-    if orientation not in range(2, 9):
-        return array, ()
+    if orientation in range(2, 9):
+        conversions = [*conversions, TURNED]
     if orientation in (5, 6, 7, 8):
         array = array.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         array = array[::-1]
     if orientation in (2, 3, 6, 7):
         array = array[:, ::-1]
-    return array, (TURNED,)
+    return Decoded(to_tensor(array), format, kind, tuple(conversions))
 
 
 def check_size(shape: Sequence[int], max_pixels: int) -> None:

@@ -118,11 +118,20 @@ class ParquetSource(EncodedSource):
         self._ends = np.cumsum([len(table) for table in tables])
         if not self._ends[-1]:
             raise UserError(f"{self.name}: no rows; give parquet files that hold images")
-        pairs = list(zip(tables, self._files, strict=True))
-        encoded = [chunk for pair in pairs for chunk in _encoded_column(*pair, column).chunks]
-        self._images = pa.chunked_array(encoded)
+        chunks: list[pa.Array] = []
+        for file, table in zip(self._files, tables, strict=True):
+            images = table[column]
+            if pa.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
+                images = pc.struct_field(images, "bytes")
+            if not (pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type)):
+                raise UserError(
+                    f"{file}: column `{column}` holds {table[column].type}, not bytes; store each "
+                    "image's encoded file there"
+                )
+            chunks += images.cast(pa.large_binary()).chunks
+        self._images = pa.chunked_array(chunks)
         if labelled and all("label" in table.column_names for table in tables):
-            self.labels = np.concatenate([_label_column(*pair) for pair in pairs])
+            self.labels = np.concatenate(list(map(_label_column, self._files, tables)))
             metadata = json.loads((tables[0].schema.metadata or {}).get(b"huggingface", b"{}"))
             label = metadata.get("info", {}).get("features", {}).get("label", {})
             self.class_names = tuple(label.get("names") or numbered(self.labels))
@@ -168,19 +177,7 @@ def _read_parquet(file: Path, columns: Sequence[str], remedy: str) -> pa.Table:
         raise UserError(f"{file} is no readable parquet file ({reason}); replace it") from error
 
 
-def _encoded_column(table: pa.Table, file: Path, name: str) -> pa.ChunkedArray:
-    column = table[name]
-    if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
-        column = pc.struct_field(column, "bytes")
-    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
-        raise UserError(
-            f"{file}: column `{name}` holds {table[name].type}, not bytes; store each image's "
-            "encoded file there"
-        )
-    return column.cast(pa.large_binary())
-
-
-def _label_column(table: pa.Table, file: Path) -> Labels:
+def _label_column(file: Path, table: pa.Table) -> Labels:
     column = table["label"]
     counting = pa.types.is_integer(column.type) and not column.null_count
     if not counting or (pc.min(column).as_py() or 0) < 0:
@@ -211,11 +208,27 @@ class TarSource(EncodedSource):
     ) -> None:
         self._files, self.max_pixels = list(files), max_pixels
         self.name = first_and_more(self._files)
-        index = [
-            (number, *found)
-            for number, file in enumerate(self._files)
-            for found in _index_shard(file, labelled)
-        ]
+        index: list[tuple[int, Place, str, str | None]] = []
+        for number, file in enumerate(self._files):
+            try:
+                # "r:" takes no compression.
+                with tarfile.open(file, "r:") as tar, file.open("rb") as raw:
+                    members = ((m.name, (m.offset_data, m.size)) for m in regular_members(tar))
+                    for name, place, sample in image_samples(members, str(file)):
+                        label = _read_label(raw, sample) if labelled else None
+                        index.append((number, place, name, label))
+                    raw.seek(tar.offset)
+                    # tarfile takes a damaged header for the end, and would leave out what follows.
+                    if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                        raise UserError(f"{file} is damaged at byte {tar.offset}; replace it")
+            except UserError:
+                raise
+            except (tarfile.TarError, ValueError, OSError, EOFError) as error:
+                text = str(error.args[0] if error.args else "").strip() or type(error).__name__
+                reason = text.splitlines()[0]
+                raise UserError(
+                    f"{file} is no whole, uncompressed tar ({reason}); replace or unpack it"
+                ) from error
         if not index:
             raise UserError(
                 f"{self.name}: no images; give shards with members named *.jpg, *.png and so on"
@@ -253,33 +266,12 @@ class TarSource(EncodedSource):
         return f"{self._files[self._shards[index]]} member {name}"
 
 
-def _index_shard(file: Path, labelled: bool) -> Iterator[tuple[Place, str, str | None]]:
-    """Where each image lies, its member's name, and its label."""
-    try:
-        with tarfile.open(file, "r:") as tar, file.open("rb") as raw:  # "r:" takes no compression
-            for name, place, sample in image_samples(_members(tar, file.stat().st_size), str(file)):
-                yield place, name, _read_label(raw, sample) if labelled else None
-            raw.seek(tar.offset)
-            # tarfile takes a damaged header for the end, and would leave out all that follows.
-            if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise UserError(f"{file} is damaged at byte {tar.offset}; replace it")
-    except UserError:
-        raise
-    except (tarfile.TarError, ValueError, OSError, EOFError) as error:
-        text = str(error.args[0] if error.args else "").strip() or type(error).__name__
-        raise UserError(
-            f"{file} is no whole, uncompressed tar ({text.splitlines()[0]}); replace or unpack it"
-        ) from error
-
-
-def _members(tar: tarfile.TarFile, size: int) -> Iterator[tuple[str, Place]]:
-    """Names and places of regular members."""
+def regular_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Its files, none of which it remembers; links are left out."""
     for member in tar:
         tar.members = []  # type: ignore[attr-defined]
-        if member.offset_data + member.size > size:
-            raise tarfile.ReadError("truncated")
         if member.isreg() and not member.issparse():
-            yield member.name, (member.offset_data, member.size)
+            yield member
 
 
 def image_samples(
@@ -382,12 +374,28 @@ class DatasetSource:
     def read(self, index: int, min_side: int | None = None) -> Tensor:  # noqa: ARG002
         """See `ImageSource.read`."""
         try:
-            item = self._dataset[index]
-            if isinstance(item, Mapping):
-                item = next((item[key] for key in IMAGE_KEYS if key in item), item)
-            elif isinstance(item, (tuple, list)) and item:
-                item = item[0]
-            return _image_tensor(item, self._max_pixels)
+            image = self._dataset[index]
+            if isinstance(image, Mapping):
+                image = next((image[key] for key in IMAGE_KEYS if key in image), image)
+            elif isinstance(image, (tuple, list)) and image:
+                image = image[0]
+            if isinstance(image, Image.Image):
+                check_size((image.height, image.width, 1), self._max_pixels)
+                return decode_pillow(image).image
+            if isinstance(image, Tensor):
+                if image.ndim not in (2, 3) or (image.ndim == 3 and len(image) > MAX_CHANNELS):
+                    shape = tuple(image.shape)
+                    raise BrokenImage(f"a tensor of {shape}; give (channels, height, width)")
+                image = image.detach().cpu()[None] if image.ndim == 2 else image.detach().cpu()
+                image = image.float() if image.dtype == torch.bfloat16 else image
+                array = np.moveaxis(image.numpy(), 0, -1)
+            elif isinstance(image, np.ndarray):
+                array = channels_last(image)
+            else:
+                kind = type(image).__name__
+                raise BrokenImage(f"a {kind}; give an image of Pillow, a tensor or array")
+            check_size(array.shape, self._max_pixels)
+            return to_tensor(in_range(array))
         except BrokenImage:
             raise
         except Exception as error:  # the data set is the user's own: it may raise anything
@@ -396,21 +404,3 @@ class DatasetSource:
     def describe(self, index: int) -> str:
         """The data set's name and the item's number, from 0."""
         return f"{self.name} item {index}"
-
-
-def _image_tensor(image: Any, max_pixels: int) -> Tensor:
-    if isinstance(image, Image.Image):
-        check_size((image.height, image.width, 1), max_pixels)
-        return decode_pillow(image).image
-    if isinstance(image, Tensor):
-        if image.ndim not in (2, 3) or (image.ndim == 3 and len(image) > MAX_CHANNELS):
-            raise BrokenImage(f"a tensor of {tuple(image.shape)}; give (channels, height, width)")
-        image = image.detach().cpu()[None] if image.ndim == 2 else image.detach().cpu()
-        image = image.float() if image.dtype == torch.bfloat16 else image
-        array = np.moveaxis(image.numpy(), 0, -1)
-    elif isinstance(image, np.ndarray):
-        array = channels_last(image)
-    else:
-        raise BrokenImage(f"a {type(image).__name__}; give an image of Pillow, a tensor or array")
-    check_size(array.shape, max_pixels)
-    return to_tensor(in_range(array))

@@ -49,12 +49,16 @@ class HuggingFaceSource(EncodedSource):
             raise UserError(f"{name}: no rows; give a data set that holds images")
         self._column = image_column(dataset.features, name)
         self._images = undecoded(dataset, self._column)
-        label = _label_column(dataset.features) if labelled else None
-        if label is not None:
+        columns = dataset.features
+        classes = [key for key, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
+        usual = [key for key in LABEL_COLUMNS if key in columns]
+        found = classes if len(classes) == 1 else usual
+        if labelled and found:
+            label = found[0]
             labels = np.array(dataset[label][:], dtype=object)
             if all(isinstance(value, int) and value >= 0 for value in labels):
                 self.labels = labels.astype(np.int64)
-                kind = dataset.features[label]
+                kind = columns[label]
                 names = kind.names if isinstance(kind, datasets.ClassLabel) else None
                 self.class_names = tuple(names or numbered(self.labels))
 
@@ -111,15 +115,9 @@ def image_column(features: datasets.Features | None, name: str) -> str:
     )
 
 
-def _label_column(features: datasets.Features) -> str | None:
-    classes = [key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    if len(classes) == 1:
-        return str(classes[0])
-    return next((key for key in LABEL_COLUMNS if key in features), None)
-
-
 @contextmanager
-def _users_error(what: str, remedy: str) -> Iterator[None]:
+def users_error(what: str, remedy: str) -> Iterator[None]:
+    """Whatever is raised inside becomes a `UserError` of one line."""
     try:
         yield
     except Exception as error:  # pyarrow, JSON and datasets itself each raise their own
@@ -127,32 +125,11 @@ def _users_error(what: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{what} ({reason}); {remedy}") from error
 
 
-def load_saved(folder: Path) -> dict[str, datasets.Dataset]:
-    """What ``save_to_disk`` wrote, by split; the only split of a single data set is ""."""
-    with _users_error(f"{folder} is no readable saved data set", "save it again"):
-        loaded = datasets.load_from_disk(str(folder))
-    return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
-
-
-def load_parquet(files: Sequence[Path]) -> datasets.Dataset:
-    """Parquet files too large for memory, converted once into a cache that is mapped."""
-    with _users_error(f"{files[0]} and the files beside it can't be read", "replace them"):
-        return datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
-
-
 def open_builder(name: str) -> datasets.DatasetBuilder:
     """What the hub knows of ``owner/name`` or ``owner/name/configuration``."""
     owner, dataset, *configuration = name.split("/")
-    with _users_error(
+    with users_error(
         f"{name} is neither a path nor a data set on the Hugging Face hub that can be opened",
         "check --data and the connection",
     ):
         return datasets.load_dataset_builder(f"{owner}/{dataset}", *configuration)
-
-
-def download(builder: datasets.DatasetBuilder) -> dict[str, datasets.Dataset]:
-    """All splits, downloaded into the library's cache."""
-    remedy = "try again, or download it yourself and give the folder"
-    with _users_error(f"can't download {builder.dataset_name}", remedy):
-        builder.download_and_prepare()
-        return dict(builder.as_dataset())

@@ -88,16 +88,11 @@ class Expendable(Generic[Argument, Result]):
         something else, as where memory runs out. The first `UserError` of the function is raised,
         and anything else as a RuntimeError, with its traceback as the message.
         """
-        outcomes: list[Result | BrokenImage] = []
-        for first in range(0, len(arguments), TOGETHER):
-            outcomes += self._each(arguments[first : first + TOGETHER])
-        return outcomes
-
-    def _each(self, arguments: Sequence[Argument]) -> list[Result | BrokenImage]:
         outcomes: dict[int, Result | BrokenImage] = {}
         suspects = set()
         while len(outcomes) < len(arguments):
-            todo = [number for number in range(len(arguments)) if number not in outcomes]
+            left = (number for number in range(len(arguments)) if number not in outcomes)
+            todo = list(itertools.islice(left, TOGETHER))
             child = self._child = self._child or self._start()
             reply = self._ask(child, [arguments[number] for number in todo])
             if isinstance(reply, list):
@@ -117,14 +112,13 @@ class Expendable(Generic[Argument, Result]):
         child.memory[:WORD] = bytes(WORD)
         try:
             child.connection.send(arguments)
-            content, lengths = child.connection.recv()
+            content, ends = child.connection.recv()
         except (EOFError, OSError):
             return self._end(child, kill=False)
         except BaseException:
             # Its answer would be taken for that to the next call.
             self._end(child, kill=True)
             raise
-        ends = itertools.accumulate(lengths, initial=WORD)
         view = memoryview(child.memory)
         buffers = [bytearray(view[start:end]) for start, end in itertools.pairwise(ends)]
         reply = pickle.loads(content, buffers=buffers)
@@ -158,7 +152,18 @@ class Expendable(Generic[Argument, Result]):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when whoever asks does
             torch.set_num_threads(1)
             while True:
-                connection.send(_packed(self._reply(connection.recv(), memory), memory))
+                reply = self._reply(connection.recv(), memory)
+                # A pickle, and where the arrays' contents are in the shared memory, if they fit.
+                found: list[pickle.PickleBuffer] = []
+                content = pickle.dumps(reply, protocol=5, buffer_callback=found.append)
+                buffers = [buffer.raw() for buffer in found]
+                ends = list(itertools.accumulate(map(len, buffers), initial=WORD))
+                if ends[-1] > SHARED:
+                    connection.send((pickle.dumps(reply), [WORD]))
+                    continue
+                for buffer, (start, end) in zip(buffers, itertools.pairwise(ends), strict=True):
+                    memory[start:end] = buffer
+                connection.send((content, ends))
         except (EOFError, OSError):  # whoever asks is gone
             os._exit(0)
         except BaseException:
@@ -182,17 +187,3 @@ class Expendable(Generic[Argument, Result]):
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
         return results
-
-
-def _packed(reply: list[Any] | Exception, memory: mmap.mmap) -> tuple[bytes, list[int]]:
-    """A pickle, and the lengths of the arrays' contents in the shared memory, where they fit."""
-    found: list[pickle.PickleBuffer] = []
-    content = pickle.dumps(reply, protocol=5, buffer_callback=found.append)
-    buffers = [buffer.raw() for buffer in found]
-    lengths = [len(buffer) for buffer in buffers]
-    if WORD + sum(lengths) > SHARED:
-        return pickle.dumps(reply), []
-    ends = itertools.accumulate(lengths, initial=WORD)
-    for buffer, (start, end) in zip(buffers, itertools.pairwise(ends), strict=True):
-        memory[start:end] = buffer
-    return content, lengths

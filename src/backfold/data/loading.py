@@ -103,31 +103,25 @@ class BatchDataset(Dataset[Batch]):
 
     def __getitem__(self, keys: Sequence[Key]) -> Batch:
         broken: list[str] = []
-        images, indices = [], []
+        images, indices, tries = [], [], min(len(self), MAX_REPLACEMENTS)
         # torchvision draws from the global generator: lend it, once a batch as that takes long.
         with torch.random.fork_rng(devices=[]):
             first = self._load_each([self._wanted(*key) for key in keys])
             for key, outcome in zip(keys, first, strict=True):
-                index, image = self._replace(key, outcome, broken)
-                images.append(torch.from_numpy(image))
-                indices.append(index)
+                for offset in range(tries):
+                    wanted = self._wanted(*key, offset)
+                    image = self._load_each([wanted])[0] if offset else outcome
+                    if not isinstance(image, BrokenImage):
+                        images.append(torch.from_numpy(image))
+                        indices.append(wanted[0])
+                        break
+                    broken.append(f"{self.source.describe(wanted[0])}: {image}")
+                else:
+                    raise none_readable(self.source.name, tries, broken[-1])
         return Batch(stack_images(images), torch.tensor(indices), broken)
 
     def _wanted(self, epoch: int, position: int, offset: int = 0) -> Wanted:
         return self._indices[(position + offset) % len(self._indices)], epoch, position
-
-    def _replace(
-        self, key: Key, outcome: NDArray[Any] | BrokenImage, broken: list[str]
-    ) -> tuple[int, NDArray[Any]]:
-        tries = min(len(self._indices), MAX_REPLACEMENTS)
-        for offset in range(tries):
-            wanted = self._wanted(*key, offset)
-            if offset:
-                (outcome,) = self._load_each([wanted])
-            if not isinstance(outcome, BrokenImage):
-                return wanted[0], outcome
-            broken.append(f"{self.source.describe(wanted[0])}: {outcome}")
-        raise none_readable(self.source.name, tries, broken[-1])
 
     def _load_each(self, wanted: Sequence[Wanted]) -> list[NDArray[Any] | BrokenImage]:
         tried = [one for one in wanted if one[0] not in self._fatal]
@@ -166,7 +160,8 @@ class StepSampler(Sampler[list[Key]]):
     """For each optimizer step, this rank's (epoch, index) keys; see `training_loader`.
 
     Every epoch is a permutation of all ``count`` images that depends on (seed, epoch) only; images
-    that do not fill a last global batch sit that epoch out.
+    that do not fill a last global batch sit that epoch out. With several ``views`` each image comes
+    so often in a row, changed anew, and a batch holds fewer different ones.
 
     Raises:
         UserError: fewer images than one global batch, or a negative seed.
@@ -179,11 +174,13 @@ class StepSampler(Sampler[list[Key]]):
     total_steps: int
     rank: int = 0
     world_size: int = 1
+    views: int = 1
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; give 0 or more")
-        self.steps_per_epoch = steps_per_epoch(self.count, self.batch_size * self.world_size)
+        self.different = self.batch_size // self.views
+        self.steps_per_epoch = steps_per_epoch(self.count, self.different * self.world_size)
 
     def __len__(self) -> int:
         return max(0, self.total_steps - self.start_step)
@@ -193,9 +190,10 @@ class StepSampler(Sampler[list[Key]]):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if step_in_epoch == 0 or step == self.start_step:
                 order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-            start = (step_in_epoch * self.world_size + self.rank) * self.batch_size
-            chosen = order[start : start + self.batch_size].tolist()
-            yield [(epoch, index) for index in chosen]
+            start = (step_in_epoch * self.world_size + self.rank) * self.different
+            chosen = order[start : start + self.different].tolist()
+            views = range(self.views * epoch, self.views * (epoch + 1))
+            yield [(view, index) for index in chosen for view in views]
 
 
 def steps_per_epoch(count: int, global_batch_size: int) -> int:
@@ -222,6 +220,7 @@ def training_loader(
     num_workers: int = 0,
     prefetch: int = 2,
     pin_memory: bool = False,
+    views: int = 1,
 ) -> "DataLoader[Batch]":
     """One batch for each step from ``start_step`` to ``total_steps``; one loader serves the run.
 
@@ -239,12 +238,15 @@ def training_loader(
         num_workers: processes that load; 0 loads in this one, unprotected.
         prefetch: batches that each of these processes has loaded or is loading ahead, 1 or more.
         pin_memory: put batches into page-locked memory, from which a GPU copies faster.
+        views: how often each image comes in a row, changed anew; see `StepSampler`.
 
     Raises:
         UserError: fewer images than one global batch, or a negative seed; while iterating, what
             `BatchDataset` raises.
     """
-    sampler = StepSampler(len(source), batch_size, seed, start_step, total_steps, rank, world_size)
+    sampler = StepSampler(
+        len(source), batch_size, seed, start_step, total_steps, rank, world_size, views
+    )
     dataset = BatchDataset(source, image_size, channels, augmentation, seed)
     return batch_loader(dataset, sampler, num_workers, prefetch, pin_memory)
 

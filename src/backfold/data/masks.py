@@ -104,8 +104,18 @@ class MaskedImages:
         return len(self._source.indices)
 
     def __getitem__(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        pairs = [self._kept[place] if self._kept else self._decode(place) for place in places]
-        return stack_images([image for image, _ in pairs]), torch.stack([ids for _, ids in pairs])
+        images, masks = [], []
+        for place in places:
+            if self._kept:
+                image, ids = self._kept[place]
+            else:
+                image, mask = self._source.read(place, self._channels)
+                image = TF.resize(image, list(self._image_size), antialias=True)
+                mask = mask[None, None].float()
+                ids = F.interpolate(mask, self._image_size, mode="nearest-exact")[0, 0].int()
+            images.append(image)
+            masks.append(ids)
+        return stack_images(images), torch.stack(masks)
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and masks of each batch of places.
@@ -125,11 +135,6 @@ class MaskedImages:
         num_workers = 0 if self._kept else self._num_workers
         places = [part.tolist() for part in indices]
         return watched(batch_loader(cast(Any, self), places, num_workers))
-
-    def _decode(self, place: int) -> tuple[Tensor, Tensor]:
-        image, mask = self._source.read(place, self._channels)
-        ids = F.interpolate(mask[None, None].float(), self._image_size, mode="nearest-exact")[0, 0]
-        return TF.resize(image, list(self._image_size), antialias=True), ids.int()
 
 
 def open_masked(data: Path | str | None, seed: int = 0) -> tuple[MaskedSource, MaskedSource]:

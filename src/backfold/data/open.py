@@ -100,7 +100,24 @@ def open_source(
     if is_pattern(text):
         return _open_files(text, expand_pattern(text), split, options)
     refuse_missing(text)
-    return _open_hub(text, split, options)
+    import datasets
+    import huggingface_hub
+
+    from backfold.data.hugging_face import open_builder, users_error
+
+    builder = open_builder(text)
+    size = builder.info.download_size or 0
+    if size > STREAMED_BYTES:
+        raise UserError(
+            f"{text} takes {size / 2**30:.0f} GiB to download and is only read as a stream; "
+            "save what you need of it with `datasets` and give that folder"
+        )
+    caches = [datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE]
+    remedy = "try again, or download it yourself and give the folder"
+    with users_error(f"can't download {builder.dataset_name}", remedy):
+        builder.download_and_prepare()
+        parts = builder.as_dataset()
+    return _open_datasets(parts, text, map(Path, caches), split, options)
 
 
 def open_stream(
@@ -131,35 +148,35 @@ def open_stream(
         files = [text] if path.is_file() else [str(file) for file in expand_pattern(text)]
         if not all(file.lower().endswith(COMPRESSED_TARS) for file in files):
             return None
+    elif HUB_NAME.fullmatch(text):
+        from backfold.data.hugging_face import open_builder
+
+        builder = open_builder(text)
+        if (builder.info.download_size or 0) <= STREAMED_BYTES:
+            return None
+        splits = builder.info.splits or {}
+        chosen = "train" if "train" in splits else next(iter(splits), "train")
+        count = count or (splits[chosen].num_examples if chosen in splits else None)
+        dataset, files = builder.as_streaming_dataset(split=chosen), []
     else:
-        return _stream_hub(text, count, max_pixels) if HUB_NAME.fullmatch(text) else None
-    return tar_stream(files, _needed_count(text, count), max_pixels)
-
-
-def _needed_count(name: str, count: int | None) -> int:
-    if count is None:
-        raise UserError(f"{name} is a stream that does not say its length; give the image count")
-    return count
-
-
-def _stream_hub(name: str, count: int | None, max_pixels: int) -> Stream | None:
-    from backfold.data.hugging_face import open_builder
-
-    builder = open_builder(name)
-    if (builder.info.download_size or 0) <= STREAMED_BYTES:
         return None
-    splits = builder.info.splits or {}
-    chosen = "train" if "train" in splits else next(iter(splits), "train")
-    known = splits[chosen].num_examples if chosen in splits else None
-    dataset = builder.as_streaming_dataset(split=chosen)
-    return hub_stream(dataset, f"{name} {chosen}", _needed_count(name, count or known), max_pixels)
+    if count is None:
+        raise UserError(f"{text} is a stream that does not say its length; give the image count")
+    if files:
+        return tar_stream(files, count, max_pixels)
+    return hub_stream(dataset, f"{text} {chosen}", count, max_pixels)
 
 
 def _open_folder(folder: Path, split: Split, options: Options) -> ImageSource:
     if any((folder / name).is_file() for name in SAVED_FILES):
-        from backfold.data.hugging_face import load_saved
+        import datasets
 
-        return _open_datasets(load_saved(folder), str(folder), [folder], split, options)
+        from backfold.data.hugging_face import users_error
+
+        with users_error(f"{folder} is no readable saved data set", "save it again"):
+            saved = datasets.load_from_disk(str(folder))
+        parts = saved if isinstance(saved, datasets.DatasetDict) else {"": saved}
+        return _open_datasets(parts, str(folder), [folder], split, options)
     by_name = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     test = next((by_name[name] for name in TEST_NAMES if name in by_name), None)
     if "train" in by_name and test is not None:
@@ -199,41 +216,19 @@ def _open_files(name: str, files: list[Path], split: Split, options: Options) ->
     return _open_packed(_choose(named, files, split, name), options)
 
 
-def _choose(by_name: Mapping[str, Part | None], whole: Part, split: Split, data: object) -> Part:
-    train = by_name.get("train")
-    test = next((part for part in map(by_name.get, TEST_NAMES) if part), None)
-    if train and test:
-        return train if split == "train" else test
-    if split == "test":
-        raise _no_test_split(data)
-    return whole
-
-
 def _open_packed(files: list[Path], options: Options) -> ImageSource:
     if files[0].suffix.lower() == ".tar":
         return TarSource(files, *options)
     if sum(file.stat().st_size for file in files) <= IN_MEMORY_BYTES:
         return ParquetSource(files, *options)
-    from backfold.data.hugging_face import HuggingFaceSource, load_parquet
-
-    return HuggingFaceSource(load_parquet(files), first_and_more(files), (), *options)
-
-
-def _open_hub(name: str, split: Split, options: Options) -> ImageSource:
     import datasets
-    import huggingface_hub
 
-    from backfold.data.hugging_face import download, open_builder
+    from backfold.data.hugging_face import HuggingFaceSource, users_error
 
-    builder = open_builder(name)
-    size = builder.info.download_size or 0
-    if size > STREAMED_BYTES:
-        raise UserError(
-            f"{name} takes {size / 2**30:.0f} GiB to download and is only read as a stream; "
-            "save what you need of it with `datasets` and give that folder"
-        )
-    caches = [datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE]
-    return _open_datasets(download(builder), name, map(Path, caches), split, options)
+    with users_error(f"{files[0]} and the files beside it can't be read", "replace them"):
+        # Converted once into a cache that is mapped.
+        rows = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
+    return HuggingFaceSource(rows, first_and_more(files), (), *options)
 
 
 def _open_datasets(
@@ -247,6 +242,16 @@ def _open_datasets(
         )
     chosen = _choose({key: key for key in parts}, next(iter(parts)), split, name)
     return HuggingFaceSource(parts[chosen], f"{name} {chosen}".rstrip(), folders, *options)
+
+
+def _choose(by_name: Mapping[str, Part | None], whole: Part, split: Split, data: object) -> Part:
+    train = by_name.get("train")
+    test = next((part for part in map(by_name.get, TEST_NAMES) if part), None)
+    if train and test:
+        return train if split == "train" else test
+    if split == "test":
+        raise _no_test_split(data)
+    return whole
 
 
 def _no_test_split(data: object) -> NoTestSplit:

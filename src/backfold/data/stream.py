@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset
 
 from backfold.data.augmentation import Augmentation, Augmenter, ImageSize
 from backfold.data.decode import MAX_PIXELS, decode, to_channels
-from backfold.data.formats import first_and_more, image_samples
+from backfold.data.formats import first_and_more, image_samples, regular_members
 from backfold.data.isolation import IMAGE_SECONDS, Expendable
 from backfold.data.loading import (
     MAX_REPLACEMENTS,
@@ -112,25 +112,21 @@ def _content(row: Row) -> bytes:
 def tar_stream(urls: Sequence[str], count: int, max_pixels: int = MAX_PIXELS) -> Stream:
     """WebDataset shards (see `TarSource`), compressed or not, in whatever ``fsspec`` opens."""
 
+    def read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
+        file = tar.extractfile(member) if member.size <= LARGEST_MEMBER else None
+        return None if file is None else file.read()
+
     def open_shard(shard: int) -> Iterator[Found]:
         from datasets.utils.file_utils import xopen  # tries again where a connection fails
 
         url = urls[shard]
         with xopen(url, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
-            for name, found, _ in image_samples(_members(tar), url):
-                yield f"{url} member {name}", *found
+            contents = ((member.name, read(tar, member)) for member in regular_members(tar))
+            for name, content, _ in image_samples(contents, url):
+                missing = f"more than {LARGEST_MEMBER} bytes" if content is None else ""
+                yield f"{url} member {name}", content, missing
 
     return Stream(first_and_more(urls), count, urls, open_shard, max_pixels)
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, tuple[bytes | None, str]]]:
-    """Regular members; links are not followed."""
-    for member in tar:
-        tar.members = []  # type: ignore[attr-defined]
-        if member.isreg() and not member.issparse():
-            file = tar.extractfile(member) if member.size <= LARGEST_MEMBER else None
-            content = None if file is None else file.read()
-            yield member.name, (content, f"more than {LARGEST_MEMBER} bytes")
 
 
 def hub_stream(dataset: Any, name: str, count: int, max_pixels: int = MAX_PIXELS) -> Stream:

@@ -2,8 +2,9 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -133,7 +134,12 @@ def survey(
     total: Moments | None = None
     kept = [("index", "q"), ("height", "q"), ("width", "q"), ("digest", f"V{DIGEST_BYTES}")]
     known, readable = np.zeros(len(indices), dtype=kept), 0
-    for index, look in _looks(source, channels, indices, num_workers, progress):
+    batches = [indices[first : first + BATCH] for first in range(0, len(indices), BATCH)]
+    looks = chain.from_iterable(
+        watched(batch_loader(Looks(source, channels), batches, num_workers))
+    )
+    for done, (index, look) in enumerate(zip(indices, looks, strict=True), 1):
+        progress(done)
         if isinstance(look, BrokenImage):
             found.broken_count += 1
             if len(found.broken) < LISTED:
@@ -167,22 +173,6 @@ def survey(
     statistics = total.statistics()
     found.mean, found.std = list(statistics.mean), list(statistics.std)
     return found
-
-
-def _looks(
-    source: ImageSource,
-    channels: int,
-    indices: list[int],
-    num_workers: int,
-    progress: Callable[[int], None],
-) -> Iterator[tuple[int, Look | BrokenImage]]:
-    batches = [indices[first : first + BATCH] for first in range(0, len(indices), BATCH)]
-    loader = batch_loader(Looks(source, channels), batches, num_workers)
-    done = 0
-    for batch, looks in zip(batches, watched(loader), strict=True):
-        yield from zip(batch, looks, strict=True)
-        done += len(looks)
-        progress(done)
 
 
 def _duplicates(indices: NDArray[np.int64], digests: NDArray[np.void]) -> list[list[int]]:

@@ -23,7 +23,7 @@ from backfold.errors import UserError
 from backfold.evaluation.results import Row, severity_case
 from backfold.metrics import psnr_db, ssim
 from backfold.restoration import restore
-from backfold.training.config import TaskSettings
+from backfold.training.config import TaskSettings, whole_form
 
 if TYPE_CHECKING:
     from backfold.evaluation.evaluate import Evaluation
@@ -63,9 +63,12 @@ def restoration(given: "Evaluation") -> list[Row]:
         for severity, task in zip(SEVERITIES, levels, strict=True):
             found: dict[tuple[str, str], list[float]] = {}
             for clean, generator in seeded_batches(given, images):
-                corruption = task(clean, generator)
+                corruption = whole_form(task, run.config)(clean, generator)
                 path = restore(
-                    run.energy, corruption.corrupted, max(settings.num_steps), run.config.step_size
+                    run.energy.of(corruption),
+                    corruption.corrupted,
+                    max(settings.num_steps),
+                    run.config.step_size,
                 ).trajectory
                 contenders = {
                     f"energy, {steps} step{'s' if steps > 1 else ''}": path[steps]

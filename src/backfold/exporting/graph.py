@@ -59,7 +59,13 @@ def write_graph(path: Path, run: Pretrained, backbone: nn.Module) -> None:
             program = torch.export.export(
                 graph, (_images(run, 2),), dynamic_shapes=shapes, strict=False
             )
-            infer = (_save_onnx if kind == "ONNX" else _save_pt2)(path, program)
+            if kind == "ONNX":
+                infer = _save_onnx(path, program)
+            else:
+                buffer = io.BytesIO()
+                torch.export.save(program, buffer)
+                write_atomically(path, buffer.getvalue())
+                infer = torch.export.load(path).module()
             outputs = {
                 count: (infer(_images(run, count)), graph(_images(run, count)))
                 for count in CHECKED_BATCHES
@@ -85,14 +91,6 @@ def write_graph(path: Path, run: Pretrained, backbone: nn.Module) -> None:
 def _images(run: Pretrained, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(count)
     return torch.rand(count, run.channels, *run.image_size, generator=generator)
-
-
-def _save_pt2(path: Path, program: torch.export.ExportedProgram) -> Runner:
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    write_atomically(path, buffer.getvalue())
-    infer: Runner = torch.export.load(path).module()
-    return infer
 
 
 def _save_onnx(path: Path, program: torch.export.ExportedProgram) -> Runner:

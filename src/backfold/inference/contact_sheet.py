@@ -5,7 +5,6 @@ import io
 from collections.abc import Iterable
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from jinja2 import Environment, PackageLoader
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -29,17 +28,14 @@ def extremes(tables: Iterable[pa.Table], count: int) -> dict[str, tuple[pa.Table
     for table in tables:
         for name in table.drop_columns([INDEX, "path"]).column_names:
             low, high = found.get(name, (table[:0], table[:0]))
-            found[name] = (
-                _first(pa.concat_tables([low, table]), name, "ascending", count),
-                _first(pa.concat_tables([high, table]), name, "descending", count),
+            # Equal scores in the images' order: the sheet is the same on every run.
+            found[name] = tuple(
+                pa.concat_tables([side, table]).sort_by([(name, order), (INDEX, "ascending")])[
+                    :count
+                ]
+                for side, order in ((low, "ascending"), (high, "descending"))
             )
     return found
-
-
-def _first(table: pa.Table, name: str, order: str, count: int) -> pa.Table:
-    # Equal scores in the images' order: the sheet is the same on every run.
-    keys = [(name, order), (INDEX, "ascending")]
-    return table.take(pc.sort_indices(table, sort_keys=keys)[:count])
 
 
 def render_contact_sheet(
@@ -53,22 +49,16 @@ def render_contact_sheet(
             TITLES.get(name, (f"Lowest {name}", f"Highest {name}")), sides, strict=True
         )
     ]
-    shown = {row[INDEX] for _, _, rows in views for row in rows}
-    environment = Environment(loader=PackageLoader("backfold.inference", ""), autoescape=True)
-    return environment.get_template("contact_sheet.html.jinja").render(
-        title=title, views=views, images=len(source), pictures=_pictures(sorted(shown), source, run)
-    )
-
-
-def _pictures(indices: list[int], source: ImageSource, run: Pretrained) -> dict[int, str]:
-    """Data URIs by index."""
-    pictures = {}
-    loader = evaluation_batches(source, run.image_size, run.channels, 16, indices=indices)
-    for batch in loader:
+    shown = sorted({row[INDEX] for _, _, rows in views for row in rows})
+    pictures = {}  # data URIs by index
+    for batch in evaluation_batches(source, run.image_size, run.channels, 16, indices=shown):
         images = to_display(run.statistics.normalize(batch.images), run.statistics)
         for index, image in zip(batch.indices.tolist(), images, strict=True):
             buffer = io.BytesIO()
             to_pil_image(image).save(buffer, format="JPEG", quality=90)
             encoded = base64.b64encode(buffer.getvalue()).decode()
             pictures[index] = f"data:image/jpeg;base64,{encoded}"
-    return pictures
+    environment = Environment(loader=PackageLoader("backfold.inference", ""), autoescape=True)
+    return environment.get_template("contact_sheet.html.jinja").render(
+        title=title, views=views, images=len(source), pictures=pictures
+    )

@@ -5,7 +5,6 @@ in the source to columns by name, a value an image. It can be pickled, to run in
 Before it is called, the energy of its run is to be on its device.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backfold.embedding import EmbeddingChoice, embed_batches
-from backfold.pretext import PretextTask
+from backfold.pretext import Corruption, PretextTask
 from backfold.restoration import eval_mode, restoration_loss, restore
 from backfold.training.run import Pretrained
 
@@ -92,8 +91,9 @@ class ScoringJob:
             task(clean[[row]], torch.Generator().manual_seed(image_seed(self.seed, index)))
             for row, index in enumerate(indices)
         ]
-        corrupted = torch.cat([corruption.corrupted for corruption in corruptions])
-        result = restore(self.run.energy, corrupted.to(self.device), self.num_steps, self.step_size)
+        made = Corruption.join(corruptions).to(self.device)
+        energy_fn = self.run.energy.of(made)
+        result = restore(energy_fn, made.corrupted, self.num_steps, self.step_size)
         restored = result.restored.cpu()
         errors = [
             restoration_loss(restored[[row]], clean[[row]], corruption.loss_mask)
@@ -108,12 +108,3 @@ Job: TypeAlias = EmbeddingJob | ScoringJob
 def image_seed(seed: int, index: int) -> int:
     """The seed of one image's corruption."""
     return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def weights_digest(run: Pretrained) -> str:
-    """A hash of every weight: other weights, other rows."""
-    digest = hashlib.sha256()
-    for name, tensor in run.energy.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

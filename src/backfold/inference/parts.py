@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+import torch
 from numpy.lib import format as npy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -34,7 +35,7 @@ from backfold.data.loading import guarded_batches
 from backfold.data.source import BrokenFiles, ImageSource
 from backfold.errors import UserError
 from backfold.files import LOCK, hold, write_atomically, write_json
-from backfold.inference.jobs import Job, weights_digest
+from backfold.inference.jobs import Job
 
 LOGGER = logging.getLogger("backfold")
 SECONDS_BETWEEN_LINES = 30.0
@@ -88,12 +89,16 @@ class Parts:
 
     def facts(self) -> dict[str, Any]:
         """What decides the rows and which are in a part; parts with other facts never mix."""
-        paths = hashlib.sha256()
+        paths, weights = hashlib.sha256(), hashlib.sha256()
+        for name, tensor in self.job.run.energy.state_dict().items():
+            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            weights.update(name.encode())
+            weights.update(values.numpy().data)
         for index in range(len(self.source)):
             paths.update(self.source.describe(index).encode("utf-8", "surrogateescape") + b"\0")
         facts = {
             **self.job.facts(),
-            "weights": weights_digest(self.job.run),
+            "weights": weights.hexdigest(),
             "step": self.job.run.step,
             "data": self.source.name,
             "paths": paths.hexdigest(),
@@ -112,10 +117,6 @@ class Parts:
     def path(self, part: int) -> Path:
         """Where a part lies when it is done."""
         return self.folder / f"part-{part:07d}.parquet"
-
-    def missing(self) -> list[int]:
-        """Parts that are still to be computed, in order."""
-        return [part for part in range(len(self)) if not self.path(part).exists()]
 
     def read(self, part: int) -> pa.Table:
         """A part that is done; UserError if somebody damaged or removed it."""
@@ -205,51 +206,48 @@ def compute(
 ) -> int:
     """Compute what is missing, join all parts, remove them; returns the rows.
 
-    ``finish`` is called when all parts are there, before they are removed; ``overwrite`` starts
-    anew where parts of another job lie.
+    Images and speed are shown as a bar on a terminal, elsewhere in a line now and then. ``finish``
+    is called when all parts are there, before they are removed; ``overwrite`` starts anew where
+    parts of another job lie.
 
     Raises:
         UserError: what loading raises, too many broken images, or a disk that is full.
     """
     total = len(parts.source)
     with claim(parts, overwrite):
-        _compute_missing(parts, engine, console)
+        broken = BrokenFiles.for_source(parts.source, parts.job.run.config.max_broken_share)
+        images = [sum(map(len, parts.batches(part))) for part in range(len(parts))]
+        missing = [part for part in range(len(parts)) if not parts.path(part).exists()]
+        done = sorted(set(range(len(parts))) - set(missing))
+        for part in done:
+            broken.add(broken_of(parts.read(part)))
+        if done:
+            LOGGER.info("%d of %d parts are done already", len(done), len(parts))
+        first = count = sum(images[part] for part in done)
+        start = last = time.monotonic()
+        with Progress(
+            "images", MofNCompleteColumn(), BarColumn(bar_width=None), "{task.fields[speed]}",
+            TimeRemainingColumn(), console=console, transient=True,
+            disable=not console.is_terminal,
+        ) as bar:  # fmt: skip
+            task = bar.add_task("", total=total, completed=count, speed="")
+            for part, table in engine(missing) if missing else ():
+                for line in broken.add(broken_of(table)):
+                    LOGGER.warning("skipped: %s", line)
+                write_atomically(parts.path(part), to_bytes(table))
+                count, now = count + images[part], time.monotonic()
+                speed = f"{(count - first) / max(now - start, 1e-9):.1f} images/s"
+                bar.update(task, completed=count, speed=speed)
+                if not console.is_terminal and now - last > SECONDS_BETWEEN_LINES:
+                    LOGGER.info("%d of %d images, %s", count, total, speed)
+                    last = now
         if finish is not None:
             finish(parts)
-        count = join(parts)
+        rows = join(parts)
         shutil.rmtree(parts.folder)
-    if count < total:
-        LOGGER.warning("%d of %d images could not be read", total - count, total)
-    return count
-
-
-def _compute_missing(parts: Parts, engine: Engine, console: Console) -> None:
-    """Show images and speed as a bar on a terminal, elsewhere in a line now and then."""
-    total, missing = len(parts.source), parts.missing()
-    broken = BrokenFiles.for_source(parts.source, parts.job.run.config.max_broken_share)
-    images = [sum(map(len, parts.batches(part))) for part in range(len(parts))]
-    done = sorted(set(range(len(parts))) - set(missing))
-    for part in done:
-        broken.add(broken_of(parts.read(part)))
-    if done:
-        LOGGER.info("%d of %d parts are done already", len(done), len(parts))
-    first = count = sum(images[part] for part in done)
-    start = last = time.monotonic()
-    with Progress(
-        "images", MofNCompleteColumn(), BarColumn(bar_width=None), "{task.fields[speed]}",
-        TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
-    ) as bar:  # fmt: skip
-        task = bar.add_task("", total=total, completed=count, speed="")
-        for part, table in engine(missing) if missing else ():
-            for line in broken.add(broken_of(table)):
-                LOGGER.warning("skipped: %s", line)
-            write_atomically(parts.path(part), to_bytes(table))
-            count, now = count + images[part], time.monotonic()
-            speed = f"{(count - first) / max(now - start, 1e-9):.1f} images/s"
-            bar.update(task, completed=count, speed=speed)
-            if not console.is_terminal and now - last > SECONDS_BETWEEN_LINES:
-                LOGGER.info("%d of %d images, %s", count, total, speed)
-                last = now
+    if rows < total:
+        LOGGER.warning("%d of %d images could not be read", total - rows, total)
+    return rows
 
 
 def local_parts(
@@ -312,24 +310,6 @@ def ray_parts(
     Raises:
         UserError: Ray is not installed or can't start, or what loading raises.
     """
-    data = _start_ray()
-    items = [{"part": number} for number in numbers]
-    contents = data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS)).map_batches(
-        PartWorker,
-        batch_size=1,
-        fn_constructor_args=(parts,),
-        compute=data.ActorPoolStrategy(size=min(actors, len(items))),
-        num_cpus=1,
-        num_gpus=gpus,
-    )
-    for row in contents.iter_rows():
-        if row["error"]:
-            raise UserError(row["error"])
-        yield int(row["part"]), from_bytes(row["content"])
-
-
-def _start_ray() -> Any:
-    """`ray.data`, with Ray running."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     try:
         import ray
@@ -345,7 +325,22 @@ def _start_ray() -> Any:
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"Ray can't start: {reason}; check RAY_ADDRESS") from error
-    return ray.data
+    items = ray.data.from_items(
+        [{"part": number} for number in numbers],
+        override_num_blocks=min(len(numbers), MOST_BLOCKS),
+    )
+    contents = items.map_batches(
+        PartWorker,
+        batch_size=1,
+        fn_constructor_args=(parts,),
+        compute=ray.data.ActorPoolStrategy(size=min(actors, len(numbers))),
+        num_cpus=1,
+        num_gpus=gpus,
+    )
+    for row in contents.iter_rows():
+        if row["error"]:
+            raise UserError(row["error"])
+        yield int(row["part"]), from_bytes(row["content"])
 
 
 def join(parts: Parts) -> int:

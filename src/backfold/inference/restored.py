@@ -87,8 +87,9 @@ def restore_images(
     Raises:
         UserError: what the task or writing raises.
     """
-    corrupted = task(clean, torch.Generator().manual_seed(seed)).corrupted
-    result = restore(run.energy, corrupted, num_steps, step_size)
+    made = task(clean, torch.Generator().manual_seed(seed))
+    corrupted, energy_fn = made.corrupted, run.energy.of(made)
+    result = restore(energy_fn, corrupted, num_steps, step_size)
     for number, name in enumerate(names):
         ends = result.trajectory[[0, -1], number : number + 1]
         picture = restoration_grid(ends, clean[number : number + 1], run.statistics)
@@ -104,16 +105,8 @@ def restore_images(
             torch.stack([psnr_db(images, clean, std) for images in pairs], dim=1),
             torch.stack([ssim(images, clean, mean, std) for images in pairs], dim=1),
             result.energies[[0, -1]].T,
-            run.energy(clean),
+            energy_fn(clean),
             result.status.diverged,
         )
     rows = zip(names, *(column.tolist() for column in columns), strict=True)
     return [RestoredImage(*row) for row in rows]
-
-
-def distinct_names(paths: list[Path]) -> list[str]:
-    """The files' names without suffix, numbered where they are the same."""
-    stems = [path.stem for path in paths]
-    return [
-        stem if stems.count(stem) == 1 else f"{stem}-{number}" for number, stem in enumerate(stems)
-    ]

@@ -1,10 +1,11 @@
 """What every pretext task takes and gives, the one that changes nothing, and squares of images."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Protocol
+from operator import itemgetter
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,18 +16,16 @@ from backfold.errors import UserError
 
 @dataclass(frozen=True)
 class RunningSquares:
-    """The squares of each image that the backbone runs on, as many in every image."""
+    """The squares of each image that the backbone runs on, as many in every image.
 
-    indices: Tensor  # int64, (batch, count), rising; counted row by row over the image
+    Where ``visible`` is given, ``indices`` are the hidden squares that run, in any order, and their
+    energy is that given the visible ones: see `backfold.conditional`.
+    """
+
+    indices: Tensor  # int64, (batch, count); counted row by row over the image
     square_size: int  # side in pixels; height and width of the images are multiples of it
-
-
-@dataclass(frozen=True)
-class SecondTarget:
-    """What a second head restores some of the images to, in training alone."""
-
-    chosen: Tensor  # bool, (batch,)
-    target: Tensor  # of the clean images' shape, which it equals where an image is not chosen
+    visible: Tensor | None = None  # int64, (batch, count)
+    normalised: Tensor | None = None  # bool, as indices: those that the second head restores
 
 
 @dataclass(frozen=True)
@@ -36,21 +35,47 @@ class Corruption:
     corrupted: Tensor  # of the clean images' shape, type and device
     loss_mask: Tensor  # bool, (batch, 1, height, width); True where the loss counts
     running: RunningSquares | None = None  # None runs the backbone on whole images
-    second: SecondTarget | None = None  # None if all are restored to the clean ones
+    target: Tensor | None = None  # what training restores to, as corrupted; None: the clean images
 
     def split(self, sizes: Sequence[int]) -> "list[Corruption]":
         """The corruption of each part of the batch, of so many images; they add up to all."""
-        running, second = self.running, self.second
         return [
-            Corruption(
-                self.corrupted[part],
-                self.loss_mask[part],
-                running and RunningSquares(running.indices[part], running.square_size),
-                second and SecondTarget(second.chosen[part], second.target[part]),
-            )
+            self._changed(itemgetter(slice(end - size, end)))
             for end, size in zip(accumulate(sizes), sizes, strict=True)
-            for part in (slice(end - size, end),)
         ]
+
+    @staticmethod
+    def join(parts: "Sequence[Corruption]") -> "Corruption":
+        """The inverse of `split`, for parts that run on as many squares of each image."""
+
+        def joined(found: Sequence[Any]) -> Any:
+            first = found[0]
+            names = [each.name for each in fields(first)]
+            columns = {name: [getattr(part, name) for part in found] for name in names}
+            return replace(
+                first,
+                **{n: torch.cat(v) for n, v in columns.items() if isinstance(v[0], Tensor)},
+            )
+
+        whole: Corruption = joined(parts)
+        running = None if whole.running is None else joined([part.running for part in parts])
+        return replace(whole, running=running)
+
+    def to(self, device: torch.device) -> "Corruption":
+        """The same on another device."""
+        return self._changed(lambda tensor: tensor.to(device))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Corruption":
+        """With each tensor changed."""
+
+        def changed(part: Any) -> Any:
+            values = {each.name: getattr(part, each.name) for each in fields(part)}
+            return replace(
+                part, **{n: change(v) for n, v in values.items() if isinstance(v, Tensor)}
+            )
+
+        whole: Corruption = changed(self)
+        return whole if self.running is None else replace(whole, running=changed(self.running))
 
 
 class PretextTask(Protocol):

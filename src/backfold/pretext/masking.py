@@ -12,7 +12,6 @@ from backfold.errors import UserError
 from backfold.pretext.corruption import (
     Corruption,
     RunningSquares,
-    SecondTarget,
     check_images,
     patch_mask_to_pixels,
     random_order,
@@ -40,9 +39,9 @@ class Masking:
     every image, and the loss counts on the hidden patches that run.
 
     Args:
-        mask_ratio: share of the patches that is hidden, above 0 and below 1 (default: 0.6).
-        mask_patch_size: side of the hidden squares in pixels, 1 or more; independent of the
-            backbone's patches (default: 16).
+        mask_ratio: share of the patches that is hidden, above 0 and below 1 (default: 0.75).
+        mask_patch_size: side of the hidden squares in pixels, 1 or more; for the conditional energy
+            a multiple of the backbone's patches (default: 16).
         fill: what hidden pixels become: "zero", the data set's mean; "noise", Gaussian noise of
             the data set's deviation; "mean", the mean of the image's own visible pixels in each
             channel, so that nothing hidden leaks into it (default: "zero").
@@ -51,22 +50,22 @@ class Masking:
             last one is cut short (default: False).
         hidden_share: share of the hidden patches that the backbone runs on, above 0 and at most 1;
             below 1 the image's sides must be multiples of mask_patch_size (default: 1.0).
-        normalised_share: share of the images whose hidden squares a second head restores to
-            normalised pixels, as masked autoencoders do: each square's minus their mean, over their
-            deviation. The second head serves training alone; the energy itself goes on to restore
-            pixels. 0 or more and below 1 (default: 0.0).
+        normalised_share: with the conditional energy, share of each image's hidden patches that a
+            second head restores to normalised pixels, as masked autoencoders do: each square's
+            minus their mean, over their deviation. That head serves training alone; the others are
+            restored to their pixels, and one patch always is. 0 to 1 (default: 0.75).
 
     Raises:
         UserError: a field out of its range or, when called, patches larger than the image, or with
             a hidden_share below 1 patches that do not tile it.
     """
 
-    mask_ratio: float = 0.6
+    mask_ratio: float = 0.75
     mask_patch_size: int = 16
     fill: Fill = "zero"
     blocks: bool = False
     hidden_share: float = 1.0
-    normalised_share: float = 0.0
+    normalised_share: float = 0.75
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
@@ -82,51 +81,73 @@ class Masking:
                 f"hidden_share is {self.hidden_share}; give a share above 0 and at most 1, "
                 "such as 0.33; 1 runs the backbone on every hidden patch"
             )
-        if not 0 <= self.normalised_share < 1:
+        if not 0 <= self.normalised_share <= 1:
             raise UserError(
-                f"normalised_share is {self.normalised_share}; give a share of 0 or more and below "
-                "1, such as 0.5"
+                f"normalised_share is {self.normalised_share}; give a share of 0 to 1, such as 0.75"
             )
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """See `PretextTask`."""
         check_images(clean)
-        size, (height, width) = self.mask_patch_size, clean.shape[2:]
-        self._check_size(height, width)
-        rows, columns = math.ceil(height / size), math.ceil(width / size)
-        patches = rows * columns
-        count = max(1, min(patches - 1, round(self.mask_ratio * patches)))
-        # Patch indices, (batch, patches), hidden ones first.
-        if self.blocks:
-            order = _block_order(len(clean), rows, columns, count, generator)
-        else:
-            order = random_order(len(clean), patches, generator)
-
-        def first_patches(number: int) -> Tensor:
-            mask = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :number], True)
-            return patch_mask_to_pixels(mask.view(-1, rows, columns), size, height, width)
-
-        mask = first_patches(count)
-        corrupted = torch.where(mask, _filling(clean, mask, self.fill, generator), clean)
-        second = self._second_target(clean)
+        order, count = self.draw(clean, generator)
+        mask = self.pixels(order[:, :count], clean)
+        corrupted = torch.where(mask, self.filling(clean, mask, generator), clean)
         if self.hidden_share == 1:
-            return Corruption(corrupted, mask, second=second)
+            return Corruption(corrupted, mask)
         # Drawn last: the images are those of a hidden_share of 1.
-        if self.blocks:  # scattered patches lie in a random order already
-            shuffled = order.gather(1, random_order(len(clean), count, generator))
-            order = torch.cat([shuffled, order[:, count:]], dim=1)
-        kept = max(1, round(self.hidden_share * count))
+        order = self.shuffle(order, count, generator)
+        kept = self.kept(count)
         running = torch.cat([order[:, :kept], order[:, count:]], dim=1).sort(dim=1).values
-        return Corruption(corrupted, first_patches(kept), RunningSquares(running, size), second)
+        squares = RunningSquares(running, self.mask_patch_size)
+        return Corruption(corrupted, self.pixels(order[:, :kept], clean), squares)
 
-    def _second_target(self, clean: Tensor) -> SecondTarget | None:
-        """Spread evenly over the batch, so that each part of it has its share."""
-        if not self.normalised_share:
-            return None
-        places = torch.arange(len(clean) + 1, device=clean.device)
-        chosen = (places * self.normalised_share).floor().diff() > 0
-        normalised = normalise_squares(clean, self.mask_patch_size)
-        return SecondTarget(chosen, torch.where(chosen[:, None, None, None], normalised, clean))
+    def draw(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
+        """Each image's patches, (batch, patches), hidden ones first, and how many those are.
+
+        Raises:
+            UserError: patches that do not fit the images.
+        """
+        height, width = clean.shape[2:]
+        self._check_size(height, width)
+        rows, columns = self._grid(height, width)
+        count = max(1, min(rows * columns - 1, round(self.mask_ratio * rows * columns)))
+        if self.blocks:
+            return _block_order(len(clean), rows, columns, count, generator), count
+        return random_order(len(clean), rows * columns, generator), count
+
+    def shuffle(self, order: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """With the hidden patches, the first ``count``, in random order among themselves."""
+        if not self.blocks:  # they lie in a random order already
+            return order
+        shuffled = order.gather(1, random_order(len(order), count, generator))
+        return torch.cat([shuffled, order[:, count:]], dim=1)
+
+    def kept(self, count: int) -> int:
+        """How many of so many hidden patches run."""
+        return max(1, round(self.hidden_share * count))
+
+    def pixels(self, patches: Tensor, clean: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Patches, (batch, any number), or those ``chosen``, as a mask of the images' pixels."""
+        height, width = clean.shape[2:]
+        rows, columns = self._grid(height, width)
+        mask = torch.zeros(len(patches), rows * columns, dtype=torch.bool, device=clean.device)
+        mask = mask.scatter(1, patches, True if chosen is None else chosen)
+        mask = mask.view(-1, rows, columns)
+        return patch_mask_to_pixels(mask, self.mask_patch_size, height, width)
+
+    def filling(self, clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """What stands where the ``mask``, (batch, 1, height, width), hides the images."""
+        if self.fill == "zero":
+            return torch.zeros_like(clean)
+        if self.fill == "noise":
+            shape, device, dtype = clean.shape, clean.device, clean.dtype
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        # With a single patch nothing is visible; the fill is then the data set's mean, 0.
+        num_visible = (~mask).sum(dim=(2, 3), keepdim=True).clamp(min=1)
+        return clean.masked_fill(mask, 0).sum(dim=(2, 3), keepdim=True) / num_visible
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        return math.ceil(height / self.mask_patch_size), math.ceil(width / self.mask_patch_size)
 
     def _check_size(self, height: int, width: int) -> None:
         size = self.mask_patch_size
@@ -157,16 +178,6 @@ def normalise_squares(images: Tensor, square_size: int) -> Tensor:
 
     centered = images - means(images)
     return centered / (means(centered.square()) + FLAT).sqrt()
-
-
-def _filling(clean: Tensor, mask: Tensor, fill: Fill, generator: torch.Generator) -> Tensor:
-    if fill == "zero":
-        return torch.zeros_like(clean)
-    if fill == "noise":
-        return torch.randn(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)
-    # With a single patch nothing is visible; the fill is then the data set's mean, 0.
-    num_visible = (~mask).sum(dim=(2, 3), keepdim=True).clamp(min=1)
-    return clean.masked_fill(mask, 0).sum(dim=(2, 3), keepdim=True) / num_visible
 
 
 def _block_order(

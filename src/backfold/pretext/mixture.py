@@ -12,7 +12,6 @@ from backfold.pretext.corruption import (
     Corruption,
     PretextTask,
     RunningSquares,
-    SecondTarget,
     check_images,
     host_random,
     random_order,
@@ -79,20 +78,12 @@ class Mixture:
             return self.drawn[0](clean, generator)
         corrupted = torch.empty_like(clean)
         loss_mask = torch.empty_like(clean[:, :1], dtype=torch.bool)
-        second: SecondTarget | None = None
-        if any(masking.normalised_share for masking in _maskings(self)):
-            # Even if no image of it is drawn: every process must use the same parameters.
-            nobody = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
-            second = SecondTarget(nobody, clean.clone())
         for index in np.unique(assignment).tolist():
             images = torch.from_numpy(np.flatnonzero(assignment == index)).to(clean.device)
             corruption = self.tasks[index](clean.index_select(0, images), generator)
             corrupted.index_copy_(0, images, corruption.corrupted)
             loss_mask.index_copy_(0, images, corruption.loss_mask)
-            if corruption.second is not None and second is not None:
-                second.chosen.index_copy_(0, images, corruption.second.chosen)
-                second.target.index_copy_(0, images, corruption.second.target)
-        return Corruption(corrupted, loss_mask, second=second)
+        return Corruption(corrupted, loss_mask)
 
 
 def _simple_tasks(task: PretextTask) -> list[PretextTask]:
@@ -175,15 +166,11 @@ class Excerpt:
             return unpatchify(patches, rows)
 
         part = self.task(unpatchify(patchify(clean, size)[images, chosen], count), generator)
-        second = part.second and SecondTarget(
-            part.second.chosen, put_back(part.second.target, clean)
-        )
         nowhere = torch.zeros_like(clean[:, :1], dtype=torch.bool)
         return Corruption(
             put_back(part.corrupted, clean),
             put_back(part.loss_mask, nowhere),
             RunningSquares(chosen, size),
-            second,
         )
 
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, cycle
+from itertools import chain, cycle, product
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -71,32 +71,29 @@ class Plot(NamedTuple):
 
 def plot_curves(looks: Sequence[Look], metrics: Mapping[str, Series]) -> list[Plot]:
     """All curves against the step that have a finite value; those of held-out images first."""
-    names = ("step", *CURVES)
+    names, plots = ("step", *CURVES), []
     held_out = {name: np.array([look.get(name, np.nan) for look in looks]) for name in names}
-    return [
-        _curve(f"{where}: {title}", unit, columns["step"], columns[name], name in LOGARITHMIC)
-        for where, columns in (("Held out", held_out), ("Training", metrics))
-        for name, (title, unit) in CURVES.items()
-        if name in columns and np.isfinite(columns[name]).any()
-    ]
-
-
-def _curve(title: str, unit: str, steps: Series, values: Series, may_be_log: bool) -> Plot:
-    finite = np.isfinite(values)
-    known = np.flatnonzero(finite)
-    first, last = (
-        f"{show(values[index], '.4g', unit)} at step {steps[index]:,.0f}"
-        for index in (known[0], known[-1])
-    )
-    missing = "" if finite.all() else f"; missing or not finite: {(~finite).sum()}"
-    thinned = np.unique(np.linspace(0, len(values) - 1, MAX_POINTS).round().astype(int))
-    shown = np.where(finite, values, np.nan)[thinned]
-    with _drawing("step", unit) as (axes, finish):
-        axes.plot(steps[thinned], shown, BLUE, marker="o" if len(known) <= FEW_POINTS else None)
-        if may_be_log and 0 < 10 * values[finite].min() < values[finite].max():
-            axes.set_yscale("log")
-        alt = f"Curve of {title} against the step, from {first} to {last}."
-        return Plot(title, f"last: {last}{missing}", alt, finish())
+    wanted = product((("Held out", held_out), ("Training", metrics)), CURVES.items())
+    for (where, columns), (name, (title, unit)) in wanted:
+        steps, values = columns.get("step", np.array([])), columns.get(name, np.array([]))
+        finite = np.isfinite(values)
+        if not finite.any():
+            continue
+        known = np.flatnonzero(finite)
+        first, last = (
+            f"{show(values[index], '.4g', unit)} at step {steps[index]:,.0f}"
+            for index in (known[0], known[-1])
+        )
+        missing = "" if finite.all() else f"; missing or not finite: {(~finite).sum()}"
+        thinned = np.unique(np.linspace(0, len(values) - 1, MAX_POINTS).round().astype(int))
+        shown = np.where(finite, values, np.nan)[thinned]
+        with _drawing("step", unit) as (axes, finish):
+            axes.plot(steps[thinned], shown, BLUE, marker="o" if len(known) <= FEW_POINTS else None)
+            if name in LOGARITHMIC and 0 < 10 * values[finite].min() < values[finite].max():
+                axes.set_yscale("log")
+            alt = f"Curve of {where}: {title} against the step, from {first} to {last}."
+            plots.append(Plot(f"{where}: {title}", f"last: {last}{missing}", alt, finish()))
+    return plots
 
 
 def plot_energies(task: str, energies: Mapping[str, Series]) -> Plot | None:

@@ -39,16 +39,11 @@ TEMPLATES = Environment(
 def write_report(run_folder: Path, out: Path | None = None) -> Path:
     """Write the report of a run, whole or not at all, and return its path.
 
-    Parts of the folder may be missing, and the report says which. ``out`` is ``report.html`` in it
+    Parts of the folder may be missing, and the report says which. The same run always gives the
+    same page. ``out`` is ``report.html`` in it
     by default. No run's folder, or a broken file in it, raises a `UserError`.
     """
-    path = out or run_folder / "report.html"
-    write_atomically(path, _render(RunFolder(run_folder)).encode())
-    return path
-
-
-def _render(folder: RunFolder) -> str:
-    """The HTML page of a run; the same run always gives the same page."""
+    folder = RunFolder(run_folder)
     for needed in (folder.config, folder.facts):
         if not needed.is_file():
             raise UserError(
@@ -76,7 +71,7 @@ def _render(folder: RunFolder) -> str:
         **{f"{name}, which can't be read": found is None for name, found in previews.items()},
     }
     gaps = [(what, facts.get("command", "training")) for what, lacks in missing.items() if lacks]
-    return TEMPLATES.get_template("report.html.jinja").render(
+    page = TEMPLATES.get_template("report.html.jinja").render(
         settings=_read(folder.config, "", str),
         facts=facts,
         name=folder.root.resolve().name,
@@ -90,6 +85,9 @@ def _render(folder: RunFolder) -> str:
         sections=_sections(folder, rows),
         signs=SIGNS,
     )
+    out = out or run_folder / "report.html"
+    write_atomically(out, page.encode())
+    return out
 
 
 def _read(path: Path, missing: str, build: Callable[[str], Content]) -> Content:

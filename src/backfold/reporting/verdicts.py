@@ -76,7 +76,14 @@ def measure_health(
     look = looks[-1] if looks else {"tasks": {}}
     aurocs = {task: row["auroc"] for task, row in look["tasks"].items() if "auroc" in row}
     gain, fill = (_mean(psnr_gains(look, over)) for over in ("corrupted", "mean_fill"))
-    columns = _of_columns(metrics)
+    columns, rank_found = _of_columns(metrics), None
+    if {"rank_me", "embedding_size"} <= look.keys():
+        rank_me, size = look["rank_me"], look["embedding_size"]
+        # A few images can't span more directions than there are images.
+        largest = min(size, held_out)
+        note = "" if largest == size else f"limited by the {largest:,.0f} held-out images"
+        state = _state(rank_me / largest, RANK_SHARE_WATCH, RANK_SHARE_GOOD)
+        rank_found = f"{show(rank_me, '.1f')} of {largest:,.0f}", state, note
     chance = f"above {AUROC_CHANCE}, which is chance, for every task; clear from {AUROC_GOOD}"
     rank = f"{RANK_SHARE_GOOD:.0%} of the largest possible; collapsed at {RANK_SHARE_WATCH:.0%}"
     steady = f"always finite, at the end no more than {GRADIENT_NORM_GROWTH:g} times its median"
@@ -84,7 +91,7 @@ def measure_health(
         ("Restoration against doing nothing", "above 0 dB for every task", gain),
         ("Restoration against the mean fill", "above 0 dB for every task", fill),
         ("Energy tells corrupted from clean (AUROC)", chance, _mean(aurocs, is_gain=False)),
-        ("Effective rank of the embeddings (RankMe)", rank, _rank(look, held_out)),
+        ("Effective rank of the embeddings (RankMe)", rank, rank_found),
         ("Training loss", "finite, lower at the end than at the beginning", columns.get("loss")),
         ("Gradient norm", steady, columns.get("gradient_norm")),
         ("Waiting for images", f"up to {DATA_WAIT_GOOD:.0%} of the time", columns.get("data_wait")),
@@ -110,16 +117,6 @@ def _mean(by_task: Mapping[str, float], *, is_gain: bool = True) -> Found | None
     note = f"not above {bad_until:g}: {', '.join(losing)}" if losing else ""
     state = "watch" if losing and state == "good" else state
     return show(mean, "+z.1f", "dB") if is_gain else show(mean, ".3f"), state, note
-
-
-def _rank(look: Look, images: float) -> Found | None:
-    if not {"rank_me", "embedding_size"} <= look.keys():
-        return None
-    rank, size = look["rank_me"], look["embedding_size"]
-    largest = min(size, images)  # a few images can't span more directions than there are images
-    note = "" if largest == size else f"limited by the {largest:,.0f} held-out images"
-    state = _state(rank / largest, RANK_SHARE_WATCH, RANK_SHARE_GOOD)
-    return f"{show(rank, '.1f')} of {largest:,.0f}", state, note
 
 
 def _of_columns(metrics: Mapping[str, Series]) -> dict[str, Found]:

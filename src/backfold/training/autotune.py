@@ -139,7 +139,7 @@ def _best_displacement(stepper: Stepper, images: Tensor) -> float:
     part = stepper.parts(images, 0)[0]
     with full_float32():
         displacement, distance = best_displacement(
-            partial(stepper.energy, tokens=part.tokens),
+            partial(stepper.energy, tokens=part.tokens.tokens),
             [parameter for parameter in stepper.energy.parameters() if parameter.requires_grad],
             part.corruption.corrupted,
             part.clean,

@@ -21,6 +21,7 @@ from backfold.pretext import (
     Denoising,
     Excerpt,
     ExcerptSettings,
+    HiddenPatches,
     Identity,
     Masking,
     Mixture,
@@ -33,13 +34,22 @@ from backfold.training.optimizer import OptimizerSettings
 TASK_NAMES = ("masking", "sorting", "superresolution", "denoising", "colorization")
 IN_MEMORY = " in memory"  # ends what stands in the place of data that have no path
 MIXTURE, IDENTITY = "mixture", "identity"
-POSITIVE = ("num_steps", "step_size", "batch_size", "epochs", "watch_every", "held_out")
+POSITIVE = (
+    "num_steps",
+    "hidden_blocks",
+    "step_size",
+    "batch_size",
+    "epochs",
+    "watch_every",
+    "held_out",
+)
 COUNTS = (
     "max_steps", "micro_batch", "prefetch", "keep_checkpoints", "max_pixels", "stream_images",
     "num_nodes",
 )  # fmt: skip
 Precision = Literal["auto", "32-true", "bf16-mixed"]
 Derivative = Literal["exact", "finite-difference"]
+EnergyForm = Literal["auto", "conditional", "dense"]
 LoggerName = Literal["wandb", "mlflow"]
 
 
@@ -82,6 +92,14 @@ class PretrainConfig:
         channels: channels of the images; none counts them in the data.
         pretext: masking, sorting, superresolution, denoising, colorization or mixture.
         tasks: the pretext tasks' own settings.
+        energy: "conditional" trains hidden patches given the visible ones, which costs less than an
+            ordinary step (timm's ViTs and EVAs); "dense" trains whole images, with any backbone;
+            "auto" takes the conditional one where backbone and settings allow it.
+        hidden_blocks: how many of the last blocks the conditional energy runs hidden patches
+            through, 1 to all.
+        invariance: with the conditional energy, weight of a loss by which two crops of an image
+            embed alike; each batch holds half as many images, twice. 0 leaves it out. In
+            micro-batches the loss compares the images of each alone.
         num_steps: restoration steps K in training.
         step_size: factor of the energy gradient in a restoration step.
         plausibility_weight: of a second loss, by which the energy itself and not its gradient alone
@@ -139,6 +157,9 @@ class PretrainConfig:
     channels: int | None = None
     pretext: str = "masking"
     tasks: TaskSettings = field(default_factory=TaskSettings)
+    energy: EnergyForm = "auto"
+    hidden_blocks: int = 1
+    invariance: float = 0.0
     num_steps: int = 1
     step_size: float = 1.0
     plausibility_weight: float = 0.0
@@ -183,13 +204,11 @@ class PretrainConfig:
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; give 0 or more")
         self._check_plausibility()
-        share = self.tasks.masking.normalised_share
-        for name, usual in (("derivative", "exact"), ("plausibility_weight", 0.0)):
-            if has_second_head(self) and getattr(self, name) != usual:
-                raise UserError(
-                    f"tasks.masking.normalised_share is {share:g}, for which {name} must be "
-                    f"{usual}; set one of the two back"
-                )
+        if not 0 <= self.invariance < math.inf:
+            raise UserError(f"invariance is {self.invariance:g}; give 0 or more, such as 0.1")
+        obstacle = conditional_obstacle(self)
+        if self.energy == "conditional" and obstacle:
+            raise UserError(f"{obstacle}; set it back, or energy to dense")
         parse_image_size(self.image_size)
 
     def _check_plausibility(self) -> None:
@@ -235,9 +254,15 @@ def config_from_dict(values: Mapping[str, Any]) -> PretrainConfig:
     return PretrainConfig(**vars(checked))
 
 
-def has_second_head(config: PretrainConfig) -> bool:
-    """Whether training uses one, for the masked images that are restored to normalised squares."""
-    return config.tasks.masking.normalised_share > 0 and "masking" in task_names(config)
+def conditional_obstacle(config: PretrainConfig) -> str:
+    """What in the settings needs the dense energy; empty if nothing does."""
+    if config.plausibility_weight:
+        return (
+            f"plausibility_weight is {config.plausibility_weight:g}, which needs the dense energy"
+        )
+    if config.derivative != "exact":
+        return f"derivative {config.derivative} needs the dense energy"
+    return ""
 
 
 def doubtful_settings(config: PretrainConfig) -> list[str]:
@@ -251,9 +276,10 @@ def doubtful_settings(config: PretrainConfig) -> list[str]:
         )
     if tasks.excerpt.share == 1 and tasks.excerpt != ExcerptSettings():
         lines.append("tasks.excerpt.excerpt_patch_size has no effect with a share of 1")
-    for name, usual in (("hidden_share", 1.0), ("normalised_share", 0.0)):
-        if getattr(tasks.masking, name) != usual and "masking" not in names:
-            lines.append(f"tasks.masking.{name} has no effect without the masking task")
+    if tasks.masking.hidden_share < 1 and "masking" not in names and config.energy == "dense":
+        lines.append("tasks.masking.hidden_share has no effect without the masking task")
+    if config.energy == "dense" and config.hidden_blocks != 1:
+        lines.append("hidden_blocks has no effect on the dense energy")
     if config.compile is True and config.derivative != "exact":
         lines.append("compile has no effect on the finite-difference step, which runs eagerly")
     if config.num_workers == 0 and config.prefetch is not None:
@@ -318,23 +344,23 @@ def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]
     return {name: made[name] for name in names}
 
 
-def watched_tasks(tasks: dict[str, PretextTask]) -> dict[str, PretextTask]:
-    """The tasks that corrupt, with the backbone on whole images and all of them to restore."""
-    return {
-        name: replace(task, hidden_share=1.0, normalised_share=0.0)
-        if isinstance(task, Masking)
-        else task
-        for name, task in tasks.items()
-        if not isinstance(task, Identity)
-    }
+def whole_form(task: PretextTask, config: PretrainConfig) -> PretextTask:
+    """The task as it is watched and used: on all of each image, restored to its pixels.
+
+    For the conditional energy that is `HiddenPatches`, for the dense one the task itself.
+    """
+    masking = task if isinstance(task, Masking) else config.tasks.masking
+    masking = replace(masking, hidden_share=1.0, normalised_share=0.0)
+    if config.energy == "conditional":
+        return HiddenPatches((task,), (1.0,), masking)
+    return masking if isinstance(task, Masking) else task
 
 
 def combine_tasks(config: PretrainConfig, tasks: dict[str, PretextTask]) -> PretextTask:
     """The one task that training calls: the only one or their weighted mixture, on an excerpt."""
-    if len(tasks) == 1:
-        task = next(iter(tasks.values()))
-    else:
-        weights = config.tasks.mixture or dict.fromkeys(tasks, 1.0)
-        task = Mixture(tuple(tasks.values()), tuple(weights[name] for name in tasks))
-    excerpt = config.tasks.excerpt
+    excerpt, given = config.tasks.excerpt, config.tasks.mixture or dict.fromkeys(tasks, 1.0)
+    made, weights = tuple(tasks.values()), tuple(given.get(name, 1.0) for name in tasks)
+    if config.energy == "conditional":
+        return HiddenPatches(made, weights, config.tasks.masking, excerpt.share)
+    task = made[0] if len(made) == 1 else Mixture(made, weights)
     return task if excerpt.share == 1 else Excerpt(task, excerpt)

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import cast
 
 import torch
@@ -13,7 +12,9 @@ from torch.optim import AdamW, Optimizer
 
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
+from backfold.pretext.corruption import RunningSquares
 from backfold.restoration import training_step
+from backfold.sparse import running_tokens
 
 LARGEST_WARMUP_SHARE = 1 / 3
 
@@ -46,7 +47,10 @@ class OptimizerSettings:
 
 
 def freeze_unreachable(
-    energy: EnergyModel, images: Tensor, plausibility_weight: float = 0.0
+    energy: EnergyModel,
+    images: Tensor,
+    plausibility_weight: float = 0.0,
+    running: RunningSquares | None = None,
 ) -> list[str]:
     """Freeze the parameters that the training loss does not depend on; returns their names.
 
@@ -58,17 +62,20 @@ def freeze_unreachable(
         energy: with all of its parameters trainable.
         images: two or more normalised images, (batch, channels, height, width).
         plausibility_weight: above 0 the energy itself is trained, which reaches the last bias.
+        running: what of such images training runs on; None runs all.
     """
     mask, clean = torch.ones_like(images[:, :1], dtype=torch.bool), torch.zeros_like(images)
-    second = None
-    if energy.second_head is not None:
-        second = torch.arange(len(images), device=images.device) > 0
-    energy_fn = partial(energy, second=second)
+    tokens = running_tokens(running, energy.backbone, (images.shape[2], images.shape[3]))
+    energy_fn = energy.given(images, *tokens)
     loss, _, _ = training_step(energy_fn, images, clean, mask, 1.0, plausibility_weight)
     named = list(energy.named_parameters())
     gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     found = cast(tuple[Tensor | None, ...], gradients)
-    frozen = {n: p for (n, p), grad in zip(named, found, strict=True) if grad is None}
+    frozen = {
+        name: parameter
+        for (name, parameter), grad in zip(named, found, strict=True)
+        if grad is None and not name.startswith("projector.")  # that is for another loss
+    }
     for parameter in frozen.values():
         parameter.requires_grad_(False)
     return list(frozen)

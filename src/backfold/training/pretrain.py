@@ -14,7 +14,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, NoReturn, cast
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from backfold.backbone import default_image_size, is_convolutional
 from backfold.batch_norm import batch_norms, refresh_batch_norm
+from backfold.conditional import check_conditional
 from backfold.data import loading
 from backfold.data.source import BrokenFiles, ImageSource
 from backfold.data.stream import StreamBatches
@@ -35,18 +36,20 @@ from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.files import write_atomically, write_json
 from backfold.memory import keep_freed_memory, memory_advice
-from backfold.pretext import PretextTask
-from backfold.sparse import running_tokens, token_size
+from backfold.pretext import Corruption, Identity, PretextTask
+from backfold.sparse import running_tokens
 from backfold.training import devices, log, run, signals
 from backfold.training.autotune import warm_up
 from backfold.training.config import (
+    EnergyForm,
     PretrainConfig,
     build_tasks,
     combine_tasks,
+    conditional_obstacle,
     config_to_dict,
     doubtful_settings,
     parse_image_size,
-    watched_tasks,
+    whole_form,
 )
 from backfold.training.images import load_held_out, open_images
 from backfold.training.init import initialise
@@ -140,6 +143,7 @@ class Run:
     def __init__(
         self, config: PretrainConfig, command: str, resume: bool, source: ImageSource | None = None
     ) -> None:
+        config = replace(config)  # what is decided on below is not the caller's
         self.config, self.folder, self.command = config, run.RunFolder(config.out), command
         self.state = State(started=datetime.now(UTC).isoformat(timespec="seconds"))
         self.history: list[dict[str, Any]] = []
@@ -151,31 +155,33 @@ class Run:
             LOGGER.warning("%s", line)
         last = self.folder.last_checkpoint
         continued = resume and last.exists()
-        known = run.statistics_of(run.load_checkpoint(last)) if continued else None
+        content = run.load_checkpoint(last) if continued else None
+        known = None if content is None else run.statistics_of(content)
+        if content is not None and config.energy == "auto":
+            config.energy = content["config"].get("energy", "dense")
         self.images = open_images(config, known, source)
         self.broken = BrokenFiles(max(1, int(config.max_broken_share * self.images.count)))
-        tasks = build_tasks(config, self.images.channels)
-        # Watched as they are used: on whole images, whatever part of them training runs on.
-        self.tasks, task = watched_tasks(tasks), combine_tasks(config, tasks)
         self.energy = run.build_energy(config, self.images.channels)
         if config.init is not None and not continued:
             initialise(self.energy.backbone, config.init)
         self.image_size = parse_image_size(config.image_size) or default_image_size(
             getattr(self.energy.backbone, "pretrained_cfg", None)
         )
-        # Tried on a black image: a task may refuse such images, a backbone to run on parts of them.
-        black = torch.zeros(1, self.images.channels, *self.image_size)
-        for each in (*tasks.values(), task):
-            tried = each(black, torch.Generator().manual_seed(0))
-            if tried.running is not None:
-                size = token_size(self.energy.backbone)
-                running_tokens(tried.running, size, self.image_size)
+        tasks = build_tasks(config, self.images.channels)
+        task = self._settle(tasks)
+        # Watched as they are used: on whole images, whatever part of them training runs on.
+        self.tasks = {
+            name: whole_form(each, config)
+            for name, each in tasks.items()
+            if not isinstance(each, Identity)
+        }
         self._place()
         self.held_out = load_held_out(self.images, self.image_size, self.fabric.device, self.broken)
         # Existing weights have batch norms' statistics of their own.
         calibrate(self.energy, self.tasks, self.held_out.images, batch_norm=config.init is None)
+        tried = task(self.held_out.images[:2], torch.Generator(self.fabric.device).manual_seed(0))
         frozen = freeze_unreachable(
-            self.energy, self.held_out.images[:2], config.plausibility_weight
+            self.energy, tried.corrupted, config.plausibility_weight, tried.running
         )
         if frozen:
             LOGGER.info(
@@ -187,6 +193,39 @@ class Run:
             config, self.energy, task, self.images.statistics, self.fabric,
             self.total_steps, self.steps_per_epoch,
         )  # fmt: skip
+
+    def _settle(self, tasks: dict[str, PretextTask]) -> PretextTask:
+        """Decide on the energy, and try all tasks on a black image; returns training's task.
+
+        A task may refuse such images, a backbone to run on parts of them.
+        """
+        config, backbone = self.config, self.energy.backbone
+        black = torch.zeros(1, self.images.channels, *self.image_size)
+
+        def tried(energy: EnergyForm) -> PretextTask:
+            config.energy = energy
+            task = combine_tasks(config, tasks)
+            for each in (*tasks.values(), task) if energy == "dense" else (task,):
+                made = each(black, torch.Generator().manual_seed(0))
+                running_tokens(made.running, backbone, self.image_size)
+            return task
+
+        if config.energy != "dense":
+            asked = config.energy
+            try:
+                if obstacle := conditional_obstacle(config):
+                    raise UserError(obstacle)
+                check_conditional(backbone, config.hidden_blocks)
+                return tried("conditional")
+            except UserError as error:
+                if asked == "conditional":
+                    raise
+                LOGGER.info("training the dense energy: %s", error)
+        self.energy.second_head = self.energy.projector = None
+        if config.invariance:
+            LOGGER.warning("invariance has no effect on the dense energy")
+            config.invariance = 0.0
+        return tried("dense")
 
     def _place(self) -> None:
         """Start the processes, share the batch among them, count steps, and move the energy."""
@@ -202,6 +241,13 @@ class Run:
                 f"batch_size {config.batch_size} does not divide into {ranks} devices; change "
                 "batch_size or devices"
             )
+        if config.invariance and (self.local_batch % 2 or self.local_batch < 4):
+            raise UserError(
+                f"each device gets {self.local_batch} images a step, and invariance needs an even "
+                "number of 4 or more; change batch_size"
+            )
+        if config.invariance and self.images.stream is not None:
+            raise UserError("invariance does not work on a stream; set it to 0, or store the data")
         nodes = getattr(self.fabric.strategy, "num_nodes", 1)
         usual = loading.default_workers(ranks // nodes)
         self.workers = usual if config.num_workers is None else config.num_workers
@@ -339,7 +385,7 @@ class Run:
         loader = loading.training_loader(
             images.training, self.image_size, images.channels, config.augmentation,
             self.local_batch, config.seed, self.state.step, self.total_steps, rank, ranks,
-            workers, prefetch, pin_memory=pinned,
+            workers, prefetch, pin_memory=pinned, views=2 if config.invariance else 1,
         )  # fmt: skip
         return loading.watched(fabric.setup_dataloaders(loader, use_distributed_sampler=False))
 
@@ -521,9 +567,7 @@ def calibrate(
     """Fit the head's scale, and ``batch_norm``, to normalised images corrupted as in training."""
     generator = torch.Generator(images.device).manual_seed(0)
     parts = images[: CALIBRATION_IMAGES * len(tasks)].tensor_split(len(tasks))
-    corrupted = [
-        task(part, generator).corrupted
-        for task, part in zip(tasks.values(), parts, strict=True)
-        if len(part)
+    made = [
+        task(part, generator) for task, part in zip(tasks.values(), parts, strict=True) if len(part)
     ]
-    energy.calibrate(torch.cat(corrupted), batch_norm)
+    energy.calibrate(Corruption.join(made), batch_norm)

@@ -25,7 +25,6 @@ from backfold.files import LOCK, hold, refuse_missing_run, write_atomically
 from backfold.training.config import (
     PretrainConfig,
     config_from_dict,
-    has_second_head,
     parse_image_size,
 )
 from backfold.version import __version__
@@ -198,7 +197,9 @@ def build_energy(config: PretrainConfig, channels: int) -> EnergyModel:
             config.backbone,
             image_size=parse_image_size(config.image_size),
             channels=channels,
-            second_head=has_second_head(config),
+            second_head=config.energy != "dense" and config.tasks.masking.normalised_share > 0,
+            hidden_blocks=config.hidden_blocks,
+            projector=config.energy != "dense" and config.invariance > 0,
             backbone_options=config.backbone_options,
             seed=config.seed,
         )
@@ -227,7 +228,10 @@ def load_pretrained(path: Path) -> Pretrained:
         config = config_from_dict(_without_gone(content["config"]))
         channels, (height, width) = content["channels"], content["image_size"]
         energy = build_energy(config, channels)
-        energy.load_state_dict(content["model"])
+        weights = dict(content["model"])
+        if energy.second_head is None:  # of training alone; older dense runs had one
+            weights.pop("second_head.weight", None)
+        energy.load_state_dict(weights)
         statistics, step = statistics_of(content), content["state"]["step"]
         return Pretrained(energy.eval(), config, statistics, channels, (height, width), step)
     except (KeyError, RuntimeError) as error:
@@ -246,7 +250,8 @@ def _without_gone(settings: Mapping[str, Any]) -> dict[str, Any]:
             "use the versions in the run's run.json"
         )
     tasks = {name: task for name, task in settings["tasks"].items() if name != "exchange"}
-    return {name: value for name, value in settings.items() if name != "head"} | {"tasks": tasks}
+    kept = {name: value for name, value in settings.items() if name != "head"}
+    return {"energy": "dense"} | kept | {"tasks": tasks}
 
 
 def exported_backbone(run: Pretrained, folder: Path | None) -> nn.Module:

@@ -19,10 +19,11 @@ from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
 from backfold.finite_difference import DISPLACEMENT, displaced_energy, finite_difference_losses
 from backfold.full_precision import full_float32
+from backfold.invariance import of_all_processes, vicreg_loss
 from backfold.metrics import energy_gap, psnr_db
-from backfold.pretext import Corruption, PretextTask
+from backfold.pretext import Corruption, HiddenPatches, PretextTask
 from backfold.restoration import restoration_losses, training_step
-from backfold.sparse import running_tokens, token_size
+from backfold.sparse import RunningTokens, running_tokens
 from backfold.training.config import PretrainConfig
 from backfold.training.devices import has_fast_kernels, shard_optimizer
 from backfold.training.optimizer import build_optimizer, build_schedule
@@ -30,7 +31,7 @@ from backfold.training.optimizer import build_optimizer, build_schedule
 LOGGER = logging.getLogger("backfold")
 GAP_IMAGES = 64
 
-Found = tuple[Tensor, Tensor, Tensor]  # loss, restored images, energies
+Found = tuple[Tensor, ...]  # loss, restored images, energies; embeddings where they shall agree
 
 
 class CompiledStep:
@@ -63,7 +64,7 @@ class CompiledStep:
             ):
                 found = self.compiled(*given)
             # A graph writes over its results when it is replayed.
-            return (found[0].clone(), found[1].clone(), found[2].clone()) if self.graphs else found
+            return tuple(each.clone() for each in found) if self.graphs else found
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -88,9 +89,14 @@ class RestorationTraining(nn.Module):
     """One restoration step with its loss, as one forward: what DistributedDataParallel may wrap.
 
     Args:
-        energy: its attention layers are set to their plain form, which has a second derivative.
+        energy: its attention layers are set to their plain form, which has a second derivative,
+            unless the energy is ``conditional``, whose hidden patches have an attention of their
+            own.
         step_size: of the restoration step.
         plausibility_weight: of the loss on the energy itself.
+        conditional: the energy of hidden patches given visible ones.
+        invariance: weight of `backfold.invariance.vicreg_loss` between each image and the next,
+            which are two views of one, of all processes; needs a ``conditional`` energy.
         compiled: run under `torch.compile`, where that works.
         graphs: compile into CUDA graphs.
     """
@@ -100,13 +106,17 @@ class RestorationTraining(nn.Module):
         energy: EnergyModel,
         step_size: float,
         plausibility_weight: float = 0.0,
+        conditional: bool = False,
+        invariance: float = 0.0,
         compiled: bool = False,
         graphs: bool = False,
     ) -> None:
         super().__init__()
-        use_plain_attention(energy)
+        if not conditional:  # visible patches are never differentiated twice
+            use_plain_attention(energy)
         self.energy, self.graphs = energy, graphs
         self.step_size, self.plausibility_weight = step_size, plausibility_weight
+        self.invariance = invariance
         self.compiled: CompiledStep | None = None
         if compiled:
             self.compile_step()
@@ -119,29 +129,37 @@ class RestorationTraining(nn.Module):
     def restore(
         self,
         images: Tensor,
-        clean: Tensor,
+        target: Tensor,
         loss_mask: Tensor,
         tokens: Tensor | None = None,
-        second: Tensor | None = None,
+        visible: Tensor | None = None,
+        normalised: Tensor | None = None,
     ) -> Found:
         """See `backfold.restoration.training_step`; never compiled.
 
         Args:
             images: (batch, channels, height, width).
-            clean: as ``images``; what they shall be restored to.
+            target: as ``images``; what they shall be restored to.
             loss_mask: bool, (batch, 1, height, width).
             tokens: int64, (batch, tokens), the patch tokens that run; None runs all.
-            second: bool, (batch,), the images of the second head; None where there is none.
+            visible: int64, (batch, visible tokens), the context of a conditional energy.
+            normalised: bool, as ``tokens``, those of the second head.
         """
-        energy = partial(self.energy, tokens=tokens, second=second)
-        return training_step(
-            energy, images, clean, loss_mask, self.step_size, self.plausibility_weight
+        energy = self.energy.given(images, tokens, visible, normalised)
+        found = training_step(
+            energy, images, target, loss_mask, self.step_size, self.plausibility_weight
         )
+        if not self.invariance:
+            return found
+        return *found, self.energy.projected(energy.keywords["context"])
 
     def forward(self, *given: Tensor | None) -> Found:
-        """As `restore`, compiled where that is asked for."""
+        """As `restore`, compiled where that is asked for; the loss is the whole one."""
         step: Callable[..., Found] = self.compiled or self.restore
-        return step(*given)
+        loss, restored, energies, *embeddings = step(*given)
+        if embeddings:
+            loss = loss + self.invariance * vicreg_loss(of_all_processes(embeddings[0]))
+        return loss, restored, energies
 
 
 class DisplacedEnergy(nn.Module):
@@ -162,55 +180,53 @@ class Part:
 
     clean: Tensor
     corruption: Corruption
-    tokens: Tensor | None
+    tokens: RunningTokens
     weight: float
 
     @property
-    def aim(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def aim(self) -> tuple[Tensor | None, ...]:
         """What `RestorationTraining` takes beside the images."""
-        mask, second = self.corruption.loss_mask, self.corruption.second
-        if second is None:
-            return self.clean, mask, self.tokens, None
-        return second.target, mask, self.tokens, second.chosen
+        target = self.corruption.target
+        return self.clean if target is None else target, self.corruption.loss_mask, *self.tokens
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A part of a batch after its last restoration step; ``tokens`` ran, or all."""
+    """A part of a batch after its last restoration step."""
 
     clean: Tensor
     corruption: Corruption
     restored: Tensor
-    tokens: Tensor | None = None
 
     def _is_corrupted(self) -> Tensor:
-        """Which images are restored to clean ones: bool, (batch,).
-
-        What a mixture leaves clean has nothing to gain, and a second head restores something else.
-        """
-        corrupted = (self.corruption.corrupted != self.clean).flatten(1).any(dim=1)
-        second = self.corruption.second
-        return corrupted if second is None else corrupted & ~second.chosen
+        """Which images are corrupted: bool, (batch,); a mixture may leave some clean."""
+        return (self.corruption.corrupted != self.clean).flatten(1).any(dim=1)
 
     def psnr_gain_db(self, std: Tensor) -> float:
-        """Mean gain over the corrupted images, where the loss counts; NaN if there are none."""
-        chosen = self._is_corrupted()
-        mask, clean = self.corruption.loss_mask[chosen], self.clean[chosen]
+        """Mean gain over the corrupted images, where the loss counts; NaN if there are none.
+
+        What a second head restores to something else than the clean pixels does not count.
+        """
+        chosen, corruption = self._is_corrupted(), self.corruption
+        mask = corruption.loss_mask
+        if corruption.target is not None:
+            mask = mask & (corruption.target == self.clean).all(dim=1, keepdim=True)
+        mask, clean = mask[chosen], self.clean[chosen]
         restored, corrupted = (
             psnr_db(torch.where(mask, images[chosen], clean), clean, std)
-            for images in (self.restored.float(), self.corruption.corrupted)
+            for images in (self.restored.float(), corruption.corrupted)
         )
         return float((restored - corrupted).mean())
 
     @torch.no_grad()
     def energy_gap(self, energy: EnergyModel) -> float:
         """Mean energy of corrupted minus clean images; NaN if none are corrupted."""
-        chosen = self._is_corrupted().nonzero().squeeze(1)[:GAP_IMAGES]
-        tokens = None if self.tokens is None else self.tokens[chosen]
-        clean, corrupted = (  # by the same weights: those of the step were others
-            energy(images[chosen], tokens) for images in (self.clean, self.corruption.corrupted)
-        )
-        return energy_gap(clean, corrupted)
+        first = min(GAP_IMAGES, len(self.clean))
+        made, _ = self.corruption.split([first, len(self.clean) - first])
+        function = energy.of(made)  # by the same weights: those of the step were others
+        clean, corrupted = (function(images) for images in (self.clean[:first], made.corrupted))
+        chosen = self._is_corrupted()[:first]
+        return energy_gap(clean[chosen], corrupted[chosen])
 
 
 class Stepper:
@@ -253,8 +269,11 @@ class Stepper:
         self.is_exact = config.derivative == "exact"
         self.restoration: RestorationTraining | None = None
         if self.is_exact:
-            weight = config.plausibility_weight
-            self.restoration = RestorationTraining(energy, config.step_size, weight, graphs=fast)
+            self.restoration = RestorationTraining(
+                energy, config.step_size, config.plausibility_weight,
+                conditional=isinstance(task, HiddenPatches), invariance=config.invariance,
+                graphs=fast,
+            )  # fmt: skip
         self.training, self.optimizer = fabric.setup(
             self.restoration or DisplacedEnergy(energy), optimizer
         )
@@ -286,22 +305,22 @@ class Stepper:
     def parts(self, images: Tensor, step: int) -> list[Part]:
         """A batch normalised, corrupted as this step is, and cut into the fewest micro-batches.
 
-        Their sizes differ by at most one: so at most two shapes are ever compiled.
+        Their sizes differ by at most one, or two views: so at most two shapes are ever compiled.
         """
         seed = step_seed(self.config.seed, step, self.fabric.global_rank)
         torch.manual_seed(seed)  # dropout and drop path
         clean = self.statistics.normalize(images)
         corruption = self.task(clean, torch.Generator(clean.device).manual_seed(seed))
-        pieces = clean.tensor_split(-(-len(clean) // (self.micro_batch or len(clean))))
-        cut = zip(pieces, corruption.split([len(piece) for piece in pieces]), strict=True)
-        return [Part(own, made, self._tokens(made), len(own) / len(clean)) for own, made in cut]
-
-    def _tokens(self, corruption: Corruption) -> Tensor | None:
-        if corruption.running is None:
-            return None
-        height, width = corruption.corrupted.shape[2:]
-        size = token_size(self.energy.backbone)
-        return running_tokens(corruption.running, size, (height, width))
+        views = 2 if self.config.invariance else 1
+        groups = clean.unflatten(0, (-1, views))
+        count = -(-len(clean) // (self.micro_batch or len(clean)))
+        pieces = [piece.flatten(0, 1) for piece in groups.tensor_split(min(count, len(groups)))]
+        size = (clean.shape[2], clean.shape[3])
+        return [
+            Part(own, made, running_tokens(made.running, self.energy.backbone, size), share)
+            for own, made in zip(pieces, corruption.split([len(p) for p in pieces]), strict=True)
+            for share in (len(own) / len(clean),)
+        ]
 
     def restore_part(self, part: Part, last_part: bool) -> tuple[Tensor, Restored]:
         """K restoration steps on one part of the batch, with backward passes after each.
@@ -319,7 +338,7 @@ class Stepper:
                     scaled = loss * part.weight
                     self.fabric.backward(scaled)
                 total += scaled.detach()
-        return total, Restored(part.clean, part.corruption, final, part.tokens)
+        return total, Restored(part.clean, part.corruption, final)
 
     def _losses(self, part: Part) -> Iterator[Found]:
         """Shares of a part's loss: one for each exact step, two for each finite difference."""
@@ -330,13 +349,13 @@ class Stepper:
             return
         for _ in range(num_steps):
             for loss, restored, energies in finite_difference_losses(
-                partial(self.energy, tokens=part.tokens),
+                partial(self.energy, tokens=part.tokens.tokens),
                 points,
                 part.clean,
                 part.corruption.loss_mask,
                 self.config.step_size,
                 self.displacement,
-                partial(self.training, tokens=part.tokens),
+                partial(self.training, tokens=part.tokens.tokens),
             ):
                 yield loss / num_steps, restored, energies
             points = restored

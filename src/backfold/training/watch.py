@@ -50,9 +50,10 @@ def watch_task(
     columns: dict[str, list[Tensor]] = {}
     for number, clean in enumerate(images.split(batch_size)):
         corruption = task(clean, generator)
-        result = restore(energy, corruption.corrupted, num_steps, step_size)
+        function = energy.of(corruption)
+        result = restore(function, corruption.corrupted, num_steps, step_size)
         found = {
-            "clean": restore(energy, clean, num_steps=0).energies[0],
+            "clean": restore(function, clean, num_steps=0).energies[0],
             "corrupted": result.energies[0],
             "restored": result.energies[-1],
         }
@@ -186,6 +187,6 @@ def write_preview(
 ) -> None:
     """Corrupt (the same way each time), restore and draw these normalised images."""
     generator = torch.Generator(clean.device).manual_seed(PREVIEW_SEED)
-    corrupted = task(clean, generator).corrupted
-    result = restore(energy, corrupted, num_steps, step_size)
+    made = task(clean, generator)
+    result = restore(energy.of(made), made.corrupted, num_steps, step_size)
     write_atomically(path, png_bytes(restoration_grid(result.trajectory, clean, statistics)))

@@ -1,0 +1,106 @@
+"""Tasks in conditional form: hidden patches are corrupted, the visible ones are clean context."""
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from backfold.errors import UserError
+from backfold.pretext.corruption import (
+    Corruption,
+    PretextTask,
+    RunningSquares,
+    check_images,
+    random_order,
+)
+from backfold.pretext.masking import Masking, normalise_squares
+from backfold.pretext.sorting import Sorting, patchify, unpatchify
+
+
+@dataclass(frozen=True)
+class HiddenPatches:
+    """Corrupts the hidden patches of each image, each by one task; for the conditional energy.
+
+    Which patches are hidden, how many of them run, and which are restored to normalised pixels is
+    for ``masking`` to say, whatever the tasks: as many in every image. A masking task fills them,
+    sorting lets them change places with each other, and of any other task they show what it makes
+    of the image there.
+
+    Args:
+        tasks: what hidden patches are given, one or more.
+        weights: one number for each task, above 0; a patch's task is drawn by its weight.
+        masking: draws the patches.
+        share: of the patches that are used at all, hidden or visible; above 0 and at most 1.
+
+    Raises:
+        UserError: when called, patches that do not tile the image, or what a task refuses.
+    """
+
+    tasks: tuple[PretextTask, ...]
+    weights: tuple[float, ...]
+    masking: Masking
+    share: float = 1.0
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
+        """See `PretextTask`."""
+        check_images(clean)
+        size, (height, width) = self.masking.mask_patch_size, clean.shape[2:]
+        if height % size or width % size or height * width < 2 * size**2:
+            raise UserError(
+                f"mask_patch_size is {size} and images are {height}x{width} pixels; for the "
+                "conditional energy give a number that divides both sides into two patches or "
+                f"more, such as {math.gcd(height, width) // 2 or 1}"
+            )
+        order, most = self.masking.draw(clean, generator)
+        used = max(2, round(self.share * order.shape[1]))
+        count = max(1, min(used - 1, most, round(self.masking.mask_ratio * used)))
+        order = self.masking.shuffle(order, count, generator)
+        hidden, visible = order[:, : self.masking.kept(count)], order[:, most:]
+        if self.share < 1:
+            some = random_order(len(clean), visible.shape[1], generator)[:, : used - count]
+            visible = visible.gather(1, some)
+        masked = self.masking.pixels(order[:, :count], clean)
+        corrupted = clean
+        drawn = self._drawn(hidden, generator)
+        for number, task in enumerate(self.tasks):
+            if isinstance(task, Masking):
+                made = task.filling(clean, masked, generator)
+            elif isinstance(task, Sorting):
+                made = _swapped(clean, hidden, size)
+            else:
+                made = task(clean, generator).corrupted
+            mine = self.masking.pixels(hidden, clean, drawn == number)
+            corrupted = torch.where(mine, made, corrupted)
+        normalised = self._normalised(hidden)
+        squares = RunningSquares(hidden, size, visible, normalised)
+        target = None
+        if normalised is not None:
+            chosen = self.masking.pixels(hidden, clean, normalised)
+            target = torch.where(chosen, normalise_squares(clean, size), clean)
+        return Corruption(corrupted, self.masking.pixels(hidden, clean), squares, target)
+
+    def _drawn(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        """Each hidden patch's task, as an index; the host never asks for it."""
+        if len(self.tasks) == 1:
+            return torch.zeros_like(hidden)
+        places = torch.rand(hidden.shape, generator=generator, device=hidden.device)
+        bounds = list(accumulate(weight / sum(self.weights) for weight in self.weights))[:-1]
+        return torch.stack([places >= bound for bound in bounds]).sum(dim=0)
+
+    def _normalised(self, hidden: Tensor) -> Tensor | None:
+        """Which of the hidden patches, in random order, a second head restores; None if none."""
+        kept = hidden.shape[1]
+        count = min(kept - 1, round(self.masking.normalised_share * kept))
+        if not self.masking.normalised_share:
+            return None
+        return (torch.arange(kept, device=hidden.device) < count).expand_as(hidden)
+
+
+def _swapped(clean: Tensor, squares: Tensor, size: int) -> Tensor:
+    """Each of the squares, (batch, count), shows the one before it; the first shows the last."""
+    patches = patchify(clean, size).clone()
+    images = torch.arange(len(clean), device=clean.device)[:, None]
+    patches[images, squares] = patches[images, squares.roll(1, dims=1)]
+    return unpatchify(patches, clean.shape[2] // size)
