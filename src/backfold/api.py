@@ -34,10 +34,13 @@ from backfold.data.survey import Survey, survey
 from backfold.embedding import EmbeddingChoice, embed
 from backfold.errors import BrokenImage, UserError
 from backfold.exporting.export import Format, export_run
+from backfold.pretext import Corruption
+from backfold.pretext.hidden import hidden_by
 from backfold.reporting.report import write_report
-from backfold.restoration import RestorationResult, eval_mode, restore
+from backfold.restoration import RestorationResult, eval_mode, restore, status_of
+from backfold.sparse import token_size
 from backfold.training import pretrain as training
-from backfold.training.config import IN_MEMORY, config_from_dict
+from backfold.training.config import IN_MEMORY, config_from_dict, task_names
 from backfold.training.run import Pretrained, load_pretrained
 
 Images = Tensor | Sequence[Image.Image | Path | str]
@@ -111,7 +114,11 @@ class Backfold:
             return embed(self.run.energy.backbone, prepared, choice)
 
     def restore(
-        self, images: Images, num_steps: int | None = None, step_size: float | None = None
+        self,
+        images: Images,
+        num_steps: int | None = None,
+        step_size: float | None = None,
+        mask: Tensor | None = None,
     ) -> RestorationResult:
         """Restore corrupted images by descending their energy.
 
@@ -122,25 +129,58 @@ class Backfold:
             images: see the class.
             num_steps: restoration steps; None takes as many as in training.
             step_size: factor of the energy gradient; None takes that of training.
+            mask: bool, (batch, 1, height, width) or broadcastable to it, True where pixels are
+                corrupted: these alone are restored, from the others. Where the run masked images,
+                what stands there plays no part. A conditional energy needs a mask to restore well:
+                without one it descends as a dense energy, which it was not trained as.
 
         Raises:
-            UserError: images that the model can't take, or a negative ``num_steps``.
+            UserError: images or a mask that the model can't take, or a negative ``num_steps``.
         """
         config, statistics = self.run.config, self.run.statistics
         steps = config.num_steps if num_steps is None else num_steps
         if steps < 0:
             raise UserError(f"num_steps is {steps}; give 0 or more")
-        result = restore(
-            self.run.energy,
-            self._prepare(images),
-            steps,
-            config.step_size if step_size is None else step_size,
-        )
+        size = config.step_size if step_size is None else step_size
+        prepared = self._prepare(images)
+        if mask is None:
+            result = restore(self.run.energy, prepared, steps, size)
+        else:
+            result = self._restore_where(mask, prepared, steps, size)
         return replace(
             result,
             restored=statistics.denormalize(result.restored),
             trajectory=statistics.denormalize(result.trajectory),
         )
+
+    def _restore_where(
+        self, mask: Tensor, prepared: Tensor, num_steps: int, step_size: float
+    ) -> RestorationResult:
+        """One image after the other, as each may have another number of hidden patches."""
+        try:
+            where = mask.to(self.device, torch.bool).expand(len(prepared), 1, *prepared.shape[2:])
+        except RuntimeError as error:
+            raise UserError(
+                f"mask is {tuple(mask.shape)}, images are {tuple(prepared.shape)}; give one that "
+                "fits them, with one channel"
+            ) from error
+        energy, config = self.run.energy, self.run.config
+        is_conditional = config.energy == "conditional"
+        size = math.lcm(*token_size(energy.backbone)) if is_conditional else 1
+        masking = config.tasks.masking if "masking" in task_names(config) else None
+        paths, energies, diverged = [], [], []
+        for image, hidden in zip(prepared.split(1), where.split(1), strict=True):
+            made = Corruption(image, hidden)
+            if hidden.any():
+                made = hidden_by(hidden, image, masking, size)
+            if not is_conditional:
+                made = replace(made, running=None)
+            found = restore(energy.of(made), made.corrupted, num_steps, step_size)
+            paths.append(torch.where(hidden, found.trajectory, image))
+            energies.append(found.energies)
+            diverged.append(found.status.diverged)
+        path, status = torch.cat(paths, dim=1), status_of(torch.cat(diverged), step_size)
+        return RestorationResult(path[-1], path, torch.cat(energies, dim=1), status)
 
     def _prepare(self, images: Images) -> Tensor:
         """Normalised images on the model's device, in float32."""
@@ -283,7 +323,7 @@ def stats(
     max_images: int | None = None,
     seed: int = 0,
 ) -> Survey:
-    """What a data set looks like; see `backfold.cli.stats.StatsSettings`."""
+    """What a data set looks like; see `backfold.cli.commands.StatsSettings`."""
     return survey(open_source(data, "train"), channels, max_images, seed, default_workers())
 
 

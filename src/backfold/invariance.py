@@ -6,7 +6,7 @@ two views come together (invariance) while each of their features keeps a spread
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from backfold.restoration import at_least_float32
@@ -20,16 +20,21 @@ class Projector(nn.Sequential):
     """Two layers on the mean visible token; they serve the loss and are thrown away."""
 
     def __init__(self, num_features: int) -> None:
-        super().__init__(nn.Linear(num_features, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+        # The loss does not see a shift of all embeddings.
+        last = nn.Linear(WIDTH, WIDTH, bias=False)
+        super().__init__(nn.Linear(num_features, WIDTH), nn.GELU(), last)
 
 
 def vicreg_loss(embeddings: Tensor) -> Tensor:
     """The loss of a batch's projected embeddings, (images, features), 0 or more.
 
-    Images 0 and 1 are two views of one image, 2 and 3 of the next, and so on: four or more.
+    Images 0 and 1 are two views of one image, 2 and 3 of the next, and so on. Of one image alone
+    there is no spread, and its views need only agree.
     """
     one, other = (at_least_float32(embeddings)[view::2] for view in (0, 1))
     loss = INVARIANCE * F.mse_loss(one, other)
+    if len(one) < 2:
+        return loss
     with torch.autocast(embeddings.device.type, enabled=False):
         for views in (one, other):
             centred = views - views.mean(dim=0)
@@ -42,9 +47,16 @@ def vicreg_loss(embeddings: Tensor) -> Tensor:
 
 
 def of_all_processes(embeddings: Tensor) -> Tensor:
-    """The embeddings of all processes' images, one process after the other, with their graph."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return embeddings
-    from torch.distributed.nn.functional import all_gather
+    """The embeddings of all processes' images, one process after the other.
 
-    return torch.cat(list(all_gather(embeddings)))
+    Those of this process carry its graph, with a gradient as many times as large as there are
+    processes: each has the same loss of all of them, and DistributedDataParallel takes the mean of
+    gradients, of which each process has its own images' share.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return embeddings
+    fixed, count = embeddings.detach().contiguous(), distributed.get_world_size()
+    parts = [torch.empty_like(fixed) for _ in range(count)]
+    distributed.all_gather(parts, fixed)
+    parts[distributed.get_rank()] = fixed + count * (embeddings - fixed)
+    return torch.cat(parts)

@@ -191,7 +191,7 @@ def _descend(
     with torch.no_grad():
         record(num_steps, energy_fn(images))
     diverged = diverged | ~torch.isfinite(energies[-1])
-    status = RestorationStatus(diverged, _status_message(diverged, step_size))
+    status = status_of(diverged, step_size)
     return RestorationResult(images, torch.stack(trajectory), torch.stack(energies), status)
 
 
@@ -199,14 +199,15 @@ def _rms(images: Tensor) -> Tensor:
     return at_least_float32(images).square().mean(dim=(1, 2, 3)).sqrt()
 
 
-def _status_message(diverged: Tensor, step_size: float) -> str:
-    count = int(diverged.sum())
-    if count == 0:
-        return "ok"
-    return (
-        f"{count} of {len(diverged)} images diverged and kept their last finite state; "
-        f"lower step_size (now {step_size:g}), take fewer steps, or train the energy longer"
-    )
+def status_of(diverged: Tensor, step_size: float) -> RestorationStatus:
+    """What to say of the images, of which some, bool (batch,), ``diverged``."""
+    count, message = int(diverged.sum()), "ok"
+    if count:
+        message = (
+            f"{count} of {len(diverged)} images diverged and kept their last finite state; "
+            f"lower step_size (now {step_size:g}), take fewer steps, or train the energy longer"
+        )
+    return RestorationStatus(diverged, message)
 
 
 def restoration_loss(restored: Tensor, clean: Tensor, loss_mask: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ The others are removed, not hidden: no token attends to them, and no energy is s
 Patch embedding and positions come first, so a patch keeps its place in the image.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import PatchEmbed, apply_keep_indices_nlc
@@ -12,6 +12,7 @@ from timm.models import eva, vision_transformer
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from backfold.backbone import ImageSize
 from backfold.errors import UserError
@@ -154,18 +155,58 @@ def embed_tokens(
     """
     check_sparse(backbone)
     assert isinstance(backbone, FAMILIES)
-    embedded, rotation = backbone.patch_embed(images), None
-    if isinstance(backbone, Eva):
-        embedded, rotation = backbone._pos_embed(embedded)
+    embed, prefix = backbone.patch_embed, backbone.num_prefix_tokens
+    if _embeds_alone(backbone, images):
+        # Patches that do not run cost nothing; positions are those of patches that are zero.
+        height, width = (
+            n // side for n, side in zip(images.shape[2:], embed.patch_size, strict=True)
+        )
+        grid = (height, width) if backbone.dynamic_img_size else (height * width,)
+        positions, rotation = _positioned(backbone, images.new_zeros(1, *grid, backbone.embed_dim))
+        weight = embed.proj.weight.flatten(1)
+        chosen = embed.norm(
+            F.linear(_pixels(images, tokens, embed.patch_size), weight, embed.proj.bias)
+        )
+        own = positions[0, prefix:][tokens]
+        first = positions[:, :prefix].expand(len(images), -1, -1)
+        kept = torch.cat([first.to(own.dtype), chosen + own], dim=1)
     else:
-        embedded = backbone._pos_embed(embedded)
-    sequence: Tensor = backbone.norm_pre(_keep(embedded, tokens, backbone.num_prefix_tokens))
+        positions, rotation = _positioned(backbone, embed(images))
+        kept = _keep(positions, tokens, prefix)
+    sequence: Tensor = backbone.norm_pre(kept)
     if rotation is None:
         return sequence, [None] * len(backbone.blocks)
     if getattr(backbone, "rope_mixed", False):  # (heads, all tokens, width) for each block
         return sequence, [apply_keep_indices_nlc(sequence, one, tokens) for one in rotation]
     kept = apply_keep_indices_nlc(sequence, rotation, tokens)[:, None]
     return sequence, [kept] * len(backbone.blocks)
+
+
+def _embeds_alone(backbone: VisionTransformer | Eva, images: Tensor) -> bool:
+    """Whether a patch's embedding is a matrix product with its own pixels, plus its position."""
+    embed, (height, width) = backbone.patch_embed, images.shape[2:]
+    proj, dropped = embed.proj, backbone.pos_drop
+    rows, columns = embed.patch_size
+    return (
+        type(proj) is nn.Conv2d
+        and proj.stride == proj.kernel_size == (rows, columns)
+        and height % rows == width % columns == 0
+        and not (isinstance(dropped, nn.Dropout) and dropped.training and dropped.p)
+    )
+
+
+def _positioned(backbone: Any, embedded: Tensor) -> tuple[Tensor, Any]:
+    """All tokens with their positions, and what rotates them or None."""
+    found = backbone._pos_embed(embedded)
+    return (found[0], found[1]) if isinstance(backbone, Eva) else (found, None)
+
+
+def _pixels(images: Tensor, tokens: Tensor, patch_size: ImageSize) -> Tensor:
+    """The chosen patches' pixels, (batch, tokens, channels * height * width)."""
+    rows, columns = patch_size
+    grid = images.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+    patches: Tensor = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return patches.gather(1, tokens[:, :, None].expand(-1, -1, patches.shape[2]))
 
 
 def _keep(sequence: Tensor, tokens: Tensor, num_prefix: int) -> Tensor:

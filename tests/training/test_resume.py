@@ -109,10 +109,8 @@ HALF = {
     ),
     "max_steps": 5,
 }  # fmt: skip
-SECOND_HEAD = {
-    "tasks": TaskSettings(masking=Masking(mask_patch_size=7, normalised_share=0.5)),
-    "max_steps": 5,
-}
+DENSE = {"energy": "dense", "pretext": "mixture", "max_steps": 5}
+VIEWS = {"invariance": 0.1, "max_steps": 5, "micro_batch": 4}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +121,8 @@ SECOND_HEAD = {
         pytest.param(1, RESNET, id="batch norm"),
         pytest.param(10, {"checkpoint_minutes": 10.0}, id="checkpoints at looks only"),
         pytest.param(3, HALF, id="half of the squares"),
-        pytest.param(3, SECOND_HEAD, id="second head"),
+        pytest.param(3, DENSE, id="dense energy"),
+        pytest.param(3, VIEWS, id="two views"),
     ],
 )
 def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
@@ -141,9 +140,10 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
     assert f"resuming at step {saved} of" in capsys.readouterr().err
     assert_same_run(whole, broken)
     assert [int(row["step"]) for row in rows(broken)] == list(range(1, settings["max_steps"] + 1))
-    if changes is SECOND_HEAD:
+    if changes is VIEWS:
         last = load_checkpoint(broken.last_checkpoint)["model"]
-        assert not torch.equal(middle["model"]["second_head.weight"], last["second_head.weight"])
+        for name in ("second_head.weight", "projector.0.weight"):
+            assert not torch.equal(middle["model"][name], last[name])
 
 
 def test_resuming_twice_and_when_done_measures_nothing_again(tiny, quiet, monkeypatch, tmp_path):

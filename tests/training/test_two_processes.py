@@ -14,11 +14,7 @@ from safetensors.torch import load_file
 from two_processes import (
     CASES,
     MOST_TORN,
-    SECOND_HEAD,
-    SELDOM_SECOND,
-    STEPS,
     make_stepper,
-    pictures,
     run_config,
     take_steps,
     torn_config,
@@ -27,7 +23,6 @@ from two_processes import (
 from backfold.data.loading import training_loader
 from backfold.training.images import open_images
 from backfold.training.run import RunFolder, load_checkpoint
-from backfold.training.step import step_seed
 
 TOLERANCE = 1e-6
 
@@ -86,18 +81,6 @@ def test_three_steps_equal_those_of_one_process_with_the_whole_batch(ranks, alon
     pairs = zip(ranks[0][name]["losses"], ranks[1][name]["losses"], strict=True)
     assert [sum(pair) / 2 for pair in pairs] == pytest.approx(expected["losses"], rel=TOLERANCE)
     assert ranks[0][name]["losses"] != ranks[1][name]["losses"]
-
-
-def test_a_second_head_that_a_process_does_not_use_holds_nobody_up(ranks):
-    """In some step it draws no image for it; the others' gradients still come together."""
-    first, second = (result[SECOND_HEAD]["weights"] for result in ranks)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    seen = [
-        bool(SELDOM_SECOND(pictures(0)[:4], torch.Generator().manual_seed(step_seed(0, step, rank)))
-             .second.chosen.any())
-        for step in range(STEPS) for rank in (0, 1)
-    ]  # fmt: skip
-    assert len(set(seen)) == 2
 
 
 def test_the_processes_see_disjoint_images_that_are_one_process_s_batch(ranks, folder):

@@ -25,13 +25,13 @@ from backfold.pretext import (
     Colorization,
     Corruption,
     Denoising,
+    HiddenPatches,
     Masking,
     Mixture,
     PretextTask,
     Sorting,
     SuperResolution,
 )
-from backfold.pretext.corruption import RunningSquares
 from backfold.training import pretrain as trainer
 from backfold.training.config import PretrainConfig
 from backfold.training.devices import make_fabric
@@ -56,11 +56,11 @@ CASES: dict[str, tuple[PretextTask, dict[str, Any]]] = {
     ),
     "compiled": (MASKING, {}),
     "sharded optimizer": (MASKING, {"shard_optimizer": True}),
+    "conditional": (
+        HiddenPatches((MASKING, SORTING), (2.0, 1.0), MASKING), {"num_steps": 2, "micro_batch": 3}
+    ),
+    "two views": (HiddenPatches((MASKING,), (1.0,), MASKING), {"invariance": 0.1}),
 }  # fmt: skip
-
-# Of four images a process seldom draws one for the second head, which all must use alike.
-SECOND_HEAD = "second head"
-SELDOM_SECOND = Mixture((Masking(mask_patch_size=7, normalised_share=0.5), Denoising()), (1, 3))
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,7 @@ class EachAlone:
         for image in clean:
             seed = zlib.crc32((1000 * image).round().to(torch.int32).numpy().tobytes())
             made.append(self.task(image[None], torch.Generator().manual_seed(seed)))
-        running = [one.running for one in made if one.running is not None]
-        return Corruption(
-            torch.cat([one.corrupted for one in made]),
-            torch.cat([one.loss_mask for one in made]),
-            RunningSquares(torch.cat([r.indices for r in running]), running[0].square_size)
-            if running
-            else None,
-        )
+        return Corruption.join(made)
 
 
 def pictures(step: int) -> torch.Tensor:
@@ -99,11 +92,14 @@ def make_stepper(name: str, fabric: Fabric, **changes: Any) -> Stepper:
         "vit_tiny_patch16_224",
         image_size=28,
         backbone_options=TINY_VIT,
-        second_head=name == SECOND_HEAD,
+        second_head=isinstance(CASES[name][0], HiddenPatches),
+        projector="invariance" in CASES[name][1],
     ).double()
-    freeze_unreachable(energy, torch.randn(2, 3, 28, 28, dtype=torch.float64))
-    task, settings = CASES.get(name, (SELDOM_SECOND, {}))
-    task = EachAlone(task) if name in CASES else task
+    task, settings = CASES[name]
+    images = torch.randn(2, 3, 28, 28, dtype=torch.float64)
+    running = task(images, torch.Generator().manual_seed(0)).running
+    freeze_unreachable(energy, images, running=running)
+    task = EachAlone(task)
     optimizer = OptimizerSettings(base_lr=0.1, warmup_epochs=0)
     config = PretrainConfig(batch_size=BATCH, optimizer=optimizer, **{**settings, **changes})
     stepper = Stepper(config, energy, task, STATISTICS, fabric, 10, 5)
@@ -195,7 +191,6 @@ def main(folder: Path) -> None:
     fabric = make_fabric(first)
     fabric.barrier()
     results: dict[str, Any] = {name: take_steps(make_stepper(name, fabric)) for name in CASES}
-    results[SECOND_HEAD] = take_steps(make_stepper(SECOND_HEAD, fabric))
     results["run"] = whole_run(first)
     sharded = run_config(folder, out=folder / "sharded", shard_optimizer=True, checkpoint_minutes=0)
     with patch.object(trainer, "LOG_EVERY", 1):  # processes agree on checkpoints where they log

@@ -22,7 +22,7 @@ from backfold.files import write_json
 from backfold.inference import restored
 from backfold.reporting.report import write_report
 from backfold.reporting.verdicts import payoff
-from backfold.training.config import PretrainConfig, build_tasks, config_to_dict
+from backfold.training.config import PretrainConfig, config_to_dict, used_tasks
 from backfold.training.log import is_first_process, log_to, terminal
 from backfold.training.pretrain import pretrain
 from backfold.training.run import DEMO_RUN, RunFolder, load_checkpoint, load_pretrained
@@ -150,7 +150,7 @@ def run_restore(settings: RestoreSettings) -> None:
     run = load_pretrained(settings.checkpoint)
     if settings.pretext is not None:
         run.config.pretext = settings.pretext
-    name, task = next(iter(build_tasks(run.config, run.channels).items()))
+    name, task = next(iter(used_tasks(run.config, run.channels).items()))
     if settings.images:
         stems = [path.stem for path in settings.images]
         names = [f"{s}-{at}" if stems.count(s) > 1 else s for at, s in enumerate(stems)]

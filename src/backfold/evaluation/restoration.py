@@ -23,7 +23,7 @@ from backfold.errors import UserError
 from backfold.evaluation.results import Row, severity_case
 from backfold.metrics import psnr_db, ssim
 from backfold.restoration import restore
-from backfold.training.config import TaskSettings, whole_form
+from backfold.training.config import TaskSettings, used_task
 
 if TYPE_CHECKING:
     from backfold.evaluation.evaluate import Evaluation
@@ -63,7 +63,7 @@ def restoration(given: "Evaluation") -> list[Row]:
         for severity, task in zip(SEVERITIES, levels, strict=True):
             found: dict[tuple[str, str], list[float]] = {}
             for clean, generator in seeded_batches(given, images):
-                corruption = whole_form(task, run.config)(clean, generator)
+                corruption = used_task(task, run.config)(clean, generator)
                 path = restore(
                     run.energy.of(corruption),
                     corruption.corrupted,

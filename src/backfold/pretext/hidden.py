@@ -6,6 +6,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from backfold.errors import UserError
 from backfold.pretext.corruption import (
@@ -104,3 +105,26 @@ def _swapped(clean: Tensor, squares: Tensor, size: int) -> Tensor:
     images = torch.arange(len(clean), device=clean.device)[:, None]
     patches[images, squares] = patches[images, squares.roll(1, dims=1)]
     return unpatchify(patches, clean.shape[2] // size)
+
+
+def hidden_by(mask: Tensor, images: Tensor, masking: Masking | None, size: int) -> Corruption:
+    """What is corrupted where somebody says so, for the conditional energy: of one image.
+
+    Args:
+        mask: bool, (1, 1, height, width), some of it True; hides every patch that it touches.
+        images: normalised, (1, channels, height, width).
+        masking: fills the hidden patches; None leaves them as they are.
+        size: of the patches, in pixels.
+
+    Raises:
+        UserError: no patch is left visible.
+    """
+    touched = F.max_pool2d(mask.float(), size).flatten() > 0
+    if touched.all():
+        raise UserError("the mask leaves no patch untouched; give one that hides less")
+    hidden, visible = (each.nonzero().T for each in (touched, ~touched))
+    pixels = F.interpolate(F.max_pool2d(mask.float(), size), scale_factor=size) > 0
+    if masking is not None:
+        filling = masking.filling(images, pixels, torch.Generator(images.device).manual_seed(0))
+        images = torch.where(pixels, filling, images)
+    return Corruption(images, mask, RunningSquares(hidden, size, visible))

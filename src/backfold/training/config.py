@@ -344,16 +344,23 @@ def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]
     return {name: made[name] for name in names}
 
 
-def whole_form(task: PretextTask, config: PretrainConfig) -> PretextTask:
+def used_task(task: PretextTask, config: PretrainConfig) -> PretextTask:
     """The task as it is watched and used: on all of each image, restored to its pixels.
 
     For the conditional energy that is `HiddenPatches`, for the dense one the task itself.
     """
-    masking = task if isinstance(task, Masking) else config.tasks.masking
-    masking = replace(masking, hidden_share=1.0, normalised_share=0.0)
     if config.energy == "conditional":
-        return HiddenPatches((task,), (1.0,), masking)
-    return masking if isinstance(task, Masking) else task
+        masking = task if isinstance(task, Masking) else config.tasks.masking
+        return HiddenPatches(
+            (task,), (1.0,), replace(masking, hidden_share=1.0, normalised_share=0.0)
+        )
+    return replace(task, hidden_share=1.0) if isinstance(task, Masking) else task
+
+
+def used_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]:
+    """Those that corrupt, each as `used_task` has it."""
+    tasks = build_tasks(config, channels)
+    return {name: used_task(task, config) for name, task in tasks.items() if name != IDENTITY}
 
 
 def combine_tasks(config: PretrainConfig, tasks: dict[str, PretextTask]) -> PretextTask:

@@ -81,18 +81,18 @@ def freeze_unreachable(
     return list(frozen)
 
 
-def build_optimizer(
-    module: nn.Module, settings: OptimizerSettings, batch_size: int, fused: bool = False
-) -> AdamW:
+def build_optimizer(module: nn.Module, settings: OptimizerSettings, batch_size: int) -> AdamW:
     """AdamW over the trainable parameters; norms, biases and the linear head do not decay.
 
-    The learning rate is base_lr x batch / 256 for the global batch; ``fused`` is in one kernel.
+    The learning rate is base_lr x batch / 256 for the global batch. One kernel updates all weights
+    where the device has such a one.
     """
     by_timm = getattr(getattr(module, "backbone", None), "no_weight_decay", set)
     exempt = [f"backbone.{name}" for name in by_timm()]
     groups = param_groups_weight_decay(module, settings.weight_decay, no_weight_decay_list=exempt)
     lr = settings.base_lr * batch_size / 256
-    return AdamW(groups, lr=lr, betas=settings.betas, fused=fused or None)
+    fused = next(module.parameters()).device.type in ("cpu", "cuda")
+    return AdamW(groups, lr=lr, betas=settings.betas, fused=fused)
 
 
 def build_schedule(

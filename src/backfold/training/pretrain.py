@@ -36,7 +36,7 @@ from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.files import write_atomically, write_json
 from backfold.memory import keep_freed_memory, memory_advice
-from backfold.pretext import Corruption, Identity, PretextTask
+from backfold.pretext import Corruption, PretextTask
 from backfold.sparse import running_tokens
 from backfold.training import devices, log, run, signals
 from backfold.training.autotune import warm_up
@@ -49,7 +49,7 @@ from backfold.training.config import (
     config_to_dict,
     doubtful_settings,
     parse_image_size,
-    whole_form,
+    used_tasks,
 )
 from backfold.training.images import load_held_out, open_images
 from backfold.training.init import initialise
@@ -170,11 +170,7 @@ class Run:
         tasks = build_tasks(config, self.images.channels)
         task = self._settle(tasks)
         # Watched as they are used: on whole images, whatever part of them training runs on.
-        self.tasks = {
-            name: whole_form(each, config)
-            for name, each in tasks.items()
-            if not isinstance(each, Identity)
-        }
+        self.tasks = used_tasks(config, self.images.channels)
         self._place()
         self.held_out = load_held_out(self.images, self.image_size, self.fabric.device, self.broken)
         # Existing weights have batch norms' statistics of their own.

@@ -21,7 +21,7 @@ from backfold.finite_difference import DISPLACEMENT, displaced_energy, finite_di
 from backfold.full_precision import full_float32
 from backfold.invariance import of_all_processes, vicreg_loss
 from backfold.metrics import energy_gap, psnr_db
-from backfold.pretext import Corruption, HiddenPatches, PretextTask
+from backfold.pretext import Corruption, PretextTask
 from backfold.restoration import restoration_losses, training_step
 from backfold.sparse import RunningTokens, running_tokens
 from backfold.training.config import PretrainConfig
@@ -71,8 +71,9 @@ class CompiledStep:
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
-            lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-            self.fall_back(f"{type(cause).__name__}: {lines[0] if lines else 'no message'}")
+            # The compiler tells first that it failed, and then why.
+            lines = [line.strip() for line in str(cause).splitlines() if line.strip()][:2]
+            self.fall_back(f"{type(cause).__name__}: {' '.join(lines) or 'no message'}")
             return self.eager(*given)
 
     def fall_back(self, cause: str) -> None:
@@ -261,7 +262,7 @@ class Stepper:
         self.config, self.task, self.statistics, self.fabric = config, task, statistics, fabric
         self.micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else None
         fast = has_fast_kernels(config, fabric.device)
-        whole = build_optimizer(energy, config.optimizer, config.batch_size, fused=fast)
+        whole = build_optimizer(energy, config.optimizer, config.batch_size)
         sharded = config.shard_optimizer and fabric.world_size > 1
         optimizer: Optimizer = shard_optimizer(whole) if sharded else whole
         self.schedule = build_schedule(optimizer, config.optimizer, total_steps, steps_per_epoch)
@@ -271,7 +272,7 @@ class Stepper:
         if self.is_exact:
             self.restoration = RestorationTraining(
                 energy, config.step_size, config.plausibility_weight,
-                conditional=isinstance(task, HiddenPatches), invariance=config.invariance,
+                conditional=config.energy == "conditional", invariance=config.invariance,
                 graphs=fast,
             )  # fmt: skip
         self.training, self.optimizer = fabric.setup(

@@ -1,0 +1,255 @@
+"""Training on the conditional energy: hidden patches one by one, two heads, two views alike."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric import Fabric
+from torch._dynamo.utils import counters
+
+from backfold.conditional import conditional_energy, visible
+from backfold.data.loading import StepSampler
+from backfold.data.statistics import ChannelStatistics
+from backfold.energy import EnergyModel
+from backfold.errors import UserError
+from backfold.invariance import vicreg_loss
+from backfold.pretext import Denoising, HiddenPatches, Masking, Sorting
+from backfold.restoration import energy_gradient, eval_mode, training_step
+from backfold.sparse import running_tokens
+from backfold.training.autotune import gradient_distance
+from backfold.training.config import PretrainConfig, TaskSettings, doubtful_settings
+from backfold.training.optimizer import OptimizerSettings, freeze_unreachable
+from backfold.training.pretrain import pretrain
+from backfold.training.run import load_checkpoint, load_pretrained
+from backfold.training.step import CompiledStep, RestorationTraining, Stepper, step_seed
+
+OPTIONS = {"patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
+MASKING = Masking(0.75, 4, normalised_share=0.5)
+TASK = HiddenPatches((MASKING, Sorting(4), Denoising()), (2.0, 1.0, 1.0), MASKING)
+STATISTICS = ChannelStatistics((0.0,) * 3, (1.0,) * 3)
+
+
+def make(**options):
+    torch.manual_seed(0)
+    return EnergyModel(
+        "vit_tiny_patch16_224", image_size=16, backbone_options=OPTIONS, second_head=True, **options
+    )
+
+
+def images_of(count=8):
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def stepper(energy, task=TASK, **changes):
+    config = PretrainConfig(
+        batch_size=8, optimizer=OptimizerSettings(max_gradient_norm=0.0), **changes
+    )
+    fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
+    return Stepper(config, energy, task, STATISTICS, fabric, total_steps=9, steps_per_epoch=3)
+
+
+def one_by_one(energy, corruption, number, points):
+    """The energy of one image, a sum over hidden patches that are run alone, each by its head."""
+    running, one = corruption.running, slice(number, number + 1)
+    tokens, seen, normalised = running_tokens(running, energy.backbone, (16, 16))
+    context = visible(energy.backbone, points, seen[one])
+
+    def energies(images):
+        return sum(
+            conditional_energy(
+                energy.backbone,
+                energy.second_head if second else energy.head,
+                images, torch.tensor([[token]]), context, energy.hidden_blocks,
+            )
+            for token, second in zip(tokens[number], normalised[number], strict=True)
+        )  # fmt: skip
+
+    return energies
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_steps": 2}, {"micro_batch": 3}, {"hidden_blocks": 2}], ids=str
+)
+def test_a_step_equals_hidden_patches_run_one_by_one(changes):
+    energy, images = make(hidden_blocks=changes.get("hidden_blocks", 1)), images_of()
+    twin, steps = copy.deepcopy(energy), changes.get("num_steps", 1)
+    loss, _ = stepper(energy, **changes).accumulate(images, 3)
+    corruption, total = TASK(images, generator(step_seed(0, 3, 0))), 0.0
+    for number in range(8):
+        one = slice(number, number + 1)
+        points = corruption.corrupted[one]
+        for _ in range(steps):
+            more, points, _ = training_step(
+                one_by_one(twin, corruption, number, points),
+                points, corruption.target[one], corruption.loss_mask[one],
+            )  # fmt: skip
+            total = total + more / steps / 8
+    total.backward()
+    assert float(loss) == pytest.approx(total.item(), rel=1e-5)
+    for own, other in zip(energy.parameters(), twin.parameters(), strict=True):
+        if own.grad is not None and other.grad is not None:
+            torch.testing.assert_close(own.grad, other.grad, rtol=1e-3, atol=1e-6)
+    assert energy.second_head.weight.grad.abs().min() > 0
+    assert energy.head.weight.grad.abs().min() > 0
+
+
+def test_gains_count_the_patches_that_are_restored_to_pixels():
+    energy, images = make(), images_of()
+    _, _, last = stepper(energy)(images, 0)
+    pixels = (last.corruption.target == images).all(dim=1, keepdim=True) & last.corruption.loss_mask
+    assert pixels.sum() == 8 * 6 * 16
+    before, after = (
+        (((each - images).square() * pixels).sum(dim=(1, 2, 3))).tolist()
+        for each in (last.corruption.corrupted, last.restored)
+    )
+    expected = [10 * math.log10(old / new) for old, new in zip(before, after, strict=True)]
+    assert last.psnr_gain_db(torch.ones(3)) == pytest.approx(sum(expected) / 8, abs=1e-3)
+
+
+def test_the_energy_gap_is_that_of_hidden_patches_given_the_visible_ones():
+    energy, images = make(), images_of()
+    _, _, last = stepper(energy)(images, 0)
+    plain = copy.deepcopy(energy)
+    plain.second_head = energy.head  # what restores pixels judges all
+    gaps = []
+    for number in range(8):
+        one = slice(number, number + 1)
+        function = one_by_one(plain, last.corruption, number, images[one])
+        with torch.no_grad():
+            corrupted, clean = function(last.corruption.corrupted[one]), function(images[one])
+        gaps.append(float(corrupted - clean))
+    assert last.energy_gap(energy) == pytest.approx(sum(gaps) / 8, rel=1e-4)
+
+
+def test_calibration_makes_hidden_pixels_as_loud_as_they_are():
+    energy, images = make(), images_of(64)
+    made = TASK(images, generator())
+    energy.calibrate(made)
+    with eval_mode(energy):
+        _, gradient = energy_gradient(energy.of(made), made.corrupted)
+    hidden = made.loss_mask.expand_as(gradient)
+    assert gradient[hidden].square().mean().sqrt().item() == pytest.approx(1.0, rel=1e-3)
+    assert not gradient[~hidden].any()
+    norms = [head.weight.norm().item() for head in (energy.head, energy.second_head)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("default")  # what the compiler warns of is not ours
+@pytest.mark.parametrize("invariance", [0.0, 0.1])
+def test_the_compiled_step_has_the_same_gradients(invariance):
+    torch._dynamo.reset()
+    counters.clear()
+    energy = make(projector=bool(invariance))
+    training = RestorationTraining(energy, 1.0, conditional=True, invariance=invariance)
+    twin = RestorationTraining(energy, 1.0, conditional=True, invariance=invariance)
+    training.compiled = step = CompiledStep(training.restore, backend="aot_eager")
+    for seed in range(2):
+        clean = images_of()
+        made = TASK(clean, generator(seed))
+        tokens = running_tokens(made.running, energy.backbone, (16, 16))
+        inputs = made.corrupted, made.target, made.loss_mask, *tokens
+        losses = [lambda i=inputs, t=each: t(*i)[0] for each in (training, twin)]
+        assert gradient_distance(dict(energy.named_parameters()), *losses)[0] < 1e-4
+    assert step.is_compiled
+    assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+def test_every_weight_is_reached_but_the_last_norm_s_bias():
+    energy = make(projector=True)
+    made = TASK(images_of(2), generator())
+    frozen = freeze_unreachable(energy, made.corrupted, running=made.running)
+    assert frozen == ["backbone.norm.bias"]
+
+
+def test_views_agree_as_lightly_has_it():
+    losses = pytest.importorskip("lightly.loss")
+    embeddings = torch.randn(12, 5, dtype=torch.float64)
+    expected = losses.VICRegLoss()(embeddings[0::2], embeddings[1::2])
+    torch.testing.assert_close(vicreg_loss(embeddings), expected)
+    alike = torch.randn(64, 1, 5).expand(-1, 2, -1).flatten(0, 1)
+    assert vicreg_loss(alike) < vicreg_loss(alike[torch.randperm(128)])
+
+
+def test_a_step_adds_the_views_loss_of_whole_pairs():
+    """In micro-batches too, each of which holds whole pairs."""
+    energy, images = make(projector=True), images_of(10)
+    twin = copy.deepcopy(energy)
+    loss, _ = stepper(energy, micro_batch=4, invariance=0.3).accumulate(images, 3)
+    plain, _ = stepper(twin, micro_batch=4).accumulate(images, 3)
+    made, total = TASK(images, generator(step_seed(0, 3, 0))), 0.0
+    for part in (slice(0, 4), slice(4, 8), slice(8, 10)):
+        _, seen, _ = running_tokens(made.running, twin.backbone, (16, 16))
+        tokens = twin.backbone.norm(visible(twin.backbone, made.corrupted[part], seen[part]).tokens)
+        total = total + len(images[part]) / 10 * vicreg_loss(twin.projector(tokens[:, 1:].mean(1)))
+    (0.3 * total).backward()  # adds to the gradient of restoration alone
+    assert float(loss) == pytest.approx(float(plain) + 0.3 * total.item(), rel=1e-5)
+    for own, other in zip(energy.parameters(), twin.parameters(), strict=True):
+        if own.grad is not None and other.grad is not None:
+            torch.testing.assert_close(own.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_views_are_neighbours_in_the_batch_and_differ_in_their_changes():
+    batches = list(StepSampler(20, 4, 0, 0, 20, rank=1, world_size=2, views=2))
+    for keys in batches:
+        (first, second), (third, fourth) = keys[:2], keys[2:]
+        assert first[1] == second[1] != third[1] == fourth[1]
+        assert len(set(keys)) == 4
+    plain = list(StepSampler(20, 2, 0, 0, 20, rank=1, world_size=2))
+    assert [[key[1] for key in keys[::2]] for keys in batches] == [
+        [key[1] for key in keys] for keys in plain
+    ]
+
+
+@pytest.mark.parametrize("invariance", [0.0, 0.2])
+def test_a_run_trains_it_by_default_and_keeps_what_it_decided(tiny, quiet, tmp_path, invariance):
+    config = tiny(out=tmp_path / "run", invariance=invariance)
+    folder = pretrain(config, console=quiet)
+    assert config.energy == "auto"
+    content = load_checkpoint(folder.last_checkpoint)
+    assert content["config"]["energy"] == "conditional"
+    run = load_pretrained(folder.root)
+    assert (run.energy.projector is not None) == bool(invariance)
+    name = "second_head.weight"
+    assert not torch.equal(content["model"][name], make().state_dict()[name][:16])
+    assert all(np.isfinite(row["psnr_gain_db"]) for row in content["history"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"backbone": "resnet10t", "backbone_options": {}, "image_size": 32}, "neither timm's"),
+        ({"tasks": TaskSettings(masking=Masking(mask_patch_size=10))}, "mask_patch_size is 10"),
+        ({"tasks": TaskSettings(masking=Masking(mask_patch_size=4))}, "give a multiple"),
+        ({"derivative": "finite-difference"}, "needs the dense energy"),
+    ],
+)
+def test_what_it_can_t_do_is_dense_and_refused_where_it_is_asked_for(
+    tiny, quiet, tmp_path, changes, reason
+):
+    if "backbone" not in changes and "derivative" not in changes:
+        folder = pretrain(tiny(out=tmp_path / "run", max_steps=1, **changes), console=quiet)
+        assert load_checkpoint(folder.last_checkpoint)["config"]["energy"] == "dense"
+    with pytest.raises(UserError, match=reason):
+        pretrain(tiny(out=tmp_path / "asked", energy="conditional", **changes), console=quiet)
+    assert not (tmp_path / "asked").exists()
+
+
+def test_settings_that_do_not_fit_are_refused(tiny, quiet, tmp_path):
+    with pytest.raises(UserError, match="invariance needs an even number of 4 or more"):
+        pretrain(tiny(out=tmp_path / "a", batch_size=7, invariance=0.1), console=quiet)
+    with pytest.raises(UserError, match="hidden_blocks is 9; give 1 to 1"):
+        pretrain(tiny(out=tmp_path / "b", energy="conditional", hidden_blocks=9), console=quiet)
+    with pytest.raises(UserError, match="invariance is -1; give 0 or more"):
+        PretrainConfig(invariance=-1.0)
+    with pytest.raises(UserError, match="normalised_share is nan; give a share of 0 to 1"):
+        Masking(normalised_share=float("nan"))
+    assert doubtful_settings(PretrainConfig(energy="dense", hidden_blocks=2)) == [
+        "hidden_blocks has no effect on the dense energy"
+    ]
