@@ -106,23 +106,30 @@ def test_batches_are_embedded_in_order_and_the_mode_is_left_as_it_was():
         embed_batches(backbone, [])
 
 
-def slow_quarters(positions, rows, columns):
-    """(batch, features x 4): means over the image's quarters, each feature's four together."""
+def slow_means(positions, rows, columns, sides):
+    """(batch, features x sides x sides): means over parts, each feature's together."""
     grid = positions.reshape(len(positions), rows, columns, -1)
-    halves = [(slice(0, -(-n // 2)), slice(n // 2, n)) for n in (rows, columns)]
+    parts = [
+        [slice(n * part // sides, -(-n * (part + 1) // sides)) for part in range(sides)]
+        for n in (rows, columns)
+    ]
     means = [
-        grid[:, down, across].flatten(1, 2).mean(1) for down in halves[0] for across in halves[1]
+        grid[:, down, across].flatten(1, 2).mean(1) for down in parts[0] for across in parts[1]
     ]
     return torch.stack(means, dim=2).flatten(1)
 
 
-@pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 40), (32, 16)])
-def test_grid_pooling_is_the_mean_over_each_quarter(height, width):
-    backbone, rows, columns = nn.Conv2d(3, 5, 8, 8), height // 8, width // 8
+@pytest.mark.parametrize(
+    ("height", "width", "features", "sides"),
+    [(16, 16, 5, 2), (24, 40, 5, 2), (32, 16, 5, 2), (40, 56, 5, 4), (32, 32, 128, 4),
+     (32, 32, 129, 2)],
+)  # fmt: skip
+def test_grid_pooling_is_the_mean_over_each_part(height, width, features, sides):
+    backbone, rows, columns = nn.Conv2d(3, features, 8, 8), height // 8, width // 8
     images = torch.randn(2, 3, height, width)
     positions = backbone(images).flatten(2).transpose(1, 2)
     found = embed(backbone, images, EmbeddingChoice(pooling="grid"))
-    torch.testing.assert_close(found, slow_quarters(positions, rows, columns))
+    torch.testing.assert_close(found, slow_means(positions, rows, columns, sides))
 
 
 EMBEDDERS = {

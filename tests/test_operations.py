@@ -3,13 +3,15 @@
 from functools import partial
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from backfold.backbone import feature_map
-from backfold.energy import EnergyModel
+from backfold.backbone import feature_map, use_plain_attention
+from backfold.conditional import conditional_energy, visible
+from backfold.energy import EnergyModel, LinearHead
 from backfold.pretext.masking import Masking
 from backfold.restoration import training_step
 from backfold.sparse import running_tokens
@@ -110,3 +112,27 @@ def test_a_dense_step_costs_twice_an_ordinary_step_and_a_sparse_one_as_much(toke
     assert running.shape == (len(images), tokens // 2)
     sparse, mask = partial(energy, tokens=running.to("meta")), corruption.loss_mask.to("meta")
     assert 0.95 < count_operations(lambda: exact_step(sparse, images, mask)) / ordinary <= 1.10
+
+
+def test_a_conditional_step_costs_less_than_a_masked_autoencoder_s():
+    """ViT-B, 224 pixels, 75 % hidden: 0.69 of transformers' MAE; 0.57 where half of that runs."""
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        rival = transformers.ViTMAEForPreTraining(
+            transformers.ViTMAEConfig(attn_implementation="eager")
+        )
+        backbone, head = timm.create_model("vit_base_patch16_224", num_classes=0), LinearHead(768)
+        images, everywhere = torch.empty(2, 3, 224, 224), torch.ones(2, 1, 224, 224).bool()
+        seen, tokens = torch.zeros(2, 49).long(), torch.zeros(2, 147).long()
+    use_plain_attention(backbone)
+
+    def step(count):
+        context = visible(backbone, images, seen)
+        energy = partial(
+            conditional_energy, backbone, head, tokens=tokens[:, :count], context=context
+        )
+        training_step(energy, images, images, everywhere)[0].backward()
+
+    rivals = count_operations(lambda: rival(images).loss.backward())  # noqa: PLW0108
+    assert 0.5 < count_operations(lambda: step(74)) / rivals < 0.6
+    assert 0.6 < count_operations(lambda: step(147)) / rivals <= 0.7

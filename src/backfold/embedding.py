@@ -17,7 +17,7 @@ from backfold.restoration import eval_mode
 Pooling = Literal["average", "max", "class_token", "grid"]
 POOLINGS: tuple[Pooling, ...] = ("average", "max", "class_token", "grid")
 MOST_LAYERS = 4
-GRID = 2
+GRID, FINE_GRID, LONGEST_FINE = 2, 4, 2048
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class EmbeddingChoice:
             it, -3 for the next. What counts as a block (a stage, in convolutional and hierarchical
             backbones) is what timm's ``forward_intermediates`` lists.
         pooling: "average" or "max" over the positions, "grid" for the averages over each of the
-            image's four quarters, or "class_token" in backbones that have one.
+            image's four quarters, or of its sixteen sixteenths where the vector stays within 2048
+            numbers, or "class_token" in backbones that have one.
 
     Raises:
         UserError: a layer that is not negative, or an unknown pooling.
@@ -79,7 +80,8 @@ def _pooled(positions: Tensor, pooling: Pooling, image_size: ImageSize) -> Tenso
         return positions.amax(dim=1)
     rows, columns = grid_shape(positions.shape[1], image_size)
     grid = positions.transpose(1, 2).unflatten(2, (rows, columns))
-    return F.adaptive_avg_pool2d(grid, GRID).flatten(1)
+    fine = FINE_GRID**2 * positions.shape[2] <= LONGEST_FINE and min(rows, columns) >= FINE_GRID
+    return F.adaptive_avg_pool2d(grid, FINE_GRID if fine else GRID).flatten(1)
 
 
 def grid_shape(positions: int, image_size: ImageSize) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from backfold.errors import UserError
 from backfold.metrics import KNN_TEMPERATURE
 
-REGULARISATION_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+REGULARISATION_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 CHUNK_ELEMENTS = 2**24  # 64 MiB in float32: above what a product needs to be fast
 BANK_CHUNK, QUERY_CHUNK = 2**14, 2**10
 NEIGHBOURS = 20
@@ -24,7 +24,7 @@ NEIGHBOURS = 20
 FULL_BATCH_IMAGES = 2**14
 # Of the weights' norm. The penalty is strongly convex: a fit ends this close to its optimum.
 RELATIVE_ERROR = 0.005
-MAX_ITERATIONS = 600  # only penalties far too weak take more; their accuracy is then off by 0.2%
+MAX_ITERATIONS = 300  # only penalties far too weak take more; their accuracy is then off by 0.2%
 MEMORY = 10
 SMALLEST_STEP = 1e-6
 BATCH_SIZE, MIN_EPOCHS, MIN_STEPS = 2048, 3, 1500
@@ -119,7 +119,7 @@ def fit_linear_path(
 
     Features are standardised to these images. A fit minimises the mean cross-entropy + ||W||^2 /
     (2 C images); the bias is free. Small problems are solved by L-BFGS on all images, until the
-    weights are within 0.5% of the optimum or after 600 steps; large ones by a few epochs of
+    weights are within 0.5% of the optimum or after 300 steps; large ones by a few epochs of
     minibatches in the seed's order, which leaves the weakest penalties short of their optimum.
     Embeddings that are not finite, or fewer than two classes, raise a `UserError`.
     """
