@@ -16,8 +16,7 @@ from backfold.energy import EnergyModel
 from backfold.pretext import Masking
 from backfold.training import pretrain as trainer
 from backfold.training import step
-from backfold.training.config import PretrainConfig
-from backfold.training.optimizer import OptimizerSettings
+from backfold.training.config import OptimizerSettings, PretrainConfig
 from backfold.training.step import Part, Restored, Stepper
 
 STATISTICS = ChannelStatistics((0.3,), (0.35,))

@@ -12,9 +12,8 @@ from backfold.data.source import SubsetSource
 from backfold.errors import UserError
 from backfold.evaluation.results import Row
 from backfold.pretext import Masking
-from backfold.training.config import PretrainConfig, TaskSettings
+from backfold.training.config import OptimizerSettings, PretrainConfig, TaskSettings
 from backfold.training.images import open_images
-from backfold.training.optimizer import OptimizerSettings
 
 pytest.importorskip("transformers")
 pytest.importorskip("lightly")

@@ -29,10 +29,15 @@ from backfold.errors import UserError
 from backfold.evaluation.results import ACCURACY, OVER, PRETRAINED
 from backfold.files import write_atomically
 from backfold.pretext import Masking
-from backfold.training.config import PretrainConfig, TaskSettings, config_from_dict, config_to_dict
+from backfold.training.config import (
+    OptimizerSettings,
+    PretrainConfig,
+    TaskSettings,
+    config_from_dict,
+    config_to_dict,
+)
 from backfold.training.devices import choose_device
 from backfold.training.images import open_images
-from backfold.training.optimizer import OptimizerSettings
 from backfold.training.run import RunFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

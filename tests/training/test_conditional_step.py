@@ -19,8 +19,13 @@ from backfold.pretext import Denoising, HiddenPatches, Masking, Sorting
 from backfold.restoration import energy_gradient, eval_mode, training_step
 from backfold.sparse import running_tokens
 from backfold.training.autotune import gradient_distance
-from backfold.training.config import PretrainConfig, TaskSettings, doubtful_settings
-from backfold.training.optimizer import OptimizerSettings, freeze_unreachable
+from backfold.training.config import (
+    OptimizerSettings,
+    PretrainConfig,
+    TaskSettings,
+    doubtful_settings,
+)
+from backfold.training.optimizer import freeze_unreachable
 from backfold.training.pretrain import pretrain
 from backfold.training.run import load_checkpoint, load_pretrained
 from backfold.training.step import CompiledStep, RestorationTraining, Stepper, step_seed

@@ -20,9 +20,8 @@ from backfold.data.open import open_source
 from backfold.errors import UserError
 from backfold.training import log
 from backfold.training import pretrain as trainer
-from backfold.training.config import PretrainConfig, config_to_dict
+from backfold.training.config import OptimizerSettings, PretrainConfig, config_to_dict
 from backfold.training.images import open_images
-from backfold.training.optimizer import OptimizerSettings
 from backfold.training.pretrain import pretrain
 from backfold.training.run import load_checkpoint, load_pretrained
 from backfold.training.step import Stepper

@@ -14,6 +14,7 @@ from backfold.pretext import (
     Mixture,
 )
 from backfold.training.config import (
+    OptimizerSettings,
     PretrainConfig,
     TaskSettings,
     build_tasks,
@@ -23,7 +24,6 @@ from backfold.training.config import (
     doubtful_settings,
     parse_image_size,
 )
-from backfold.training.optimizer import OptimizerSettings
 
 UNUSUAL = PretrainConfig(
     out=Path("there"),

@@ -14,8 +14,8 @@ from backfold.energy import EnergyModel
 from backfold.pretext import Denoising, Masking, Mixture
 from backfold.training import autotune as module
 from backfold.training.autotune import find_micro_batch, warm_up
-from backfold.training.config import PretrainConfig
-from backfold.training.optimizer import OptimizerSettings, freeze_unreachable
+from backfold.training.config import OptimizerSettings, PretrainConfig
+from backfold.training.optimizer import freeze_unreachable
 from backfold.training.step import CompiledStep, Stepper, step_seed
 
 STATISTICS = ChannelStatistics((0.3,), (0.35,))

@@ -12,8 +12,7 @@ from sklearn.datasets import load_sample_images
 
 from backfold.data.augmentation import Augmentation
 from backfold.pretext import Masking, Sorting
-from backfold.training.config import TaskSettings
-from backfold.training.optimizer import OptimizerSettings
+from backfold.training.config import OptimizerSettings, TaskSettings
 from backfold.training.pretrain import pretrain
 
 TILE = 28

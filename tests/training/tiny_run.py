@@ -8,8 +8,7 @@ import pyarrow.parquet as pq
 
 from backfold.data.open import EMBEDDED
 from backfold.pretext import Masking, Sorting
-from backfold.training.config import PretrainConfig, TaskSettings
-from backfold.training.optimizer import OptimizerSettings
+from backfold.training.config import OptimizerSettings, PretrainConfig, TaskSettings
 
 TINY_VIT = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
 

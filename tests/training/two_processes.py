@@ -33,9 +33,9 @@ from backfold.pretext import (
     SuperResolution,
 )
 from backfold.training import pretrain as trainer
-from backfold.training.config import PretrainConfig
+from backfold.training.config import OptimizerSettings, PretrainConfig
 from backfold.training.devices import make_fabric
-from backfold.training.optimizer import OptimizerSettings, freeze_unreachable
+from backfold.training.optimizer import freeze_unreachable
 from backfold.training.pretrain import pretrain
 from backfold.training.step import CompiledStep, Stepper
 

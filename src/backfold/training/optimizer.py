@@ -1,7 +1,5 @@
 """The optimizer, its schedule, and which parameters it can train at all."""
 
-import math
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -11,39 +9,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from backfold.energy import EnergyModel
-from backfold.errors import UserError
 from backfold.pretext.corruption import RunningSquares
 from backfold.restoration import training_step
 from backfold.sparse import running_tokens
+from backfold.training.config import OptimizerSettings
 
 LARGEST_WARMUP_SHARE = 1 / 3
-
-
-@dataclass
-class OptimizerSettings:
-    """AdamW with a linear warm-up and a cosine by step.
-
-    Args:
-        base_lr: learning rate for a global batch of 256; the rate used is base_lr x batch / 256.
-        weight_decay: of all weights but norms and biases (default: 0.05).
-        betas: of AdamW (default: 0.9 and 0.95).
-        warmup_epochs: epochs of linear warm-up, fractions allowed; at most a third of the run.
-        final_lr_share: the last step's learning rate as a share of the highest.
-        max_gradient_norm: gradients are scaled down to this norm; 0 switches that off.
-    """
-
-    base_lr: float = 1.5e-3
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    warmup_epochs: float = 5.0
-    final_lr_share: float = 0.0
-    max_gradient_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.base_lr < math.inf:
-            raise UserError(f"base_lr is {self.base_lr:g}; give a positive number")
-        if min(self.weight_decay, self.warmup_epochs, self.max_gradient_norm) < 0:
-            raise UserError("weight_decay, warmup_epochs and max_gradient_norm can't be negative")
 
 
 def freeze_unreachable(
