@@ -65,6 +65,16 @@ def test_a_rival_goes_on_where_it_was_cut(method, images, settings, tmp_path, mo
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
 
 
+def test_the_masked_autoencoder_s_decoder_knows_where_patches_lie(images, settings):
+    """transformers 5.24 makes it with positions of zeros."""
+    mae = importlib.import_module("race.mae")
+    given = (settings.backbone, settings.backbone_options, images, settings)
+    decoder = mae.MaskedAutoencoder(*contest.start_vit(*given), settings).rival.decoder
+    places = decoder.decoder_pos_embed[0, 1:]
+    assert (torch.cdist(places, places) + torch.eye(len(places)) > 0.5).all()
+    assert decoder.mask_token.std() > 0.01
+
+
 def test_swapped_contenders_and_settings_are_noticed(images, settings):
     trained("simmim", images, settings)
     with pytest.raises(UserError, match="simmim"):

@@ -58,6 +58,8 @@ class MaskedAutoencoder(nn.Module):
                 decoder_num_attention_heads=heads,
             )
         )
+        # transformers 5 leaves a new decoder with a mask token and fixed positions of zeros.
+        self.rival.decoder.initialize_weights(vit.patch_embed.num_patches)
         self.rival.vit = VisibleTokens(vit)
 
     def forward(self, pixels: Tensor) -> Tensor:

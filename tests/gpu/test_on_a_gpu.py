@@ -19,7 +19,11 @@ from backfold.training.config import PretrainConfig
 from backfold.training.optimizer import freeze_unreachable
 from backfold.training.step import CompiledStep, RestorationTraining, Stepper
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    # What the compiler warns of is not ours; as an error it would end compiling.
+    pytest.mark.filterwarnings("ignore"),
+]
 OPTIONS = {"patch_size": 16, "embed_dim": 128, "depth": 4, "num_heads": 4}
 CONVNEXT = {"depths": (2, 2, 2, 2), "dims": (16, 32, 64, 128)}
 TASK = Masking(mask_patch_size=16)
