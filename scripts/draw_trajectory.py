@@ -2,11 +2,12 @@
 
     python scripts/draw_trajectory.py runs/demo
 
-One row for each of masking, super-resolution and denoising: a corrupted test image, the points of
-its trajectory over two steps, and the clean image.
+A row a test image, each corrupted by one of the run's tasks in turn: the corrupted image, the points
+of its trajectory, and the clean image.
 """
 
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -14,13 +15,12 @@ import torch
 from backfold.data.loading import evaluation_batches
 from backfold.data.open import open_source
 from backfold.restoration import restore
-from backfold.training.config import build_tasks
+from backfold.training.config import used_tasks
 from backfold.training.run import load_pretrained
 from backfold.training.watch import restoration_grid
 
-TASKS = ("masking", "superresolution", "denoising")
 IMAGES = (5, 11, 23)
-NUM_STEPS = 2
+NUM_STEPS = 1
 OUT = Path(__file__).parent.parent / "docs" / "images" / "trajectory.png"
 
 
@@ -30,14 +30,11 @@ def main(run_folder: Path) -> None:
     source = open_source(run.config.data, "test")
     (batch,) = evaluation_batches(source, run.image_size, run.channels, 8, indices=IMAGES)
     clean = run.statistics.normalize(batch.images)
-    tasks = build_tasks(run.config, run.channels)
-    corrupted = torch.cat(
-        [
-            tasks[name](image[None], torch.Generator().manual_seed(1)).corrupted
-            for name, image in zip(TASKS, clean, strict=True)
-        ]
-    )
-    trajectory = restore(run.energy, corrupted, NUM_STEPS).trajectory
+    tasks, points = cycle(used_tasks(run.config, run.channels).values()), []
+    for image, task in zip(clean.split(1), tasks, strict=False):
+        made = task(image, torch.Generator().manual_seed(1))
+        points.append(restore(run.energy.of(made), made.corrupted, NUM_STEPS).trajectory)
+    trajectory = torch.cat(points, dim=1)
     picture = restoration_grid(trajectory, clean, run.statistics)
     picture.save(OUT, optimize=True)
 

@@ -1,5 +1,6 @@
 """`backfold embed` and `backfold score`."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +19,7 @@ from backfold.files import write_atomically
 from backfold.inference.contact_sheet import render_contact_sheet
 from backfold.inference.jobs import EmbeddingJob, Job, ScoringJob
 from backfold.inference.parts import Engine, Parts, check_out, compute, local_parts, ray_parts
-from backfold.training.config import used_tasks
+from backfold.training.config import NOT_DENSE, used_tasks
 from backfold.training.devices import choose_device
 from backfold.training.log import log_to, terminal
 from backfold.training.run import DEMO_RUN, load_pretrained
@@ -115,6 +116,8 @@ def run_score(settings: ScoreSettings) -> None:
         config = run.config
         if settings.pretext is not None:
             config.pretext = settings.pretext
+        if config.energy == "conditional":
+            logging.getLogger("backfold").warning(NOT_DENSE)
         tasks = used_tasks(config, run.channels)
         num_steps = config.num_steps if settings.num_steps is None else settings.num_steps
         step_size = config.step_size if settings.step_size is None else settings.step_size

@@ -32,7 +32,7 @@ from backfold.evaluation.results import RANDOM, Row, data_name, merge_rows, read
 from backfold.evaluation.segmentation import SegmentationSettings, open_masks, segmentation
 from backfold.evaluation.subject import Subject, open_subject
 from backfold.files import write_atomically
-from backfold.training.config import parse_image_size
+from backfold.training.config import NOT_DENSE, parse_image_size
 from backfold.training.devices import choose_device
 from backfold.training.run import DEMO_RUN, RunFolder
 
@@ -281,6 +281,13 @@ def evaluate_each(
     )
     evaluation = Evaluation(settings, subject, device)
     _refuse(names, evaluation)
+    run = subject.run
+    if (
+        run is not None
+        and run.config.energy == "conditional"
+        and {"energy", "adaptation"} & {*names}
+    ):
+        LOGGER.warning(NOT_DENSE)
     for name in _without_effect(settings, names):
         LOGGER.warning(f"{name} has no effect on {', '.join(names)}")
     folder = subject.folder if settings.out is None else Path(settings.out)

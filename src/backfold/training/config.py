@@ -33,6 +33,10 @@ from backfold.pretext import (
 TASK_NAMES = ("masking", "sorting", "superresolution", "denoising", "colorization")
 IN_MEMORY = " in memory"  # ends what stands in the place of data that have no path
 MIXTURE, IDENTITY = "mixture", "identity"
+NOT_DENSE = (
+    "the run trained the conditional energy, and whole images are judged by a dense one, which it "
+    "was not trained as; pretrain with --energy dense to judge images"
+)
 POSITIVE = (
     "num_steps",
     "hidden_blocks",
