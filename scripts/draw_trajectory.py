@@ -2,8 +2,8 @@
 
     python scripts/draw_trajectory.py runs/demo
 
-A row a test image, each corrupted by one of the run's tasks in turn: the corrupted image, the points
-of its trajectory, and the clean image.
+A row a test image, each corrupted by one of the run's tasks in turn: the corrupted image, the
+points of its trajectory, and the clean image.
 """
 
 import sys

@@ -70,6 +70,48 @@ def test_restored_images_come_back_in_the_units_given(images):
     torch.testing.assert_close(model.energy(near.restored), near.energies[-1])
 
 
+@pytest.mark.parametrize("form", ["conditional", "dense"])
+def test_what_a_mask_marks_is_restored_from_the_rest(images, form):
+    model = make(energy=form, num_steps=2)
+    mask = torch.zeros(4, 1, 28, 35, dtype=torch.bool)
+    mask[0, :, 3:9, 2] = True  # in two patches of 7 pixels
+    mask[1, :, 20:, 10:20] = True
+    mask[3, :, :, 34] = True
+    result, energy = model.restore(images, mask=mask), model.run.energy
+    known = ~mask.expand_as(images)
+    assert torch.equal(result.restored[2], result.trajectory[0, 2])
+    torch.testing.assert_close(result.restored[known], images[known])
+    hidden_value = torch.tensor(MEAN).view(3, 1, 1).expand_as(images)  # masks hide under zeros
+    filled = torch.where(mask, hidden_value, images)
+    torch.testing.assert_close(result.trajectory[0], filled)
+    other = torch.where(mask, 1 - images, images)  # what stands there plays no part
+    torch.testing.assert_close(model.restore(other, mask=mask).restored, result.restored)
+    assert result.energies.shape == (3, 4)
+    if form == "dense":
+        expected = restore(energy, normalised(filled), 2).restored
+    else:  # each image alone, its patches' tokens row by row
+        expected = normalised(images).clone()
+        for number, hidden in ((0, [0, 5]), (1, [11, 12, 16, 17]), (3, [4, 9, 14, 19])):
+            seen = torch.tensor([[token for token in range(20) if token not in hidden]])
+            whole = normalised(images[[number]])
+            for token in hidden:
+                row, column = divmod(token, 5)
+                whole[:, :, 7 * row : 7 * row + 7, 7 * column : 7 * column + 7] = 0
+            with torch.no_grad():
+                function = energy.given(whole, torch.tensor([hidden]), seen)
+            expected[number] = restore(function, whole, 2).restored[0]
+    torch.testing.assert_close(normalised(result.restored)[~known], expected[~known])
+    assert (result.restored[~known] != hidden_value[~known]).all()
+
+
+def test_a_mask_that_does_not_fit_is_refused(images):
+    model = make(energy="conditional")
+    with pytest.raises(UserError, match=r"mask is \(4, 3, 28, 35\), images are"):
+        model.restore(images, mask=torch.ones(4, 3, 28, 35, dtype=torch.bool))
+    with pytest.raises(UserError, match="leaves no patch untouched"):
+        model.restore(images, mask=torch.ones(28, 35, dtype=torch.bool))
+
+
 def test_images_that_were_normalised_already_are_warned_of(model, images):
     for method in (model.energy, model.embed, model.restore):
         with pytest.warns(UserWarning, match="they are normalised inside") as seen:

@@ -25,15 +25,15 @@ from torch import Tensor
 
 from backfold.backbone import check_image_size
 from backfold.cli.inference import ScoreSettings, run_score
-from backfold.data.augmentation import cover
-from backfold.data.decode import as_float, decode, decode_pillow, to_channels
+from backfold.data.decode import as_float
 from backfold.data.formats import MapDataset
 from backfold.data.loading import default_workers
 from backfold.data.open import open_source
 from backfold.data.survey import Survey, survey
 from backfold.embedding import EmbeddingChoice, embed
-from backfold.errors import BrokenImage, UserError
+from backfold.errors import UserError
 from backfold.exporting.export import Format, export_run
+from backfold.inference.restored import read_images
 from backfold.pretext import Corruption
 from backfold.pretext.hidden import hidden_by
 from backfold.reporting.report import write_report
@@ -192,7 +192,7 @@ class Backfold:
             raise UserError(f"images is one {type(images).__name__}; give a list, such as [image]")
         if not len(images):
             raise UserError("images is empty; give one or more")
-        return torch.cat([self._read(image) for image in images]).to(self.device)
+        return read_images(images, self.run).to(self.device)
 
     def _check(self, images: Tensor) -> None:
         run = self.run
@@ -225,24 +225,6 @@ class Backfold:
         # Floating-point files keep their own scale; all others lie in [0, 1].
         statistics = self.run.statistics
         return min(statistics.mean) >= 0 and max(statistics.mean) <= 1 and max(statistics.std) < 0.5
-
-    def _read(self, image: Image.Image | Path | str) -> Tensor:
-        """One normalised image, (1, channels, height, width), as the loader of a run makes it."""
-        run = self.run
-        try:
-            if isinstance(image, Image.Image):
-                decoded = decode_pillow(image).image
-            else:
-                content = Path(image).read_bytes()
-                decoded = decode(content, max(run.image_size), run.config.max_pixels)
-        except OSError as error:
-            raise UserError(
-                f"can't read {image}: {error.strerror or error}; check the path"
-            ) from error
-        except BrokenImage as error:
-            raise UserError(f"{image} is no image: {error}; give image files") from error
-        scaled = cover(to_channels(decoded, run.channels), run.image_size)
-        return run.statistics.normalize(as_float(scaled[None]))
 
 
 def pretrain(

@@ -228,9 +228,11 @@ class _Work:
         rates = [FROZEN_LINEAR_RATE if is_convex else HEAD_RATE, settings.finetune_rate]
         groups = [{"params": list(part.parameters())} for part in (head, encoder)[: 1 + tuned]]
         optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
-        total, warm_up = max(2, len(order)), WARM_UP_SHARE
+        total = max(2, len(order))
+        # A warm-up of exactly one step would have torch divide by zero.
+        share = WARM_UP_SHARE if WARM_UP_SHARE * total != 1 else 2 / total
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, rates[: 1 + tuned], total, pct_start=warm_up, cycle_momentum=False
+            optimizer, rates[: 1 + tuned], total, pct_start=share, cycle_momentum=False
         )
         head.train()
         encoder.train(tuned)

@@ -1,16 +1,18 @@
 """Corrupting and restoring single image files, as pictures and numbers."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from backfold.data.augmentation import cover
-from backfold.data.decode import decode, to_channels
+from backfold.data.decode import decode, decode_pillow, to_channels
 from backfold.data.loading import evaluation_batches, stack_images
 from backfold.data.open import open_source
 from backfold.data.source import NoTestSplit
@@ -36,24 +38,29 @@ class RestoredImage(NamedTuple):
     diverged: bool
 
 
-def read_images(paths: list[Path], run: Pretrained) -> Tensor:
-    """Decode, scale and normalise image files, as loading does, to (images, channels, *image_size).
+def read_images(given: Sequence[Image.Image | Path | str], run: Pretrained) -> Tensor:
+    """Decode, scale and normalise images, as loading does, to (images, channels, *image_size).
 
     Raises:
         UserError: a file is missing, no image, larger than the run allows, or of unfit channels.
     """
     images = []
-    for path in paths:
+    for one in given:
         try:
-            content = path.read_bytes()
-            decoded = decode(content, max(run.image_size), run.config.max_pixels)
+            if isinstance(one, Image.Image):
+                decoded = decode_pillow(one).image
+            else:
+                content = Path(one).read_bytes()
+                decoded = decode(content, max(run.image_size), run.config.max_pixels)
             image = to_channels(decoded, run.channels)
         except OSError as error:
-            raise UserError(f"can't read {path}: {error.strerror}; check the path") from error
+            raise UserError(
+                f"can't read {one}: {error.strerror or error}; check the path"
+            ) from error
         except BrokenImage as error:
-            raise UserError(f"{path} is no image: {error}; give image files") from error
+            raise UserError(f"{one} is no image: {error}; give image files") from error
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(f"{one}: {error}") from error
         images.append(cover(image, run.image_size))
     return run.statistics.normalize(stack_images(images))
 
