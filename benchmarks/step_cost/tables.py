@@ -32,6 +32,7 @@ def _facts(method: str, compiled: bool = False, precision: str = "float32", step
 
 EXACT, PLAIN, ORDINARY = map(_facts, ("exact", "ordinary-plain", "ordinary"))
 EXACT_COMPILED, ORDINARY_COMPILED = _facts("exact", True), _facts("ordinary", True)
+CONDITIONAL = _facts("conditional")
 EXACT_BF16 = _facts("exact", True, "bf16")
 SMALL_VITS = [name for name in MODELS if name.endswith("_32")]
 LARGE_VITS = [name for name in MODELS if name.startswith("vit") and name.endswith("_224")]
@@ -42,6 +43,11 @@ BARS = (
     Bar("operations, dense over ordinary, 196 tokens", 2.20, "operations", EXACT, PLAIN,
         models=LARGE_VITS),
     Bar("operations, sparse over ordinary dense", 1.10, "operations", _facts("sparse"), PLAIN),
+    Bar("operations, conditional over MAE", 0.70, "operations", CONDITIONAL, _facts("mae"),
+        models=VIT_B),
+    Bar("time, conditional eager over MAE eager", 0.8, "time", CONDITIONAL, _facts("mae"), CPU),
+    Bar("time, conditional compiled over MAE compiled", 0.8, "time", _facts("conditional", True),
+        _facts("mae", True)),
     Bar("time, dense eager over ordinary eager", 2.3, "time", EXACT, ORDINARY, CPU),
     Bar("time, dense compiled over ordinary compiled", 2.3, "time", EXACT_COMPILED,
         ORDINARY_COMPILED, CPU),

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from backfold.backbone import feature_map, use_plain_attention
 from backfold.energy import EnergyModel
 from backfold.finite_difference import finite_difference_losses
-from backfold.pretext.masking import Masking
+from backfold.pretext import HiddenPatches, Masking
 from backfold.restoration import restoration_losses
 from backfold.sparse import running_tokens
 from backfold.training.step import RestorationTraining
@@ -29,6 +29,7 @@ TITLES = {  # in the order of the tables, and in which they are warmed up while 
     "ordinary-plain": "ordinary step, unfused attention",
     "exact": "Backfold, dense",
     "sparse": "Backfold, sparse",
+    "conditional": "Backfold, conditional",
     "finite-difference": "Backfold, finite difference",
     "simmim": "SimMIM (transformers)",
     "mae": "MAE (transformers)",
@@ -104,7 +105,7 @@ class Variant:
         """Whether the model has the method, and this is not the same as another variant."""
         if model.family == "convolutional" and self.method in ("simmim", "ordinary-plain"):
             return False
-        if model.family != "vit" and self.method in ("mae", "sparse"):
+        if model.family != "vit" and self.method in ("mae", "sparse", "conditional"):
             return False
         if self.precision != "float32" and self.method in ("masking", "finite-difference"):
             return False
@@ -195,7 +196,7 @@ class Workload:
         method = variant.method
         if method == "masking":
             return lambda: self.task(self.images, self.generator)
-        if method in ("exact", "sparse"):
+        if method in ("exact", "sparse", "conditional"):
             return self._restoration(variant)
         energy = self._compiled(self.fused) if variant.compiled else self.fused
         if method == "finite-difference":
@@ -235,13 +236,18 @@ class Workload:
         return torch.compile(function, fullgraph=whole, dynamic=False)
 
     def _restoration(self, variant: Variant) -> Step:
-        corruption = self.dense
-        if variant.method == "sparse":
-            sparse = Masking(MASK_RATIO, self.model.mask_size, hidden_share=HIDDEN_SHARE)
+        corruption, energy = self.dense, self.energy
+        conditional, size = variant.method == "conditional", self.model.mask_size
+        if conditional:
+            task, energy = Masking(MASK_RATIO, size, normalised_share=0.0), self.fused
+            corruption = HiddenPatches((task,), (1.0,), task)(self.images, self.generator)
+        elif variant.method == "sparse":
+            sparse = Masking(MASK_RATIO, size, hidden_share=HIDDEN_SHARE)
             corruption = sparse(self.images, self.generator)
-        size = (self.model.image_size, self.model.image_size)
-        tokens = running_tokens(corruption.running, self.energy.backbone, size)
-        training = RestorationTraining(self.energy, 1.0, compiled=variant.compiled)
+        sides = (self.model.image_size, self.model.image_size)
+        tokens = running_tokens(corruption.running, energy.backbone, sides)
+        compiled = variant.compiled
+        training = RestorationTraining(energy, 1.0, conditional=conditional, compiled=compiled)
 
         def restore(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             with self._autocast(variant):

@@ -72,7 +72,8 @@ def test_flags_override_a_file_and_a_file_overrides_a_recipe(tiny, tmp_path, cap
     settings.write_text("seed: 7\nnum_steps: 2\n")
     given = ["--recipe=demo", f"--config={settings}", "--num-steps=3", *tiny]
     config = printed_settings(given, capsys)
-    assert (config["pretext"], config["seed"], config["num_steps"]) == ("mixture", 7, 3)
+    found = (config["optimizer"]["base_lr"], config["seed"], config["num_steps"])
+    assert found == (8e-3, 7, 3)
     config = printed_settings(["--mixture", "masking=3,sorting=1", *tiny], capsys)
     assert config["pretext"] == "mixture"
     assert config["tasks"]["mixture"] == {"masking": 3, "sorting": 1}
@@ -87,7 +88,7 @@ def test_without_data_and_backbone_the_demo_s_settings_are_used(monkeypatch, tmp
     assert "the demo's recipe on the embedded images" in captured.err
     assert captured.out == "run: runs/pretrain\n"
     config = yaml.safe_load((tmp_path / "runs" / "pretrain" / "config.yaml").read_text())
-    assert config["pretext"] == "mixture"
+    assert config["optimizer"]["base_lr"] == 8e-3
     assert config["data"] is None
 
 

@@ -12,6 +12,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from backfold.cli.main import main
 from backfold.data.decode import as_float
 from backfold.data.open import open_source
+from backfold.training.config import used_task
 from backfold.training.run import load_pretrained
 from backfold.training.watch import to_display
 
@@ -21,16 +22,16 @@ def restoration(run, path, corrupt, num_steps, step_size):
     pixels = np.asarray(Image.open(path).convert("L"), dtype=np.float32)[None, None] / 255
     mean, std = run.statistics.mean[0], run.statistics.std[0]
     clean = (torch.from_numpy(pixels) - mean) / std
-    points = [corrupt(clean)]
-    energies = []
+    made = corrupt(clean)
+    points, energies, energy_fn = [made.corrupted], [], run.energy.of(made)
     for _ in range(num_steps):
         given = points[-1].detach().requires_grad_()
-        energy = run.energy(given)
+        energy = energy_fn(given)
         (gradient,) = torch.autograd.grad(energy.sum(), given)
         energies.append(energy.item())
         points.append((given - step_size * gradient).detach())
     with torch.no_grad():
-        energies += [run.energy(points[-1]).item(), run.energy(clean).item()]
+        energies += [energy_fn(points[-1]).item(), energy_fn(clean).item()]
     shown = [(point * std + mean)[0, 0].numpy() for point in (*points, clean)]
     psnr = [peak_signal_noise_ratio(shown[-1], image, data_range=1) for image in shown[:-1]]
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
@@ -58,7 +59,8 @@ def test_restore_draws_and_measures(finished, tmp_path, capsys):
     run = load_pretrained(finished)
 
     def corrupt(clean):
-        return run.config.tasks.masking(clean, torch.Generator().manual_seed(5)).corrupted
+        task = used_task(run.config.tasks.masking, run.config)
+        return task(clean, torch.Generator().manual_seed(5))
 
     psnr, ssim, energies = restoration(run, path, corrupt, num_steps=3, step_size=0.2)
     (line,) = [line for line in printed.splitlines() if "picture" in line and "->" in line]
