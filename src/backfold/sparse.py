@@ -30,9 +30,9 @@ def check_sparse(backbone: nn.Module) -> None:
     reason = _obstacle(backbone)
     if reason:
         raise UserError(
-            "hidden_share or tasks.excerpt.share below 1 does not work with "
-            f"{type(backbone).__name__}: {reason}; "
-            "set it to 1, or take a backbone of timm's ViT or EVA family as it comes"
+            "running on some patches alone (the conditional energy, hidden_share or excerpt.share "
+            f"below 1) does not work with {type(backbone).__name__}: {reason}; take the dense "
+            "energy and shares of 1, or a backbone of timm's ViT or EVA family as it comes"
         )
 
 
