@@ -27,7 +27,7 @@ from backfold.training.config import (
 )
 from backfold.training.optimizer import freeze_unreachable
 from backfold.training.pretrain import pretrain
-from backfold.training.run import load_checkpoint, load_pretrained
+from backfold.training.run import load_checkpoint, load_pretrained, save_checkpoint
 from backfold.training.step import CompiledStep, RestorationTraining, Stepper, step_seed
 
 OPTIONS = {"patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
@@ -224,6 +224,24 @@ def test_a_run_trains_it_by_default_and_keeps_what_it_decided(tiny, quiet, tmp_p
     name = "second_head.weight"
     assert not torch.equal(content["model"][name], make().state_dict()[name][:16])
     assert all(np.isfinite(row["psnr_gain_db"]) for row in content["history"])
+
+
+def test_an_older_run_is_read_and_resumed_as_the_dense_one_it_was(tiny, quiet, tmp_path):
+    """They knew no other energy, and some had a second head for whole images."""
+    out = tmp_path / "run"
+    folder = pretrain(tiny(out=out, energy="dense", max_steps=2), console=quiet)
+    content = load_checkpoint(folder.last_checkpoint)
+    for name in ("energy", "hidden_blocks", "invariance"):
+        content["config"].pop(name)
+    content["config"] |= {"head": "linear"}
+    content["config"]["tasks"]["exchange"] = {}
+    save_checkpoint(folder.last_checkpoint, content)
+    pretrain(tiny(out=out, max_steps=3), console=quiet, resume=True)
+    assert load_checkpoint(folder.last_checkpoint)["config"]["energy"] == "dense"
+    content["model"]["second_head.weight"] = torch.ones(16)
+    save_checkpoint(folder.last_checkpoint, content)
+    run = load_pretrained(out)
+    assert (run.config.energy, run.energy.second_head, run.step) == ("dense", None, 2)
 
 
 @pytest.mark.parametrize(
