@@ -95,7 +95,7 @@ def test_energies_and_errors_of_every_image(finished, score, capsys):
     sheet = out.with_suffix(".html")
     captured = capsys.readouterr()
     assert captured.out == f"10 scores: {out}\ncontact sheet: {sheet}\n"
-    # The run is a conditional one, by default, and an energy of whole images is not what it learned.
+    # The run is a conditional one, and an energy of whole images is not what it learned.
     assert "pretrain with --energy dense to judge images" in " ".join(captured.err.split())
     assert all(f'alt="{path}"' in sheet.read_text() for path in paths)
 
