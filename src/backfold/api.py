@@ -89,7 +89,9 @@ class Backfold:
         return self.run.energy.head.weight.device
 
     def energy(self, images: Images) -> Tensor:
-        """Energies ``(batch,)``; lower is more plausible. They compare within one run only.
+        """Energies ``(batch,)`` of whole images; lower is more plausible, within one run.
+
+        A run on the conditional energy was not trained to tell them.
 
         Raises:
             UserError: images that the model can't take.

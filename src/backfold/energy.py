@@ -8,7 +8,7 @@ size of 1 then fits every backbone and resolution.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -179,22 +179,23 @@ class EnergyModel(nn.Module):
             norm.eval()
         return self
 
-    def calibrate(self, images: Tensor | Corruption, batch_norm: bool = True) -> None:
-        """Scale each head so that its energy gradient's root mean square on these images is 1.
+    def calibrate(
+        self, images: Tensor, batch_norm: bool = True, energy_fn: EnergyFn | None = None
+    ) -> None:
+        """Scale the head so that its energy gradient's root mean square on these images is 1.
+
+        A second head gets the norm of the first.
 
         Args:
-            images: normalised (zero mean, unit deviation), as the energy will see them; of a
-                corruption, what is corrupted counts alone.
+            images: normalised (zero mean, unit deviation), as the energy will see them.
             batch_norm: also set the running statistics of batch normalisation to these images'.
+            energy_fn: what is differentiated, as `of` gives it; None takes whole images. Pixels
+                that it does not read, whose gradient is zero, do not count.
         """
-        made = images if isinstance(images, Corruption) else None
-        points = made.corrupted if made is not None else cast(Tensor, images)
         with eval_mode(self):
             if batch_norm:
-                measure_batch_norm(self.backbone, points)
-            energy_fn = self if made is None else self.of(made)
-            _, gradient = energy_gradient(energy_fn, points)
-            # What does not run has a gradient of zeros.
+                measure_batch_norm(self.backbone, images)
+            _, gradient = energy_gradient(self if energy_fn is None else energy_fn, images)
             scale = gradient[gradient != 0].float().square().mean().sqrt()
             if not (torch.isfinite(scale) and scale > 0):
                 return

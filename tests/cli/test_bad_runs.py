@@ -104,8 +104,10 @@ def test_nothing_to_resume(refused, tmp_path, snapshot):
     assert snapshot(tmp_path) == {"empty": None}
 
 
-def test_the_demo_leaves_folders_of_others_alone(make_parquet, tiny, refused, tmp_path):
+def test_the_demo_leaves_folders_of_others_alone(make_parquet, tiny, refused, tmp_path, snapshot):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "love.txt").write_text("dear")
     arguments = ["demo", f"--data={make_parquet()}", f"--out={tmp_path / 'letters'}", *tiny]
+    before = snapshot(tmp_path / "letters")
     refused(arguments, "love.txt", "choose another --out")
+    assert snapshot(tmp_path / "letters") == before

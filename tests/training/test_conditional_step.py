@@ -6,9 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.fabric import Fabric
 from torch._dynamo.utils import counters
 
+from backfold.cli.main import main
 from backfold.conditional import conditional_energy, visible
 from backfold.data.loading import StepSampler
 from backfold.data.statistics import ChannelStatistics
@@ -135,7 +137,7 @@ def test_the_energy_gap_is_that_of_hidden_patches_given_the_visible_ones():
 def test_calibration_makes_hidden_pixels_as_loud_as_they_are():
     energy, images = make(), images_of(64)
     made = TASK(images, generator())
-    energy.calibrate(made)
+    energy.calibrate(made.corrupted, energy_fn=energy.of(made))
     with eval_mode(energy):
         _, gradient = energy_gradient(energy.of(made), made.corrupted)
     hidden = made.loss_mask.expand_as(gradient)
@@ -234,10 +236,17 @@ def test_an_older_run_is_read_and_resumed_as_the_dense_one_it_was(tiny, quiet, t
     for name in ("energy", "hidden_blocks", "invariance"):
         content["config"].pop(name)
     content["config"] |= {"head": "linear"}
-    content["config"]["tasks"]["exchange"] = {}
     save_checkpoint(folder.last_checkpoint, content)
+    written = yaml.safe_load(folder.config.read_text())
+    for name in ("energy", "hidden_blocks", "invariance"):
+        written.pop(name)
+    folder.config.write_text(yaml.safe_dump(written))
+    assert main(["pretrain", "--resume", f"--out={out}"]) == 0
     pretrain(tiny(out=out, max_steps=3), console=quiet, resume=True)
     assert load_checkpoint(folder.last_checkpoint)["config"]["energy"] == "dense"
+    with pytest.raises(UserError, match=r"last\.ckpt does not fit these settings: .*second_head"):
+        pretrain(tiny(out=out, energy="conditional"), console=quiet, resume=True)
+    content["config"]["tasks"]["exchange"] = {}
     content["model"]["second_head.weight"] = torch.ones(16)
     save_checkpoint(folder.last_checkpoint, content)
     run = load_pretrained(out)

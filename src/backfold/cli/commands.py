@@ -131,7 +131,9 @@ def run_pretrain(config: PretrainConfig, resume: bool, overwrite: bool, command:
     checkpoint = RunFolder(config.out).last_checkpoint
     if resume and checkpoint.exists():
         before, now = load_checkpoint(checkpoint)["config"], config_to_dict(config)
-        changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
+        # Settings that the run did not know yet have no value of its own.
+        told = [key for key in now if key in before and key not in FREE_ON_RESUME]
+        changed = [key for key in told if before[key] != now[key]]
         if changed:
             raise UserError(
                 f"--resume goes on with the run's own settings, and {', '.join(changed)} "

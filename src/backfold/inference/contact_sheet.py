@@ -42,11 +42,13 @@ def render_contact_sheet(
     tables: Iterable[pa.Table], source: ImageSource, run: Pretrained, title: str, count: int = 24
 ) -> str:
     """The page, with its pictures inside: at most ``count`` of ``source`` in a view."""
+    # A conditional run's energy of whole images says nothing of plausible ones.
+    titles = {} if run.config.energy == "conditional" else TITLES
     views = [
         (view_title, name, side.to_pylist())
         for name, sides in extremes(tables, count).items()
         for view_title, side in zip(
-            TITLES.get(name, (f"Lowest {name}", f"Highest {name}")), sides, strict=True
+            titles.get(name, (f"Lowest {name}", f"Highest {name}")), sides, strict=True
         )
     ]
     shown = sorted({row[INDEX] for _, _, rows in views for row in rows})

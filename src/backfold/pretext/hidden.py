@@ -92,10 +92,10 @@ class HiddenPatches:
 
     def _normalised(self, hidden: Tensor) -> Tensor | None:
         """Which of the hidden patches, in random order, a second head restores; None if none."""
-        kept = hidden.shape[1]
-        count = min(kept - 1, round(self.masking.normalised_share * kept))
         if not self.masking.normalised_share:
             return None
+        kept = hidden.shape[1]
+        count = min(kept - 1, round(self.masking.normalised_share * kept))
         return (torch.arange(kept, device=hidden.device) < count).expand_as(hidden)
 
 
@@ -108,7 +108,7 @@ def _swapped(clean: Tensor, squares: Tensor, size: int) -> Tensor:
 
 
 def hidden_by(mask: Tensor, images: Tensor, masking: Masking | None, size: int) -> Corruption:
-    """What is corrupted where somebody says so, for the conditional energy: of one image.
+    """What is corrupted where somebody says so: of one image, patch by patch.
 
     Args:
         mask: bool, (1, 1, height, width), some of it True; hides every patch that it touches.

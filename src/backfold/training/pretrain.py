@@ -151,8 +151,6 @@ class Run:
         self._unreadable: list[str] = []  # lines that are not counted yet
         self._told_of_waiting = False
         self._stream: StreamBatches | None = None
-        for line in doubtful_settings(config):
-            LOGGER.warning("%s", line)
         last = self.folder.last_checkpoint
         continued = resume and last.exists()
         content = run.load_checkpoint(last) if continued else None
@@ -169,6 +167,8 @@ class Run:
         )
         tasks = build_tasks(config, self.images.channels)
         task = self._settle(tasks)
+        for line in doubtful_settings(config):
+            LOGGER.warning("%s", line)
         # Watched as they are used: on whole images, whatever part of them training runs on.
         self.tasks = used_tasks(config, self.images.channels)
         self._place()
@@ -262,8 +262,15 @@ class Run:
             LOGGER.info("no checkpoint yet in %s: starting from step 0", self.folder.root)
             return
         content = run.load_checkpoint(self.folder.last_checkpoint)
-        self.energy.load_state_dict(content["model"])
-        self.stepper.optimizer.load_state_dict(content["optimizer"])
+        try:
+            self.energy.load_state_dict(content["model"])
+            self.stepper.optimizer.load_state_dict(content["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{self.folder.last_checkpoint} does not fit these settings: {reason}; resume with "
+                "the run's own, in the version that wrote it"
+            ) from error
         self.state = State(**content["state"])
         self.history, self.energies = content["history"], content["energies"]
         self.broken.add(self.state.broken)
@@ -566,4 +573,5 @@ def calibrate(
     made = [
         task(part, generator) for task, part in zip(tasks.values(), parts, strict=True) if len(part)
     ]
-    energy.calibrate(Corruption.join(made), batch_norm)
+    joined = Corruption.join(made)
+    energy.calibrate(joined.corrupted, batch_norm, energy.of(joined))
