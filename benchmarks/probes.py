@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backfold.evaluation.probes import fit_linear_path, knn_predictions
+from backfold.evaluation.probes import knn_predictions, linear_probes
 from backfold.files import write_json
 from step_cost.measuring import facts
 
@@ -66,17 +66,18 @@ def measure(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 def linear(data: Sequence[Embedded]) -> dict[str, Any]:
     (x, y), (test_x, test_y), (held_x, held_y) = data
-    path, cost = measure(lambda: fit_linear_path(x, y, REGULARISATIONS, device="cpu", seed=SEED))
-    losses = path.log_loss(held_x, held_y)
-    best = int(losses.argmin())
-    right = (path.predict(test_x) == test_y).double().mean(dim=1)
+    fits = linear_probes(x, y, REGULARISATIONS, device="cpu", seed=SEED)
+    path, cost = measure(lambda: list(fits))
+    losses = [probe.log_loss(held_x, held_y) for probe in path]
+    right = [float((probe.predict(test_x) == test_y).double().mean()) for probe in path]
+    best = int(np.argmin(losses))
     return {
         **cost,
         "regularisations": REGULARISATIONS,
-        "validation_log_loss": losses.tolist(),
+        "validation_log_loss": losses,
         "chosen": REGULARISATIONS[best],
-        "accuracy": float(right[best]),
-        "accuracies": right.tolist(),
+        "accuracy": right[best],
+        "accuracies": right,
     }
 
 

@@ -4,9 +4,9 @@
 
 Every method is trained with each learning rate from the first seed, and judged by linear probes on
 validation images ("layers"). With its best rate it is then trained from every seed and judged on
-the test images, once. Each cell (method, seed, rate, part) leaves a file of JSON lines; what is
-there is not done again, and a training that was cut goes on. Writes race.md and race.svg, too.
-Needs `pip install backfold[benchmarks]`.
+the test images, once. Each cell leaves a file of JSON lines; what is there is not done again, and a
+training that was cut goes on. Writes race.md and race.svg of all test rows in `--out`, of shorter
+schedules, too. Needs `pip install backfold[benchmarks]`.
 """
 
 import argparse
@@ -21,10 +21,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import backfold
+from backfold.data.open import open_source
+from backfold.data.source import ImageSource
 from backfold.errors import UserError
 from backfold.evaluation.results import ACCURACY, OVER, PRETRAINED
 from backfold.files import write_atomically
@@ -45,9 +49,17 @@ from race.contest import start
 from step_cost.page import svg
 from step_cost.tables import grouped, markdown_table
 
+# Ours, by the settings that tell them apart.
+OURS: dict[str, dict[str, Any]] = {
+    "conditional": {},
+    "alike": {"invariance": 0.1},
+    "dense": {"energy": "dense"},
+}
 TITLES = {
     "untrained": "untrained",
-    "backfold": "Backfold",
+    "conditional": "Backfold",
+    "alike": "Backfold, two crops alike",
+    "dense": "Backfold, dense energy",
     "mae": "MAE (transformers)",
     "simmim": "SimMIM (transformers)",
     "simclr": "SimCLR (lightly)",
@@ -63,39 +75,53 @@ class Cell(NamedTuple):
     method: str
     seed: int
     rate: float
+    epochs: float  # of the schedule
     part: str
+
+    @property
+    def run(self) -> str:
+        """The name of its training, which both parts share."""
+        return f"{self.method}-rate{self.rate:g}-seed{self.seed}-epochs{self.epochs:g}"
 
     @property
     def file(self) -> str:
         """The name of its rows."""
-        return f"{self.method}-rate{self.rate:g}-seed{self.seed}-{self.part}.jsonl"
+        return f"{self.run}-{self.part}.jsonl"
 
 
-def train(cell: Cell, common: PretrainConfig, runs: Path) -> nn.Module:
-    """The cell's timm backbone; both parts share it, in a folder of ``runs``."""
-    out = runs / f"{cell.method}-rate{cell.rate:g}-seed{cell.seed}"
-    values = config_to_dict(common) | {"out": str(out), "seed": cell.seed}
+def decoded(source: ImageSource) -> TensorDataset:
+    """All images in memory, as a race would read them a hundred times."""
+    return TensorDataset(torch.stack([source.read(place) for place in range(len(source))]))
+
+
+def train(cell: Cell, common: PretrainConfig, data: TensorDataset, runs: Path) -> nn.Module:
+    """The cell's timm backbone, in a folder of ``runs``; a finished training is read."""
+    out = runs / cell.run
+    values = config_to_dict(common) | {"out": str(out), "seed": cell.seed, "epochs": cell.epochs}
+    values |= OURS.get(cell.method, {})
     values["optimizer"]["base_lr"] = cell.rate
-    if cell.method == "backfold":
-        resume = RunFolder(out).last_checkpoint.exists()
-        run = backfold.pretrain(**values, resume=resume, overwrite=not resume)
-        return run.run.energy.backbone
     settings = config_from_dict(values)
-    images = open_images(settings)
+    images = open_images(settings, source=open_source(data, "train"))
     given = (settings.backbone, settings.backbone_options, images, settings)
+    if cell.method in OURS:
+        resume = RunFolder(out).last_checkpoint.exists()
+        run = backfold.pretrain(**values | {"data": data}, resume=resume, overwrite=not resume)
+        return run.run.energy.backbone
     if cell.method == "untrained":
         return start(*given)
     trained: nn.Module = importlib.import_module(f"race.{cell.method}").train(*given)
     return trained
 
 
-def judge(cell: Cell, common: PretrainConfig, out: Path) -> list[dict[str, Any]]:
+def judge(
+    cell: Cell, common: PretrainConfig, data: TensorDataset, out: Path
+) -> list[dict[str, Any]]:
     """The cell's rows: read if they are there, else found and written."""
     path = out / cell.file
     if path.exists():
         return [json.loads(line) for line in path.read_text().splitlines()]
     begun = time.monotonic()
-    backbone = train(cell, common, out / "runs")
+    backbone = train(cell, common, data, out / "runs")
     seconds = time.monotonic() - begun  # of a run that was cut, those since it went on
     found = backfold.evaluate(
         backbone, data=common.data, protocols=PROTOCOLS[cell.part], channels=common.channels,
@@ -127,17 +153,26 @@ def race(
     out: Path,
 ) -> list[dict[str, Any]]:
     """All test rows; each cell is done once, whatever was cut before."""
-    common = replace(common, channels=open_images(common).channels)
-    rows = []
+    data = decoded(open_source(common.data, "train"))
+    common = replace(common, channels=len(data[0][0]))
+    rows, epochs = [], common.epochs
     for method in methods:
         rate = rates[0]
         if method != "untrained" and len(rates) > 1:
-            cells = [Cell(method, seeds[0], rate, VALIDATION) for rate in rates]
-            judged = [judge(cell, common, out) for cell in cells]
+            cells = [Cell(method, seeds[0], rate, epochs, VALIDATION) for rate in rates]
+            judged = [judge(cell, common, data, out) for cell in cells]
             rate = best_rate(list(chain.from_iterable(judged)))
         for seed in seeds:
-            rows += judge(Cell(method, seed, rate, TEST), common, out)
+            rows += judge(Cell(method, seed, rate, epochs, TEST), common, data, out)
     return rows
+
+
+def title(row: dict[str, Any]) -> str:
+    """Of its line: the method and its schedule, or what was judged beside it."""
+    if row["contender"] != PRETRAINED:
+        return str(row["contender"])
+    trained = f", {row['epochs']:g} epochs" if row["method"] != "untrained" else ""
+    return TITLES[row["method"]] + trained
 
 
 def summary(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float, int]]]:
@@ -147,13 +182,12 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, tuple[float, 
     """
     found: dict[str, dict[str, tuple[float, float, int]]] = {}
     kept = [row for row in rows if row["metric"] == ACCURACY and OVER not in row["contender"]]
-    keys = ("method", "contender", "protocol", "case")
-    for (method, contender, protocol, case), group in grouped(kept, *keys).items():
+    keys = ("method", "epochs", "contender", "protocol", "case")
+    for (*_, protocol, case), group in grouped(kept, *keys).items():
         means = [row["mean"] for row in group]
         deviation = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
-        title = TITLES[method] if contender == PRETRAINED else contender
         cell = (float(np.mean(means)), deviation, len(means))
-        found.setdefault(title, {})[f"{protocol}, {case}"] = cell
+        found.setdefault(title(group[0]), {})[f"{protocol}, {case}"] = cell
     return found
 
 
@@ -162,17 +196,17 @@ def write_table(rows: Sequence[dict[str, Any]], out: Path) -> None:
     found = summary(rows)
     cases = list(dict.fromkeys(case for cells in found.values() for case in cells))
     lines = []
-    for title, cells in found.items():
-        rates = {f"{row['rate']:g}" for row in rows if TITLES[row["method"]] == title}
+    for line, cells in found.items():
+        rates = {f"{row['rate']:g}" for row in rows if title(row) == line}
         shown = [cells.get(case) for case in cases]
         texts = [f"{cell[0]:.1f} ± {cell[1]:.1f}" if cell else "" for cell in shown]
         count = max(cell[2] for cell in cells.values())
-        lines.append([title, ", ".join(sorted(rates)), str(count), *texts])
+        lines.append([line, ", ".join(sorted(rates)), str(count), *texts])
     header = ["accuracy (%)", "learning rate", "seeds", *cases]
     write_atomically(out / "race.md", (markdown_table(header, lines) + "\n").encode())
     figure = Figure(figsize=(3.4 * len(cases), 0.4 * len(found) + 1.2), layout="constrained")
     for case, axis in zip(cases, figure.subplots(1, len(cases), squeeze=False)[0], strict=True):
-        bars = {title: cells[case] for title, cells in found.items() if case in cells}
+        bars = {line: cells[case] for line, cells in found.items() if case in cells}
         means, deviations, _ = zip(*bars.values(), strict=True)
         axis.barh(list(bars), means, xerr=deviations)
         axis.invert_yaxis()
@@ -207,14 +241,17 @@ def main() -> None:
         shape |= {"embed_dim": options.width, "num_heads": options.width // 32}
     common = PretrainConfig(
         data=options.data, backbone=options.backbone, image_size=options.image_size,
-        backbone_options=shape, epochs=options.epochs,
+        backbone_options=shape, epochs=options.epochs, watch_every=options.epochs / 10,
         batch_size=options.batch, accelerator=device, devices=1,
+        num_workers=None if device == "cuda" else 0,  # no core is left for one
         precision="bf16-mixed" if device == "cuda" else "32-true",
         tasks=TaskSettings(masking=Masking(mask_patch_size=options.patch)),
         optimizer=OptimizerSettings(),
     )  # fmt: skip
-    rows = race(options.methods, options.seeds, options.rates, common, options.out)
-    write_table(rows, options.out)
+    race(options.methods, options.seeds, options.rates, common, options.out)
+    tested = sorted(options.out.glob(f"*-{TEST}.jsonl"))
+    lines = chain.from_iterable(path.read_text().splitlines() for path in tested)
+    write_table([json.loads(line) for line in lines], options.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from backfold.data.open import open_source
 from backfold.errors import UserError
 from backfold.evaluation import probes
-from backfold.evaluation.probes import REGULARISATION_GRID, fit_linear_path, knn_predictions
+from backfold.evaluation.probes import REGULARISATION_GRID, knn_predictions, linear_probes
 
 
 @pytest.fixture(scope="module")
@@ -50,23 +50,24 @@ def test_every_penalty_agrees_with_scikit_learn(fashion):
     x, y, test, test_y = fashion
     regression = LogisticRegression(tol=1e-6, max_iter=20_000, warm_start=True)
     reference = make_pipeline(StandardScaler(), regression)
-    predicted = fit_linear_path(x, y, device="cpu").predict(test)
-    for found, regularisation in zip(predicted, REGULARISATION_GRID, strict=True):
+    path = linear_probes(x, y, device="cpu")
+    for probe, regularisation in zip(path, REGULARISATION_GRID, strict=True):
         regression.C = regularisation
         expected = reference.fit(x.double().numpy(), y).score(test.double().numpy(), test_y)
-        assert float((found == test_y).double().mean()) == pytest.approx(expected, abs=0.002)
+        found = (probe.predict(test) == test_y).double().mean()
+        assert float(found) == pytest.approx(expected, abs=0.002)
 
 
 @pytest.mark.parametrize("count", [300, 8])  # 8 images have fewer dimensions than the features
 def test_the_gradient_is_zero_at_the_optimum(count):
     x, y = overlapping(count)
-    path = fit_linear_path(x, y, (0.01, 1.0), device="cpu")
-    for index, regularisation in enumerate((0.01, 1.0)):
-        weights, bias = (p[index].double().requires_grad_() for p in (path.weights, path.bias))
-        standardised = (x.double() - path.mean) / path.std
+    path = (0.01, 1.0)
+    for probe, regularisation in zip(linear_probes(x, y, path, device="cpu"), path, strict=True):
+        weights, bias = (part.double().requires_grad_() for part in (probe.weights, probe.bias))
+        standardised = (x.double() - probe.mean) / probe.std
         loss = F.cross_entropy(standardised @ weights.T + bias, y)
         more = torch.cat([x, x + 1]), torch.cat([y, y + 9])  # classes that training did not see
-        assert path.log_loss(*more)[index] == pytest.approx(loss.item(), rel=1e-5)
+        assert probe.log_loss(*more) == pytest.approx(loss.item(), rel=1e-5)
         (loss + weights.square().sum() / (2 * regularisation * len(x))).backward()
         allowed = 0.01 * weights.detach().norm() / (regularisation * len(x))
         assert torch.cat([weights.grad, bias.grad[:, None]], dim=1).norm() < allowed
@@ -76,21 +77,22 @@ def test_minibatches_reach_what_all_images_at_once_do(monkeypatch):
     """Where a batch holds fewer images of a class than features."""
     x, y = overlapping(13_000, classes=50, features=24)
     train, held_out = (x[:-1_000].half(), y[:-1_000]), (x[-1_000:], y[-1_000:])
-    whole = fit_linear_path(*train, (1e-3, 10.0), device="cpu")
+    whole = list(linear_probes(*train, (1e-3, 10.0), device="cpu"))
     monkeypatch.setattr(probes, "FULL_BATCH_IMAGES", 0)
     monkeypatch.setattr(probes, "BATCH_SIZE", 64)
-    parts = fit_linear_path(*train, (1e-3, 10.0), device="cpu")
-    losses = [path.log_loss(*held_out) for path in (parts, whole)]
-    torch.testing.assert_close(*losses, atol=0.01, rtol=0)
+    parts = linear_probes(*train, (1e-3, 10.0), device="cpu")
+    for probe, expected in zip(parts, whole, strict=True):
+        loss = expected.log_loss(*held_out)
+        assert probe.log_loss(*held_out) == pytest.approx(loss, abs=0.01)
 
 
 def test_bad_input():
     x, y = torch.randn(4, 2), torch.tensor([0, 0, 1, 1])
     with pytest.raises(UserError, match="4 images are of 1; label images of another class"):
-        fit_linear_path(x, torch.zeros(4), device="cpu")
+        next(linear_probes(x, torch.zeros(4), device="cpu"))
     broken = x.where(x != x[1, 0], torch.nan)
     for train, queries in ((broken, x), (x, broken)):
         with pytest.raises(UserError, match="1 of 4 embeddings are not finite"):
             knn_predictions(train, y, queries, device="cpu")
         with pytest.raises(UserError, match="1 of 4 embeddings are not finite"):
-            fit_linear_path(train, y, device="cpu").predict(queries)
+            next(linear_probes(train, y, device="cpu")).predict(queries)

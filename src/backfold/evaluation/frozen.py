@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from backfold.embedding import Embedder, EmbeddingChoice
 from backfold.errors import UserError
 from backfold.evaluation import images as data
-from backfold.evaluation.probes import REGULARISATION_GRID, fit_linear_path, knn_predictions
+from backfold.evaluation.probes import REGULARISATION_GRID, knn_predictions, linear_probes
 from backfold.evaluation.results import PIXELS, Row
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CHOSEN_ON = 2_000  # images that probes learn from while a candidate is chosen among all labels
 MOST_CHOSEN_ON = 50_000  # of all draws together
 MOST_VALIDATION = 4_000
+TOLERANCE = 0.02  # of a probe's weights, as far as it is for a choice alone
 COMPONENTS_ON = 2_000  # images that principal components are found on
 IN_MEMORY_BYTES = 2**30
 LARGEST_SIDE, THUMBNAIL = 32, 8
@@ -201,8 +202,8 @@ def _rows(given: "Evaluation", protocol: str) -> list[Row]:
             if protocol == "knn":
                 predicted.append(knn_predictions(vectors, truth, queries, device=given.device))
             else:
-                path = fit_linear_path(vectors, truth, (regularisation,), device=given.device)
-                predicted.append(path.predict(queries)[0])
+                (probe,) = linear_probes(vectors, truth, (regularisation,), device=given.device)
+                predicted.append(probe.predict(queries))
         return candidate + (f"; C {regularisation:g}" if regularisation else ""), predicted
 
     return data.rows_by_labels(given, protocol, frozen.contenders, learn)
@@ -241,19 +242,25 @@ def _choose(
 def _validated(
     given: "Evaluation", protocol: str, pair: Pair, sets: Sequence[Tensor], validation: Tensor
 ) -> tuple[float, float]:
-    """Accuracy, 0 to 1, over these sets of places to learn from, and the best regularisation."""
-    held, losses, right = given.frozen.train(*pair, validation), [], []
-    labels, device = given.parts.train.labels, given.device
-    for places in sets:
-        vectors, truth = given.frozen.train(*pair, places), labels[places]
-        if protocol == "knn":
-            predicted = knn_predictions(vectors, truth, held, device=device)[None]
-            loss = torch.zeros(1)
-        else:
-            path = fit_linear_path(vectors, truth, REGULARISATION_GRID, device=device)
-            predicted, loss = path.predict(held), path.log_loss(held, labels[validation])
-        right.append((predicted == labels[validation]).double().mean(dim=1))
-        losses.append(loss)
-    index = int(torch.stack(losses).mean(dim=0).argmin())
-    regularisation = 0.0 if protocol == "knn" else REGULARISATION_GRID[index]
-    return float(torch.stack(right).mean(dim=0)[index]), regularisation
+    """Accuracy, 0 to 1, over these sets of places to learn from, and the best regularisation.
+
+    From the strongest penalty on, until a weaker one does worse.
+    """
+    held, truth = given.frozen.train(*pair, validation), given.parts.train.labels[validation]
+    learned = [
+        (given.frozen.train(*pair, places), given.parts.train.labels[places]) for places in sets
+    ]
+
+    def score(found: Sequence[Tensor]) -> float:
+        return float(np.mean([(labels == truth).double().mean() for labels in found]))
+
+    if protocol == "knn":
+        return score([knn_predictions(*each, held, device=given.device) for each in learned]), 0.0
+    paths = [linear_probes(*each, device=given.device, tolerance=TOLERANCE) for each in learned]
+    best, least = (0.0, 0.0), np.inf
+    for regularisation, probes in zip(REGULARISATION_GRID, zip(*paths, strict=True), strict=True):
+        loss = np.mean([probe.log_loss(held, truth) for probe in probes])
+        if loss > least:
+            break
+        best, least = (score([probe.predict(held) for probe in probes]), regularisation), loss
+    return best

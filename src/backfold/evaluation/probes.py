@@ -22,8 +22,6 @@ BANK_CHUNK, QUERY_CHUNK = 2**14, 2**10
 NEIGHBOURS = 20
 # Here some 200 passes over all images cost what 1500 minibatches do, whatever the other sizes.
 FULL_BATCH_IMAGES = 2**14
-# Of the weights' norm. The penalty is strongly convex: a fit ends this close to its optimum.
-RELATIVE_ERROR = 0.005
 MAX_ITERATIONS = 300  # only penalties far too weak take more; their accuracy is then off by 0.2%
 MEMORY = 10
 SMALLEST_STEP = 1e-6
@@ -72,56 +70,55 @@ def _finite(embeddings: Tensor, device: Device) -> Tensor:
     return rows
 
 
-class LinearPath(NamedTuple):
-    """Multinomial logistic regressions on the same images, one for each regularisation."""
+class LinearProbe(NamedTuple):
+    """A multinomial logistic regression."""
 
-    weights: Tensor  # (paths, classes, features), of standardised features
-    bias: Tensor  # (paths, classes)
+    weights: Tensor  # (classes, features), of standardised features
+    bias: Tensor  # (classes,)
     mean: Tensor  # (features,), of the training images
     std: Tensor  # (features,); 1 where a feature does not vary
     classes: Tensor  # int64 (classes,), the labels, rising, on the CPU; all else is on the device
 
     def predict(self, embeddings: Tensor) -> Tensor:
-        """Labels, int64 ``(paths, images)``, on the CPU."""
-        found = [logits.argmax(dim=1).cpu() for _, logits in self._logits(embeddings)]
-        return self.classes[torch.cat(found, dim=1)]
+        """Labels, int64 ``(images,)``, on the CPU."""
+        return self.classes[self._logits(embeddings).argmax(dim=1).cpu()]
 
-    def log_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Mean of -log(probability of the label), ``(paths,)``, on the CPU.
+    def log_loss(self, embeddings: Tensor, labels: Tensor) -> float:
+        """Mean of -log(probability of the label).
 
         Images of classes that training did not see are left out.
         """
         known = torch.isin(labels.cpu(), self.classes)
-        places = torch.searchsorted(self.classes, labels.cpu().long()).where(known, -100)
-        total = torch.zeros(len(self.weights), dtype=torch.float64)
-        for rows, logits in self._logits(embeddings):
-            total += _log_losses(logits, places[rows]).sum(dim=1).cpu()
-        return total / known.sum()
+        places = torch.searchsorted(self.classes, labels.cpu()[known].long())
+        logits = self._logits(embeddings)
+        return float(F.cross_entropy(logits[known.to(logits.device)], places.to(logits.device)))
 
-    def _logits(self, embeddings: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(paths, classes, images) of a chunk of images at a time."""
-        paths, classes, features = self.weights.shape
-        for rows in _chunks(len(embeddings), max(features, paths * classes)):
+    def _logits(self, embeddings: Tensor) -> Tensor:
+        """(images, classes)."""
+        parts = []
+        for rows in _chunks(*embeddings.shape):
             x = (_finite(embeddings[rows], self.mean.device) - self.mean) / self.std
-            product = self.weights.flatten(0, 1) @ x.T
-            yield rows, product.unflatten(0, (paths, classes)) + self.bias[:, :, None]
+            parts.append(x @ self.weights.T + self.bias)
+        return torch.cat(parts)
 
 
-def fit_linear_path(
+def linear_probes(
     embeddings: Tensor,
     labels: Tensor,
     regularisations: Sequence[float] = REGULARISATION_GRID,
     *,
     device: Device,
+    tolerance: float = 0.005,
     seed: int = 0,
-) -> LinearPath:
-    """Fit multinomial logistic regressions, all regularisations at once.
+) -> Iterator[LinearProbe]:
+    """Fit a multinomial logistic regression for each regularisation, as they are asked for.
 
     Features are standardised to these images. A fit minimises the mean cross-entropy + ||W||^2 /
-    (2 C images); the bias is free. Small problems are solved by L-BFGS on all images, until the
-    weights are within 0.5% of the optimum or after 300 steps; large ones by a few epochs of
-    minibatches in the seed's order, which leaves the weakest penalties short of their optimum.
-    Embeddings that are not finite, or fewer than two classes, raise a `UserError`.
+    (2 C images); the bias is free. Small problems are solved one after another, each from where the
+    one before ended (so give C rising), by L-BFGS on all images, until the weights are as close to
+    the optimum as the tolerance, a share of their norm, or after 300 steps; large ones at once by a
+    few epochs of minibatches in the seed's order, which leaves the weakest penalties short of their
+    optimum. Embeddings that are not finite, or fewer than two classes, raise a `UserError`.
     """
     classes, targets = torch.unique(labels.cpu(), return_inverse=True)
     count = len(labels)
@@ -145,15 +142,17 @@ def fit_linear_path(
         return F.pad(standardised(places) @ axes, (0, 1), value=1.0), targets[places]
 
     decay = 1 / (count * torch.tensor(regularisations, device=mean.device))
+    # Shaped as the weights: (regularisations, classes, axes and the bias).
     penalty = F.pad(decay[:, None, None].expand(-1, 1, len(spread)), (0, 1))
     share = (torch.bincount(targets) / count).to(spread)
     # At weights of 0, where a class's probability is taken for its share of the images.
     curvature = (share * (1 - share))[:, None] * F.pad(spread, (0, 1), value=1.0) + penalty
     if count <= FULL_BATCH_IMAGES:
-        weights = _minimise(*turned(slice(None)), penalty, curvature)
+        fits = _minimise(*turned(slice(None)), penalty, curvature, tolerance)
     else:
-        weights = _descend(turned, count, share, penalty, curvature, seed)
-    return LinearPath(weights[..., :-1] @ axes.T, weights[..., -1], mean, std, classes.long())
+        fits = iter(_descend(turned, count, share, penalty, curvature, seed))
+    for weights in fits:
+        yield LinearProbe(weights[:, :-1] @ axes.T, weights[:, -1], mean, std, classes.long())
 
 
 def _principal_axes(
@@ -167,29 +166,22 @@ def _principal_axes(
     else:
         parts = map(standardised, _chunks(count, width))
         basis, covariance = None, sum((x.T @ x / count for x in parts), torch.zeros(()))
-    # On the CPU, in double precision: not every device has an eigensolver.
-    spread, vectors = torch.linalg.eigh(covariance.cpu().double())
-    axes = vectors.float() if basis is None else basis @ vectors.float()
-    return axes, spread.clamp(min=1e-7 * (float(spread[-1]) or 1.0)).float()
+    spread, vectors = torch.linalg.eigh(covariance.cpu())  # not every device has an eigensolver
+    axes = vectors if basis is None else basis @ vectors
+    return axes, spread.clamp(min=1e-7 * (float(spread[-1]) or 1.0))
 
 
-def _log_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """(paths, images), of (paths, classes, images) and (images,); 0 where the target is -100."""
-    targets = targets.to(logits.device).expand(len(logits), -1)
-    return F.cross_entropy(logits, targets, reduction="none")
-
-
-@torch.enable_grad()
 def _objective(
     x: Tensor, targets: Tensor, penalty: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What is minimised, (paths,), and its gradient, shaped as the weights; see `_minimise`."""
-    weights = weights.detach().requires_grad_()
     # Images come last: softmax over a short last axis takes ten times as long.
     logits = (weights.flatten(0, 1) @ x.T).unflatten(0, weights.shape[:2])
-    loss = _log_losses(logits, targets).mean(dim=1) + _dot(penalty * weights, weights) / 2
-    (gradient,) = torch.autograd.grad(loss.sum(), weights)
-    return loss.detach(), gradient
+    off = logits.log_softmax(dim=1)
+    target = targets.to(x.device).expand(len(weights), 1, -1)
+    loss = -off.gather(1, target).mean(dim=(1, 2)) + _dot(penalty * weights, weights) / 2
+    off = off.exp_().scatter_add_(1, target, off.new_full((), -1.0).expand(target.shape))
+    return loss, (off.flatten(0, 1) @ x).view_as(weights) / len(x) + penalty * weights
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:
@@ -197,44 +189,39 @@ def _dot(first: Tensor, second: Tensor) -> Tensor:
     return (first * second).sum(dim=(1, 2))
 
 
-def _minimise(x: Tensor, targets: Tensor, penalty: Tensor, curvature: Tensor) -> Tensor:
-    """L-BFGS of all paths at once, each with its own step; those that end are left out.
+def _minimise(
+    x: Tensor, targets: Tensor, penalties: Tensor, curvatures: Tensor, tolerance: float
+) -> Iterator[Tensor]:
+    """L-BFGS for one penalty after another: weights, (classes, features + 1).
 
-    Of ``x`` (images, features + 1) and targets (images,), the penalty (paths, 1, features + 1), 0
-    for the bias, and the Hessian's approximate diagonal it makes weights, both of shape (paths,
-    classes, features + 1).
+    Of ``x`` (images, features + 1) and targets (images,), the penalties (paths, 1, features + 1), 0
+    for the bias, and the Hessian's approximate diagonals (paths, classes, features + 1).
     """
-    found = torch.zeros_like(curvature)
-    weights, active = found.clone(), torch.arange(len(found), device=x.device)
-    loss, gradient = _objective(x, targets, penalty, weights)
-    # Step, change of the gradient, 1 / their product: each by path, the latest last.
-    history: list[tuple[Tensor, Tensor, Tensor]] = []
-    for _ in range(MAX_ITERATIONS):
-        pull = penalty * weights
-        going = _dot(gradient, gradient) > RELATIVE_ERROR**2 * _dot(pull, pull)
-        if not going.all():
-            found[active] = weights
-            active, weights, penalty = active[going], weights[going], penalty[going]
-            loss, gradient, curvature = loss[going], gradient[going], curvature[going]
-            history = [(step[going], change[going], inv[going]) for step, change, inv in history]
-            if len(active) == 0:
+    weights = torch.zeros_like(curvatures[:1])
+    for path in range(len(penalties)):
+        penalty, curvature = penalties[path : path + 1], curvatures[path : path + 1]
+        loss, gradient = _objective(x, targets, penalty, weights)
+        # Step, change of the gradient, 1 / their product: the latest last.
+        history: list[tuple[Tensor, Tensor, Tensor]] = []
+        for _ in range(MAX_ITERATIONS):
+            # The penalty is strongly convex: the gradient bounds the distance.
+            if gradient.norm() <= tolerance * (penalty * weights).norm():
                 break
-        direction = -_solved(gradient, history, curvature)
-        slope, step = _dot(gradient, direction), torch.ones_like(loss)
-        while True:
-            moved = weights + step[:, None, None] * direction
-            new_loss, new_gradient = _objective(x, targets, penalty, moved)
-            # Below the last term the change of the loss is lost in float32's rounding.
-            enough = new_loss <= loss + 1e-4 * step * slope + 1e-6 * loss
-            if enough.all() or step.min() < SMALLEST_STEP:
-                break
-            step = torch.where(enough, step, step / 2)
-        product = _dot(moved - weights, new_gradient - gradient)
-        inverse = torch.where(product > 0, 1 / product, 0.0)
-        history = [*history, (moved - weights, new_gradient - gradient, inverse)][-MEMORY:]
-        weights, loss, gradient = moved, new_loss, new_gradient
-    found[active] = weights
-    return found
+            direction = -_solved(gradient, history, curvature)
+            slope, step = _dot(gradient, direction), 1.0
+            while True:
+                moved = weights + step * direction
+                new_loss, new_gradient = _objective(x, targets, penalty, moved)
+                # Below the last term the change of the loss is lost in float32's rounding.
+                enough = new_loss <= loss + 1e-4 * step * slope + 1e-6 * loss
+                if enough or step < SMALLEST_STEP:
+                    break
+                step /= 2
+            product = _dot(moved - weights, new_gradient - gradient)
+            inverse = torch.where(product > 0, 1 / product, 0.0)
+            history = [*history, (moved - weights, new_gradient - gradient, inverse)][-MEMORY:]
+            weights, loss, gradient = moved, new_loss, new_gradient
+        yield weights[0]
 
 
 def _solved(
@@ -243,23 +230,25 @@ def _solved(
     """The gradient by the inverse of the curvature that the last steps correct, shaped as it."""
     result, factors = gradient, []
     for step, change, inverse in reversed(history):
-        factors.append((inverse * _dot(step, result))[:, None, None])
+        factors.append(inverse * _dot(step, result))
         result = result - factors[-1] * change
     result = result / curvature
     if history:
         _, change, inverse = history[-1]
         scale = inverse * _dot(change, change / curvature)
-        result = result / torch.where(scale > 0, scale, 1.0)[:, None, None]
+        result = result / torch.where(scale > 0, scale, 1.0)
     for step, change, inverse in history:
-        factor = factors.pop() - (inverse * _dot(change, result))[:, None, None]
-        result = result + factor * step
+        result = result + (factors.pop() - inverse * _dot(change, result)) * step
     return result
 
 
 def _descend(
     rows: Rows, count: int, share: Tensor, penalty: Tensor, curvature: Tensor, seed: int
 ) -> Tensor:
-    """As `_minimise`, by Nesterov's method on Newton's scale; ``share``: (classes,), of images."""
+    """All paths, as `_minimise`'s, by Nesterov's method on Newton's scale.
+
+    ``share``: (classes,), of images.
+    """
     batches = math.ceil(count / BATCH_SIZE)
     steps = batches * max(MIN_EPOCHS, math.ceil(MIN_STEPS / batches))
     # Where a batch holds fewer images of a class than features, a full step is mostly noise, and
