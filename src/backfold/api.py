@@ -8,6 +8,7 @@ run = backfold.load("runs/photos")
 energies = run.energy(images)  # lower is more plausible
 vectors = run.embed(images)
 restored = run.restore(images).restored
+maps = run.defect_map(images)  # higher where stranger
 """
 
 import math
@@ -24,15 +25,17 @@ from pyarrow import csv, parquet
 from torch import Tensor
 
 from backfold.backbone import check_image_size
-from backfold.cli.inference import ScoreSettings, run_score
+from backfold.cli.inference import USUAL_IMAGES, ScoreSettings, run_score
 from backfold.data.decode import as_float
 from backfold.data.formats import MapDataset
 from backfold.data.loading import default_workers
 from backfold.data.open import open_source
 from backfold.data.survey import Survey, survey
+from backfold.defects import DefectFinder
 from backfold.embedding import EmbeddingChoice, embed
 from backfold.errors import UserError
 from backfold.exporting.export import Format, export_run
+from backfold.inference.jobs import USUAL_BATCH, find_defects, usual_images
 from backfold.inference.restored import read_images
 from backfold.pretext import Corruption
 from backfold.pretext.hidden import hidden_by
@@ -64,6 +67,7 @@ class Backfold:
 
     def __init__(self, run: Pretrained, path: Path) -> None:
         self.run, self.path = run, path
+        self._own_finder: DefectFinder | None = None  # what `score` compares with
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
@@ -114,6 +118,36 @@ class Backfold:
         prepared = self._prepare(images)
         with eval_mode(self.run.energy), torch.no_grad():
             return embed(self.run.energy.backbone, prepared, choice)
+
+    def score(self, images: Images, usual: Images | None = None) -> dict[str, Tensor]:
+        """How strange each image is, by several scores, ``(batch,)`` each; higher is stranger.
+
+        Args:
+            images: see the class.
+            usual: images without defects to compare with, 8 or more; None takes 256 of the run's
+                own data.
+
+        Raises:
+            UserError: images that the model can't take, too few usual ones, or a run's data that
+                is not there any more.
+        """
+        return self._finder(usual)(self._prepare(images))[0]
+
+    def defect_map(self, images: Images, usual: Images | None = None) -> Tensor:
+        """Where images are strange: (batch, 1, height, width), in deviations from usual pixels.
+
+        Arguments and errors are those of `score`; see `backfold.defects.DefectFinder`.
+        """
+        return self._finder(usual)(self._prepare(images))[1]
+
+    def _finder(self, usual: Images | None) -> DefectFinder:
+        if usual is not None:
+            return find_defects(self.run, self._prepare(usual).split(USUAL_BATCH))
+        if self._own_finder is None:
+            source = open_source(self.run.config.data, "train")
+            batches = usual_images(self.run, source, USUAL_IMAGES, self.device)
+            self._own_finder = find_defects(self.run, batches)
+        return self._own_finder
 
     def restore(
         self,

@@ -5,6 +5,7 @@ Doubles are used on the CPU alone: not every device has them.
 
 import torch
 from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.image import (
@@ -19,6 +20,7 @@ SSIM_SIGMA = 1.5
 SSIM_RADIUS = 5
 KNN_TEMPERATURE = 0.07
 KNN_CHUNK_ELEMENTS = 2**24
+NEIGHBOURS = 10  # that `knn_distance` is the mean of
 
 
 def psnr_db(restored: Tensor, clean: Tensor, std: Tensor) -> Tensor:
@@ -147,3 +149,11 @@ def _vote(similarities: Tensor, votes_for: Tensor, num_classes: int, k: int) -> 
     weights = (nearest / KNN_TEMPERATURE).exp()
     votes = weights.new_zeros(len(weights), num_classes)
     return votes.scatter_add_(1, votes_for[indices], weights).argmax(dim=1)
+
+
+def knn_distance(bank: Tensor, queries: Tensor) -> Tensor:
+    """Mean distance, 0 to 2, of each query to its 10 nearest neighbours, at unit length."""
+    search = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(bank)), algorithm="brute")
+    search.fit(F.normalize(bank.float(), dim=1).numpy())
+    distances, _ = search.kneighbors(F.normalize(queries.float(), dim=1).numpy())
+    return torch.from_numpy(distances.mean(axis=1))

@@ -1,9 +1,12 @@
 """`backfold embed` and `backfold score`."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 import torch
 
 from backfold import Backfold
@@ -13,6 +16,10 @@ from backfold.embedding import EmbeddingChoice
 from backfold.inference.jobs import EmbeddingJob
 
 HERE = ["--accelerator=cpu", "--num-workers=0"]
+DEFECTS = [
+    "gradient_norm", "nearest", "mahalanobis", "largest_gradient", "largest_error",
+    "largest_distance", "largest_alone", "joined",
+]  # fmt: skip
 
 
 def interrupt():
@@ -87,7 +94,7 @@ def score(finished, make_folder, tmp_path):
 def test_energies_and_errors_of_every_image(finished, score, capsys):
     folder, out, table = score("scores.parquet")
     paths = sorted(folder.iterdir())
-    assert table.column_names == ["path", "energy", "error_masking"]
+    assert table.column_names == ["path", "energy", "error_masking", *DEFECTS]
     assert table["path"].to_pylist() == [str(path) for path in paths]
     energies = torch.tensor(table["energy"].to_pylist())
     torch.testing.assert_close(energies, Backfold.load(finished).energy(paths))
@@ -114,9 +121,40 @@ def test_the_same_seed_gives_the_same_numbers(score):
     assert other["energy"] == table["energy"]
     assert other.column_names == [
         "path", "energy", "error_masking", "error_sorting", "error_superresolution",
-        "error_denoising",
+        "error_denoising", *DEFECTS,
     ]  # fmt: skip
+    _, _, plain = score("d.parquet", "--usual-images=0")
+    assert plain.column_names == ["path", "energy", "error_masking"]
     assert first.with_suffix(".html").is_file()
+
+
+def test_maps_of_defects_and_which_score_to_trust(finished, make_folder, tmp_path, capsys):
+    folder, maps = tmp_path / "all", tmp_path / "maps"
+    folder.mkdir()
+    for name in ("class0", "class1"):
+        make_folder(f"all/{name}", count=5)
+    command = ["score", f"--checkpoint={finished}", f"--data={folder}", *HERE]
+    command += [f"--out={tmp_path / 'scores.csv'}", f"--maps={maps}"]
+    assert main([*command, "--good=class0"]) == 0
+    table = pyarrow.csv.read_csv(tmp_path / "scores.csv")
+    printed = capsys.readouterr().out.splitlines()[2:]
+    found = {line.split()[2]: float(line.split()[1].strip(":")) for line in printed}
+    assert [*found] == sorted(found, key=found.__getitem__, reverse=True)
+    assert set(found) == {"energy", "error_masking", *DEFECTS}
+    good = np.array(["class0" in path for path in table["path"].to_pylist()])
+    values = table["nearest"].to_numpy()
+    bad, usual = values[~good][:, None], values[good][None]
+    wins = np.mean((bad > usual) + (bad == usual) / 2)
+    assert found["nearest"] == pytest.approx(wins, abs=0.002)
+    run = Backfold.load(finished)
+    paths = [Path(path) for path in table["path"].to_pylist()]
+    expected, scores = run.defect_map(paths), run.score(paths)
+    assert scores["joined"].tolist() == pytest.approx(table["joined"].to_pylist(), abs=1e-3)
+    for number, each in enumerate(expected):
+        written = torch.from_numpy(tifffile.imread(maps / f"{number:07d}.tiff"))
+        torch.testing.assert_close(written, each[0], atol=1e-3, rtol=1e-3)
+        assert (maps / f"{number:07d}.png").read_bytes()[:4] == b"\x89PNG"
+    assert 'alt="where it is strange"' in (tmp_path / "scores.html").read_text()
 
 
 def test_a_contact_sheet_of_somebody_else_is_not_replaced(finished, tmp_path, refused):

@@ -12,9 +12,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from backfold.cli.main import main
 from backfold.data.decode import as_float
 from backfold.data.open import open_source
+from backfold.pictures import to_display
 from backfold.training.config import used_task
 from backfold.training.run import load_pretrained
-from backfold.training.watch import to_display
 
 
 def restoration(run, path, corrupt, num_steps, step_size):

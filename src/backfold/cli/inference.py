@@ -1,14 +1,18 @@
 """`backfold embed` and `backfold score`."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
+from sklearn.metrics import roc_auc_score
 
 from backfold.data.loading import default_workers
 from backfold.data.open import open_source
@@ -17,12 +21,22 @@ from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
 from backfold.files import write_atomically
 from backfold.inference.contact_sheet import render_contact_sheet
-from backfold.inference.jobs import EmbeddingJob, Job, ScoringJob
-from backfold.inference.parts import Engine, Parts, check_out, compute, local_parts, ray_parts
+from backfold.inference.jobs import EmbeddingJob, Job, ScoringJob, find_defects, usual_images
+from backfold.inference.parts import (
+    INDEX,
+    Engine,
+    Parts,
+    check_out,
+    compute,
+    local_parts,
+    ray_parts,
+)
 from backfold.training.config import NOT_DENSE, used_tasks
 from backfold.training.devices import choose_device
 from backfold.training.log import log_to, terminal
-from backfold.training.run import DEMO_RUN, load_pretrained
+from backfold.training.run import DEMO_RUN, Pretrained, load_pretrained
+
+USUAL_IMAGES = 256
 
 
 @dataclass
@@ -68,11 +82,16 @@ class EmbedSettings(InferenceSettings):
 
 @dataclass
 class ScoreSettings(InferenceSettings):
-    """How `backfold score` writes energy and restoration errors of every image.
+    """How `backfold score` writes energy, restoration errors and defects of every image.
 
     Args:
-        out: .parquet or .csv (path, energy, error_TASK); beside it an .html file shows the images
-            at both ends of each score.
+        out: .parquet or .csv (path, energy, error_TASK, and scores of defects); beside it an .html
+            file shows the images at both ends of each score, and where the strangest are strange.
+        usual: images without defects, to compare with; none takes the run's own data.
+        usual_images: how many of them; 0 leaves the scores of defects out.
+        good: the class, of labelled data, that is without defects: how often each score is higher
+            for an image of another class is printed, so that you see which to trust.
+        maps: a folder for the maps of defects, NUMBER.tiff and NUMBER.png; none writes none.
         pretext: the corruption to restore from; none takes the run's, each task of a mixture in its
             own column.
         num_steps: restoration steps; none takes the run's.
@@ -81,6 +100,10 @@ class ScoreSettings(InferenceSettings):
     """
 
     out: Path = Path("scores.parquet")
+    usual: str | Path | None = None
+    usual_images: int = USUAL_IMAGES
+    good: str | None = None
+    maps: Path | None = None
     pretext: str | None = None
     num_steps: int | None = None
     step_size: float | None = None
@@ -104,10 +127,18 @@ def run_score(settings: ScoreSettings) -> None:
     check_out(settings.out, (".parquet", ".csv"), (sheet,), settings.overwrite)
     if settings.num_steps is not None and settings.num_steps < 0:
         raise UserError(f"num_steps is {settings.num_steps}; give 0 or more")
+    if settings.usual_images < 0:
+        raise UserError(f"usual_images is {settings.usual_images}; give 0 or more")
+    if settings.maps is not None and not settings.usual_images:
+        raise UserError("maps need usual images; give usual_images of 8 or more, or no maps")
+
+    trusted: dict[str, float] = {}
 
     def draw(parts: Parts) -> None:
+        if is_good is not None:
+            trusted.update(trust(parts.tables(), is_good))
         title = f"{parts.source.name}, scored by {settings.checkpoint}"
-        page = render_contact_sheet(parts.tables(), parts.source, run, title)
+        page = render_contact_sheet(parts.tables(), parts.source, run, title, finder=job.finder)
         write_atomically(sheet, page.encode())
 
     console = terminal()
@@ -116,15 +147,56 @@ def run_score(settings: ScoreSettings) -> None:
         config = run.config
         if settings.pretext is not None:
             config.pretext = settings.pretext
+        is_good = None if settings.good is None else _good(settings, run)
         if config.energy == "conditional":
             logging.getLogger("backfold").warning(NOT_DENSE)
         tasks = used_tasks(config, run.channels)
         num_steps = config.num_steps if settings.num_steps is None else settings.num_steps
         step_size = config.step_size if settings.step_size is None else settings.step_size
-        job = ScoringJob(run, tasks, num_steps, step_size, settings.seed, _device(settings))
+        device, finder, usual = _device(settings), None, ""
+        if settings.usual_images:
+            source = open_source(
+                config.data if settings.usual is None else settings.usual,
+                "train",
+                max_pixels=config.max_pixels,
+            )
+            run.energy.to(device)
+            finder = find_defects(run, usual_images(run, source, settings.usual_images, device))
+            usual = f"{settings.usual_images} of {source.name}"
+        job = ScoringJob(
+            run, tasks, num_steps, step_size, settings.seed, device, finder, usual, settings.maps
+        )
         count = _compute(settings, job, console, draw)
     print(f"{count} scores: {settings.out}")
     print(f"contact sheet: {sheet}")
+    for name, auroc in trusted.items():
+        print(f"AUROC {auroc:.3f}: {name}")
+
+
+def _good(settings: ScoreSettings, run: Pretrained) -> NDArray[np.bool_]:
+    """By image, whether it is of the class that is without defects."""
+    data = run.config.data if settings.data is None else settings.data
+    source = open_source(data, settings.split, labelled=True, max_pixels=run.config.max_pixels)
+    names = source.class_names
+    if settings.good not in names or len(names) < 2:
+        raise UserError(
+            f"good is {settings.good!r}; give one of two classes or more of {source.name}: "
+            f"{', '.join(names)}"
+        )
+    good: NDArray[np.bool_] = np.asarray(source.labels) == names.index(settings.good)
+    return good
+
+
+def trust(tables: Iterable[pa.Table], is_good: NDArray[np.bool_]) -> dict[str, float]:
+    """The AUROC of every score, best first: how often it is higher for an image that isn't good."""
+    table = pa.concat_tables(tables)
+    good = is_good[table[INDEX].to_numpy()]
+    columns = table.drop_columns([INDEX, "path"])
+    found = {
+        name: float(roc_auc_score(~good, np.nan_to_num(columns[name].to_numpy(), posinf=1e30)))
+        for name in columns.column_names
+    }
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _device(settings: InferenceSettings) -> torch.device:

@@ -16,9 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import bootstrap, mannwhitneyu
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics.functional.image import total_variation
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -30,6 +28,7 @@ from backfold.errors import UserError
 from backfold.evaluation.images import Images
 from backfold.evaluation.restoration import SEVERITIES, pretext_severities, seeded_batches
 from backfold.evaluation.results import Row, severity_case
+from backfold.metrics import knn_distance
 from backfold.pretext import PretextTask
 from backfold.training.run import Pretrained
 
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from backfold.evaluation.evaluate import Evaluation
 
 PROTOCOL, METRIC = "energy", "AUROC"
-RESAMPLES, NEIGHBOURS = 100, 10
+RESAMPLES = 100
 MOST_NEIGHBOURS = 5000  # training images among which they are looked for, where none are asked for
 KNN, ONE_CLASS = "kNN distance", "one class against the rest"
 
@@ -149,14 +148,6 @@ def auroc(usual: NDArray[Any], strange: NDArray[Any], axis: int = -1) -> NDArray
     """How often, 0 to 1, a strange image's score is above a usual one's, ties counting half."""
     wins = mannwhitneyu(strange, usual, axis=axis, method="asymptotic").statistic
     return np.asarray(wins / (usual.shape[axis] * strange.shape[axis]))
-
-
-def knn_distance(bank: Tensor, queries: Tensor) -> Tensor:
-    """Mean distance, 0 to 2, of each query to its 10 nearest neighbours, at unit length."""
-    search = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(bank)), algorithm="brute")
-    search.fit(F.normalize(bank.float(), dim=1).numpy())
-    distances, _ = search.kneighbors(F.normalize(queries.float(), dim=1).numpy())
-    return torch.from_numpy(distances.mean(axis=1))
 
 
 def file_sizes(images: Tensor, statistics: ChannelStatistics) -> Tensor:

@@ -38,8 +38,8 @@ from backfold.errors import UserError
 from backfold.evaluation.images import seeded
 from backfold.evaluation.results import OVER, PIXELS, PRETRAINED, RANDOM, SCRATCH, Row
 from backfold.evaluation.subject import Subject
+from backfold.pictures import png_bytes
 from backfold.training.config import parse_image_size
-from backfold.training.watch import png_bytes
 
 if TYPE_CHECKING:
     from backfold.evaluation.evaluate import Evaluation

@@ -10,9 +10,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from backfold.data.loading import evaluation_batches
 from backfold.data.source import ImageSource
+from backfold.defects import DefectFinder
 from backfold.inference.parts import INDEX
+from backfold.pictures import heat_png, to_display
 from backfold.training.run import Pretrained
-from backfold.training.watch import to_display
 
 TITLES = {
     "energy": (
@@ -20,6 +21,7 @@ TITLES = {
         "Highest energy: the least plausible images",
     )
 }
+STRANGEST = "Highest joined"
 
 
 def extremes(tables: Iterable[pa.Table], count: int) -> dict[str, tuple[pa.Table, pa.Table]]:
@@ -39,9 +41,17 @@ def extremes(tables: Iterable[pa.Table], count: int) -> dict[str, tuple[pa.Table
 
 
 def render_contact_sheet(
-    tables: Iterable[pa.Table], source: ImageSource, run: Pretrained, title: str, count: int = 24
+    tables: Iterable[pa.Table],
+    source: ImageSource,
+    run: Pretrained,
+    title: str,
+    count: int = 24,
+    finder: DefectFinder | None = None,
 ) -> str:
-    """The page, with its pictures inside: at most ``count`` of ``source`` in a view."""
+    """The page, with its pictures inside: at most ``count`` of ``source`` in a view.
+
+    With a finder of defects the highest of its joined scores are shown once more, under its map.
+    """
     # A conditional run's energy of whole images says nothing of plausible ones.
     titles = {} if run.config.energy == "conditional" else TITLES
     views = [
@@ -52,15 +62,25 @@ def render_contact_sheet(
         )
     ]
     shown = sorted({row[INDEX] for _, _, rows in views for row in rows})
-    pictures = {}  # data URIs by index
+    strange = {row[INDEX] for heading, _, rows in views if heading == STRANGEST for row in rows}
+    pictures, maps = {}, {}  # data URIs by index
     for batch in evaluation_batches(source, run.image_size, run.channels, 16, indices=shown):
-        images = to_display(run.statistics.normalize(batch.images), run.statistics)
-        for index, image in zip(batch.indices.tolist(), images, strict=True):
+        images, indices = run.statistics.normalize(batch.images), batch.indices.tolist()
+        for index, image in zip(indices, to_display(images, run.statistics), strict=True):
             buffer = io.BytesIO()
             to_pil_image(image).save(buffer, format="JPEG", quality=90)
-            encoded = base64.b64encode(buffer.getvalue()).decode()
-            pictures[index] = f"data:image/jpeg;base64,{encoded}"
+            pictures[index] = _uri("jpeg", buffer.getvalue())
+        chosen = [place for place, index in enumerate(indices) if index in strange]
+        if finder is not None and chosen:
+            _, found = finder(images[chosen].to(run.energy.head.weight.device))
+            for place, each in zip(chosen, found, strict=True):
+                maps[indices[place]] = _uri("png", heat_png(images[place], each, run.statistics))
     environment = Environment(loader=PackageLoader("backfold.inference", ""), autoescape=True)
     return environment.get_template("contact_sheet.html.jinja").render(
-        title=title, views=views, images=len(source), pictures=pictures
-    )
+        title=title, views=views, images=len(source), pictures=pictures, maps=maps,
+        strangest=STRANGEST,
+    )  # fmt: skip
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,4 +1,4 @@
-"""What is computed of each image: its embedding, or its energy and restoration errors.
+"""What is computed of each image: its embedding, or its energy, restoration errors and defects.
 
 A job maps images as loaded (see `Batch.images`; batch, channels, height, width) and their indices
 in the source to columns by name, a value an image. It can be pickled, to run in other processes.
@@ -7,6 +7,7 @@ Before it is called, the energy of its run is to be on its device.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,10 +15,18 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from backfold.data.loading import evaluation_batches
+from backfold.data.source import ImageSource
+from backfold.defects import DefectFinder
 from backfold.embedding import EmbeddingChoice, embed_batches
+from backfold.files import write_atomically
+from backfold.pictures import heat_png, map_tiff
 from backfold.pretext import Corruption, PretextTask
 from backfold.restoration import eval_mode, restoration_loss, restore
+from backfold.training.config import task_names
 from backfold.training.run import Pretrained
+
+USUAL_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class EmbeddingJob:
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """``energy`` of the clean image, and ``error_TASK``, float32.
+    """``energy`` of the clean image, ``error_TASK``, and the finder's scores, float32.
 
     The error is what training lowers: the smooth L1 distance of the restored image from the clean
     one, in deviations of the data, averaged where the task's loss counts. An image whose
@@ -56,6 +65,9 @@ class ScoringJob:
         step_size: factor of the energy gradient.
         seed: of the corruptions.
         device: where it is computed.
+        finder: of defects; see `backfold.defects.DefectFinder`.
+        usual: what the finder was shown, for the record.
+        maps: a folder for each image's map: NUMBER.tiff and, over the image, NUMBER.png.
     """
 
     run: Pretrained
@@ -64,6 +76,9 @@ class ScoringJob:
     step_size: float
     seed: int
     device: torch.device
+    finder: DefectFinder | None = None
+    usual: str = ""
+    maps: Path | None = None
 
     def facts(self) -> dict[str, Any]:
         """As `EmbeddingJob.facts`."""
@@ -73,6 +88,8 @@ class ScoringJob:
             "num_steps": self.num_steps,
             "step_size": self.step_size,
             "seed": self.seed,
+            "usual": self.usual,
+            "maps": str(self.maps),
         }
 
     def __call__(self, images: Tensor, indices: Sequence[int]) -> dict[str, pa.Array]:
@@ -84,6 +101,15 @@ class ScoringJob:
         for name, task in self.tasks.items():
             # Drawn on the CPU: the same corruption whatever the device.
             columns[f"error_{name}"] = self._errors(task, clean.cpu(), indices)
+        if self.finder is not None:
+            scores, maps = self.finder(clean)
+            columns |= scores
+            if self.maps is not None:
+                for index, image, found in zip(indices, clean, maps, strict=True):
+                    path = self.maps / f"{index:07d}"
+                    write_atomically(path.with_suffix(".tiff"), map_tiff(found))
+                    picture = heat_png(image, found, self.run.statistics)
+                    write_atomically(path.with_suffix(".png"), picture)
         return {name: pa.array(values.cpu().numpy()) for name, values in columns.items()}
 
     def _errors(self, task: PretextTask, clean: Tensor, indices: Sequence[int]) -> Tensor:
@@ -100,6 +126,27 @@ class ScoringJob:
             for row, corruption in enumerate(corruptions)
         ]
         return torch.where(result.status.diverged.cpu(), torch.inf, torch.stack(errors))
+
+
+def usual_images(
+    run: Pretrained, source: ImageSource, count: int, device: torch.device
+) -> list[Tensor]:
+    """So many images spread over the source, normalised, in batches."""
+    places = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist()
+    batches = evaluation_batches(
+        source, run.image_size, run.channels, USUAL_BATCH, num_workers=1, indices=places
+    )
+    return [run.statistics.normalize(batch.images.to(device)) for batch in batches]
+
+
+def find_defects(run: Pretrained, usual: Sequence[Tensor]) -> DefectFinder:
+    """The run's finder, shown these batches on its device; it restores if the run hid something."""
+    config = run.config
+    return DefectFinder(
+        run.energy, usual, config.tasks.masking if "masking" in task_names(config) else None,
+        is_conditional=config.energy == "conditional",
+        num_steps=config.num_steps, step_size=config.step_size,
+    )  # fmt: skip
 
 
 Job: TypeAlias = EmbeddingJob | ScoringJob

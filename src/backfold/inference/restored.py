@@ -19,10 +19,10 @@ from backfold.data.source import NoTestSplit
 from backfold.errors import BrokenImage, UserError
 from backfold.files import write_atomically
 from backfold.metrics import psnr_db, ssim
+from backfold.pictures import png_bytes, restoration_grid, to_display
 from backfold.pretext import PretextTask
 from backfold.restoration import restore
 from backfold.training.run import Pretrained
-from backfold.training.watch import png_bytes, restoration_grid, to_display
 
 FRAME_MILLISECONDS = 500
 

@@ -1,30 +1,25 @@
 """Whether a run is healthy, on held-out images: measures, and pictures of restorations."""
 
-import io
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
-from torchvision.transforms.v2.functional import to_pil_image
-from torchvision.utils import make_grid
 
 from backfold.data.statistics import ChannelStatistics
 from backfold.embedding import EmbeddingChoice, embed_batches
 from backfold.energy import EnergyModel
 from backfold.files import write_atomically
 from backfold.metrics import energy_auroc, energy_gap, knn_accuracy, psnr_db, rank_me
+from backfold.pictures import png_bytes, restoration_grid
 from backfold.pretext import PretextTask, Sorting, chroma_error, patches_placed_right
 from backfold.restoration import restore
 from backfold.training.images import HeldOut
 
 HEALTH_SEED = 20230201
 SORTING_IMAGES = 128  # of a look; each takes some hundredths of a second at 224 px
-SMALLEST_SIDE = 112
 PREVIEW_SEED = 7
 
 
@@ -140,39 +135,6 @@ def describe_health(entry: dict[str, Any]) -> str:
         f"held out: {tasks}; AUROC {entry['auroc']:.3f}; "
         f"effective rank {entry['rank_me']:.1f} of {entry['embedding_size']}{knn}"
     )
-
-
-def to_display(images: Tensor, statistics: ChannelStatistics) -> Tensor:
-    """Normalised images as (images, 3, height, width) in [0, 1]; further channels are left out.
-
-    Two channels show the first one in grey; small images are enlarged with their pixels visible.
-    """
-    shown = statistics.denormalize(images.float()).clamp(0.0, 1.0).cpu()
-    shown = shown[:, :3] if shown.shape[1] >= 3 else shown[:, :1].expand(-1, 3, -1, -1)
-    factor = max(1, round(SMALLEST_SIDE / min(shown.shape[-2:])))
-    return F.interpolate(shown, scale_factor=factor, mode="nearest-exact")
-
-
-def restoration_grid(
-    trajectory: Tensor, clean: Tensor, statistics: ChannelStatistics
-) -> Image.Image:
-    """A row an image: corrupted, the points between, restored, clean.
-
-    Normalised: (points, images, channels, height, width), and without points the clean ones.
-    """
-    columns = torch.cat([trajectory, clean[None]]).transpose(0, 1)
-    tiles = to_display(columns.flatten(0, 1), statistics)
-    picture: Image.Image = to_pil_image(
-        make_grid(tiles, nrow=columns.shape[1], padding=4, pad_value=1.0)
-    )
-    return picture
-
-
-def png_bytes(picture: Image.Image) -> bytes:
-    """The picture as a PNG file's content."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def write_preview(

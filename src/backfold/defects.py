@@ -1,0 +1,228 @@
+"""How unlike the usual images an image is, and where: from one energy and its backbone.
+
+Maps are (batch, 1, height, width), higher where stranger:
+
+    gradient     |dE/dx|: how far the energy would move each pixel;
+    error        |restored - x|^2, each square restored from the others alone (`error_map`);
+    distance     Mahalanobis distance of the features at each position from those of usual images,
+                 as in PaDiM (Defard et al., 2020), here with one distribution for all positions;
+    alone        distance of those features from the nearest ones in the same image, which needs no
+                 other image (Aota et al., WACV 2023): what breaks a texture stands alone in it.
+
+That a gradient's statistics tell defects at least as well as the energy is from arXiv 2105.03270.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from sklearn.covariance import LedoitWolf
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from backfold.backbone import feature_map
+from backfold.embedding import grid_shape
+from backfold.energy import EnergyModel
+from backfold.errors import UserError
+from backfold.metrics import knn_distance
+from backfold.pretext import Corruption, Masking
+from backfold.pretext.corruption import RunningSquares
+from backfold.restoration import energy_gradient, eval_mode, restore
+
+PARTS = 4  # each square is restored from the three quarters that it is no part of
+MOST_POSITIONS = 20_000  # features that a distribution is fitted to
+FEWEST = 8  # usual images
+COMPANY = 4  # positions that one is compared to
+SMOOTHING = 24  # of the image's shorter side: the radius within which maps are averaged
+
+
+def gradient_map(energy: EnergyModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies (batch,) of whole images, and the gradient's root mean square over channels."""
+    with eval_mode(energy):
+        energies, gradient = energy_gradient(energy, images)
+    return energies, gradient.square().mean(dim=1, keepdim=True).sqrt()
+
+
+def error_map(
+    energy: EnergyModel,
+    images: Tensor,
+    masking: Masking,
+    *,
+    is_conditional: bool,
+    num_steps: int = 1,
+    step_size: float = 1.0,
+) -> Tensor:
+    """Mean over channels of each pixel's squared error, every square hidden once.
+
+    The squares are dealt to `PARTS` parts, alike for all images. A part is filled as in training
+    and restored from the squares of the other parts: by the conditional energy, or else by the
+    dense one of the filled image. Where restoring diverges the error is infinite.
+
+    Args:
+        energy: whose first head restores pixels.
+        images: normalised, (batch, channels, height, width).
+        masking: its squares and its filling.
+        is_conditional: what the energy was trained as.
+        num_steps: restoration steps.
+        step_size: the gradient's factor.
+
+    Raises:
+        UserError: squares that do not fit the images.
+    """
+    generator = torch.Generator(images.device).manual_seed(0)
+    order, _ = replace(masking, blocks=False).draw(images[:1], generator)
+    parts = order.tensor_split(min(PARTS, order.shape[1]), dim=1)
+    errors = images.new_zeros(len(images), 1, *images.shape[2:])
+    for index, part in enumerate(parts):
+        others = torch.cat([*parts[:index], *parts[index + 1 :]], dim=1)
+        hidden, visible = (each.expand(len(images), -1) for each in (part, others))
+        mask = masking.pixels(hidden, images)
+        corrupted = torch.where(mask, masking.filling(images, mask, generator), images)
+        squares = RunningSquares(hidden, masking.mask_patch_size, visible)
+        made = Corruption(corrupted, mask, squares if is_conditional else None)
+        result = restore(energy.of(made), corrupted, num_steps, step_size)
+        found = (result.restored - images).square().mean(dim=1, keepdim=True)
+        found[result.status.diverged] = torch.inf
+        errors = torch.where(mask, found, errors)
+    return errors
+
+
+@dataclass(frozen=True)
+class Usual:
+    """A normal distribution of features, shrunk as Ledoit and Wolf (2004) have it."""
+
+    mean: Tensor  # (features,)
+    precision: Tensor  # (features, features)
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Usual":
+        """Fitted to (any number, features), at most `MOST_POSITIONS` of them."""
+        some = features[:: max(1, len(features) // MOST_POSITIONS)]
+        fitted = LedoitWolf().fit(some.double().cpu().numpy())
+        return cls(torch.tensor(fitted.location_).float(), torch.tensor(fitted.precision_).float())
+
+    def distance(self, features: Tensor) -> Tensor:
+        """Mahalanobis distance of features (..., features), without the last axis."""
+        off = features.float() - self.mean.to(features.device)
+        squared = ((off @ self.precision.to(features.device)) * off).sum(dim=-1)
+        return squared.clamp(min=0).sqrt()
+
+
+def alone(features: Tensor) -> Tensor:
+    """Mean distance, 0 to 2, of each position to the 4 nearest of its image, at unit length.
+
+    (batch, positions, features) -> (batch, positions).
+    """
+    unit = F.normalize(features.float(), dim=2)
+    apart = (2 - 2 * unit @ unit.mT).clamp(min=0).sqrt()
+    apart.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    count = min(COMPANY, apart.shape[2] - 1)
+    return apart.topk(count, dim=2, largest=False).values.mean(dim=2)
+
+
+def smoothed(maps: Tensor) -> Tensor:
+    """Maps (batch, 1, height, width) without what single pixels have by chance."""
+    radius = max(1, min(maps.shape[-2:]) // SMOOTHING)
+    return gaussian_blur(maps, [2 * radius + 1] * 2, [radius / 2] * 2)
+
+
+class DefectFinder:
+    """Scores and maps of images, beside those of the usual ones that it was shown.
+
+    Three quarters of those are what distances are measured to; the others show how high the scores
+    of usual images are. Images are normalised, on the energy's device.
+
+    Args:
+        energy: as it was trained.
+        usual: batches of images without defects, 8 images or more.
+        masking, is_conditional, num_steps, step_size: see `error_map`; without ``masking`` nothing
+            is restored.
+
+    Raises:
+        UserError: too few images, or some that do not fit.
+    """
+
+    def __init__(
+        self,
+        energy: EnergyModel,
+        usual: Sequence[Tensor],
+        masking: Masking | None = None,
+        *,
+        is_conditional: bool = False,
+        num_steps: int = 1,
+        step_size: float = 1.0,
+    ) -> None:
+        self._energy, self._masking, self._is_conditional = energy, masking, is_conditional
+        self._num_steps, self._step_size = num_steps, step_size
+        count = sum(map(len, usual))
+        if count < FEWEST:
+            raise UserError(f"{count} usual images; give {FEWEST} or more")
+        known = 3 * count // 4
+        positions = torch.cat([self._positions(batch).cpu() for batch in usual])[:known]
+        self._bank = positions.mean(dim=1)
+        # Without what a position's features always have: its place in the image, above all.
+        self._everywhere = positions.mean(dim=0)
+        self._vectors, self._local = Usual.of(self._bank), Usual.of(positions.flatten(0, 1))
+        others = torch.cat(list(usual))[known:].split(len(usual[0]))
+        scores, maps = zip(*map(self._measure, others), strict=True)
+        self._levels = {name: _joined(scores, name).sort().values for name in scores[0]}
+        self._spreads = {name: torch.stack(torch.std_mean(_joined(maps, name))) for name in maps[0]}
+
+    def __call__(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Scores (batch,) by name and a map, on the CPU; higher is stranger.
+
+        The score of a map is its highest value above the image's own median. ``joined`` is the mean
+        of the other scores' ranks among those of usual images, 0 to 1. The map is the mean of the
+        maps, each in deviations from the mean of usual images' pixels.
+        """
+        scores, maps = self._measure(images)
+        ranks = [
+            torch.searchsorted(usual, scores[name]) / len(usual)
+            for name, usual in self._levels.items()
+        ]
+        standard = [(maps[name] - mean) / std for name, (std, mean) in self._spreads.items()]
+        joined = torch.stack(ranks).mean(dim=0)
+        return {**scores, "joined": joined}, torch.stack(standard).mean(dim=0)
+
+    @torch.no_grad()
+    def _positions(self, images: Tensor) -> Tensor:
+        with eval_mode(self._energy):
+            return feature_map(self._energy.backbone, images).float()
+
+    def _measure(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Scores and maps, on the CPU."""
+        size = (images.shape[2], images.shape[3])
+        positions = self._positions(images).cpu()
+        energies, gradient = gradient_map(self._energy, images)
+        maps = {"gradient": gradient}
+        if self._masking is not None:
+            maps["error"] = error_map(
+                self._energy, images, self._masking, is_conditional=self._is_conditional,
+                num_steps=self._num_steps, step_size=self._step_size,
+            )  # fmt: skip
+        rows_columns = grid_shape(positions.shape[1], size)
+        for name, found in {
+            "distance": self._local.distance(positions),
+            "alone": alone(positions - self._everywhere),
+        }.items():
+            grid = found.unflatten(1, rows_columns)[:, None]
+            maps[name] = F.interpolate(grid, size, mode="bilinear")
+        maps = {name: smoothed(found.cpu()) for name, found in maps.items()}
+        pooled = positions.mean(dim=1)
+        scores = {
+            "energy": energies.float().cpu(),
+            "gradient_norm": gradient.cpu().square().mean(dim=(1, 2, 3)).sqrt(),
+            "nearest": knn_distance(self._bank, pooled).float(),
+            "mahalanobis": self._vectors.distance(pooled),
+        }
+        for name, found in maps.items():
+            pixels = found.flatten(1)
+            scores[f"largest_{name}"] = pixels.amax(dim=1) - pixels.median(dim=1).values
+        if "error" in maps:  # where restoring diverged everywhere
+            scores["largest_error"] = scores["largest_error"].nan_to_num(nan=torch.inf)
+        return scores, maps
+
+
+def _joined(parts: Sequence[dict[str, Tensor]], name: str) -> Tensor:
+    return torch.cat([part[name] for part in parts])

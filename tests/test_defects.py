@@ -1,0 +1,141 @@
+"""Scores and maps of defects, against slow references, and on images with a defect drawn in."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from backfold import defects
+from backfold.defects import DefectFinder, Usual, alone, error_map, gradient_map
+from backfold.energy import EnergyModel
+from backfold.errors import UserError
+from backfold.pretext import Masking
+
+MASKING = Masking(mask_patch_size=4)
+OPTIONS = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def energy():
+    torch.manual_seed(0)
+    return EnergyModel(
+        "vit_tiny_patch16_224", image_size=24, channels=2, backbone_options=OPTIONS
+    ).eval()
+
+
+def waves(count, seed=0):
+    """Images of waves in any phase, normalised."""
+    random = torch.Generator().manual_seed(seed)
+    phases = 6.3 * torch.rand(count, 2, 1, 1, generator=random)
+    x = torch.arange(24) * (2 * torch.pi / 6)
+    noise = 0.1 * torch.randn(count, 2, 24, 24, generator=random)
+    return 1.4 * torch.sin(x.expand(24, 24) + phases) + noise
+
+
+def test_each_square_is_restored_from_the_others_alone(energy):
+    """Whatever stands in a square changes its own error only by what it is compared to."""
+    images = waves(2)
+    found = error_map(energy, images, MASKING, is_conditional=True, step_size=0.5)
+    changed = images.clone()
+    changed[:, :, 8:12, 4:8] += 1.0
+    after = error_map(energy, changed, MASKING, is_conditional=True, step_size=0.5)
+    square = (slice(None), slice(None), slice(8, 12), slice(4, 8))
+    # error = mean over channels of (restored - x)^2, where restored is the same before and after.
+    # So the two errors differ by 1 - 2 mean(restored - x).
+    offset = (found[square] - after[square] + 1) / 2
+    assert (offset.square() <= found[square] + 1e-5).all()
+    assert not torch.equal(after, found)
+    assert (found > 0).all()
+
+
+def test_errors_are_those_of_the_conditional_energy_part_by_part(energy):
+    images = waves(1)
+    found = error_map(energy, images, MASKING, is_conditional=True)
+    order = torch.rand(1, 36, generator=torch.Generator().manual_seed(0)).argsort(stable=True)
+    expected = torch.zeros_like(found)
+    for part in order.tensor_split(4, dim=1):
+        hidden = torch.zeros(1, 36, dtype=torch.bool).scatter(1, part, True)
+        mask = F.interpolate(hidden.view(1, 1, 6, 6).float(), scale_factor=4).bool()
+        corrupted = images.masked_fill(mask, 0.0).requires_grad_()
+        left = (~hidden).nonzero()[:, 1][None]
+        energies = energy.given(images, part, left)(corrupted)
+        (gradient,) = torch.autograd.grad(energies.sum(), corrupted)
+        off = (corrupted - gradient - images).square().mean(dim=1, keepdim=True)
+        expected = torch.where(mask, off, expected)
+    torch.testing.assert_close(found, expected.detach())
+
+
+def test_a_dense_energy_sees_the_filled_image(energy):
+    images = waves(1)
+    found = error_map(energy, images, MASKING, is_conditional=False, num_steps=0)
+    torch.testing.assert_close(found, images.square().mean(dim=1, keepdim=True))
+
+
+def test_the_gradient_s_map_is_that_of_finite_differences(energy):
+    exact, images = energy.double(), waves(1).double()
+    energies, found = gradient_map(exact, images)
+    step, squares = 1e-5 * torch.eye(2, dtype=torch.float64)[:, None, :, None, None], []
+    for change in step:
+        at = torch.zeros_like(images)
+        at[:, :, 5, 7] = change[0, :, 0, 0]
+        with torch.no_grad():
+            squares.append(((exact(images + at) - exact(images - at)) / 2e-5).square())
+    assert found[0, 0, 5, 7] == pytest.approx(torch.stack(squares).mean().sqrt().item(), rel=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(energies, exact(images))
+    energy.float()
+
+
+def test_mahalanobis_distance_of_known_features():
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(5000, 2, generator=random) * torch.tensor([1.0, 4.0]) + 3.0
+    usual = Usual.of(features)
+    found = usual.distance(torch.tensor([[3.0, 3.0], [5.0, 3.0], [3.0, 11.0]]))
+    torch.testing.assert_close(found, torch.tensor([0.0, 2.0, 2.0]), atol=0.1, rtol=0)
+
+
+def test_a_position_alone_is_far_from_the_others():
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 9, 5, generator=random)
+    unit = features / features.norm(dim=2, keepdim=True)
+    for image, row in zip(unit, alone(features), strict=True):
+        for place in range(9):
+            apart = sorted((image[place] - each).norm().item() for each in image)[1:5]
+            assert row[place].item() == pytest.approx(sum(apart) / 4, rel=1e-3)
+
+
+def test_a_drawn_defect_is_found_and_where_it_is(energy):
+    finder = DefectFinder(energy, waves(64).split(32), MASKING, is_conditional=True)
+    good, broken = waves(12, seed=1), waves(12, seed=1)
+    broken[:, :, 8:16, 12:20] = broken[:, :, 8:16, 12:20].transpose(2, 3)
+    (usual, _), (strange, maps) = finder(good), finder(broken)
+    assert set(usual) == {
+        "energy", "gradient_norm", "nearest", "mahalanobis", "largest_gradient", "largest_error",
+        "largest_distance", "largest_alone", "joined",
+    }  # fmt: skip
+    wins = (strange["largest_alone"] > usual["largest_alone"]).float().mean()
+    assert wins > 0.9
+    assert maps.shape == (12, 1, 24, 24)
+    inside = torch.zeros(24, 24, dtype=torch.bool)
+    inside[8:16, 12:20] = True
+    assert maps[:, 0, inside].mean() > maps[:, 0, ~inside].mean() + 0.5
+    assert (strange["joined"] >= 0).all()
+    assert (strange["joined"] <= 1).all()
+    # Ranks among the usual images: those themselves are ordinary, each alone or in a batch.
+    assert 0.3 < usual["joined"].mean() < 0.7
+    alone_scores, alone_map = finder(broken[:1])
+    assert alone_scores["joined"].item() == pytest.approx(strange["joined"][0].item(), abs=0.02)
+    torch.testing.assert_close(alone_map, maps[:1], atol=1e-3, rtol=1e-3)
+
+
+def test_a_restoration_that_diverges_is_the_strangest(energy):
+    finder = DefectFinder(energy, waves(16).split(8), MASKING, is_conditional=True)
+    finder._step_size = 1e9
+    scores, _ = finder(waves(2))
+    assert torch.isposinf(scores["largest_error"]).all()
+
+
+def test_bad_input(energy):
+    with pytest.raises(UserError, match="7 usual images; give 8 or more"):
+        DefectFinder(energy, [waves(7)], MASKING)
+    assert "largest_error" not in DefectFinder(energy, [waves(8)])(waves(2))[0]
+    assert defects.smoothed(torch.ones(1, 1, 24, 24)).std() < 1e-6
