@@ -1,4 +1,4 @@
-"""The newcomer's guide: every step of the page runs in order, on tiny TIFFs."""
+"""The guides: every step of each page runs in order, on tiny images."""
 
 import csv
 import re
@@ -12,22 +12,32 @@ import pytest
 import tifffile
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from backfold import Backfold
 from backfold.cli.main import main
 
-PAGE = Path(__file__).parents[1] / "docs" / "your-own-images.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, DEFECTS = DOCS / "your-own-images.md", DOCS / "defects.md"
 CLASSES = ("columns", "rows", "slanted")
 HEIGHT, WIDTH, CHANNELS = 32, 48, 4
 UNLABELLED, TRAIN, TEST = 16, 12, 6  # images a class
-# The page's numbers are for real images: these make them small. Each stands once on the page.
+# The pages' numbers are for real images: these make them small. Each stands once on its page.
 SMALLER = {
     "192x320": f"{HEIGHT}x{WIDTH}",
     "--backbone vit_tiny_patch16_224": "--backbone test_vit",
     "--epochs 200": "--epochs 3",
     "--batch-size 64": "--batch-size 16",
     "SEEDS = 30, 32, 3e-4, (0, 1, 2)": "SEEDS = 8, 12, 1e-3, (0, 1)",
+}
+SMALLER_DEFECTS = {
+    "--image-size 224": "--image-size 32 --batch-size 8 --tasks.masking.mask_patch_size 4",
+    "vit_small_patch16_224": (
+        "vit_tiny_patch16_224 --optimizer.base_lr 0.01 --backbone_options "
+        "'{patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2, weight_init: jax}'"
+    ),
+    "--epochs 400": "--epochs 10",
 }
 LAST = Path("runs/microscope/checkpoints/last.ckpt")
 
@@ -55,10 +65,10 @@ def write_images():
             tifffile.imwrite(name, draw(kind, random), photometric="minisblack")
 
 
-def read_blocks():
+def read_blocks(page, smaller_numbers):
     """The page's shell and Python blocks as (language, code), with small numbers."""
-    text = PAGE.read_text(encoding="utf-8")
-    for given, smaller in SMALLER.items():
+    text = page.read_text(encoding="utf-8")
+    for given, smaller in smaller_numbers.items():
         assert text.count(given) == 1, given
         text = text.replace(given, smaller)
     return re.findall(r"^```(sh|python)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
@@ -84,15 +94,15 @@ def capture(run):
     return out.getvalue()
 
 
-def follow_the_page():
+def follow(page, smaller_numbers):
     """What each command printed, and each Python block's names and print, in the page's order."""
     outputs, scripts = {}, []
-    for language, code in read_blocks():
+    for language, code in read_blocks(page, smaller_numbers):
         if language == "sh":
             run_shell(code, outputs)
             continue
         names = {"__name__": "__main__"}
-        script = compile(code, str(PAGE), "exec")
+        script = compile(code, str(page), "exec")
         scripts.append((names, capture(lambda s=script, n=names: exec(s, n))))
     return outputs, scripts
 
@@ -102,7 +112,7 @@ def test_every_step_of_the_page_runs_and_does_what_it_says(tmp_path, monkeypatch
     # One test, as processes that share tests out would each go through the whole page.
     monkeypatch.chdir(tmp_path)
     write_images()
-    outputs, (fine_tuning, scores, vectors) = follow_the_page()
+    outputs, (fine_tuning, scores, vectors) = follow(PAGE, SMALLER)
     assert list(outputs) == [
         "stats", "pretrain", "resume", "report", "evaluate", "export", "score", "embed",
     ]  # fmt: skip
@@ -155,3 +165,37 @@ def check_scores(printed):
     # bf16 and batches of other sizes round otherwise.
     energy = float(Backfold.load("runs/microscope").energy([highest["path"]]))
     assert energy == pytest.approx(float(highest["energy"]), rel=0.02, abs=0.5)
+
+
+def write_parts():
+    """Good parts are checked; a bad one has a grey square."""
+    random = np.random.default_rng(0)
+    names = [*(f"good/{number}" for number in range(48)), "new/0", "new/1"]
+    names += [f"labelled/{kind}/{number}" for kind in ("good", "bad") for number in range(8)]
+    y, x = np.mgrid[:32, :32]
+    for name in names:
+        shift = random.integers(0, 8)
+        part = 70 + 110 * (((x + shift) // 4 + y // 4) % 2) + random.normal(0, 5, (32, 32))
+        if "bad" in name or name == "new/1":
+            part[8:20, 12:24] = 125 + random.normal(0, 5, (12, 12))
+        path = Path("parts", name).with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.stack([part] * 3, axis=2).clip(0, 255).astype(np.uint8)).save(path)
+
+
+@pytest.mark.slow
+def test_defects_are_found_as_the_page_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_parts()
+    outputs, [(names, _)] = follow(DEFECTS, SMALLER_DEFECTS)
+    assert list(outputs) == ["pretrain", "score", "export"]
+    aurocs = {line.split()[2]: float(line.split()[1][:-1]) for line in
+              outputs["score"].splitlines() if line.startswith("AUROC")}  # fmt: skip
+    assert aurocs["largest_alone"] > 0.9
+    assert aurocs["joined"] > 0.8
+    found = tifffile.imread("maps/0000001.tiff")
+    inside = np.zeros((32, 32), bool)
+    inside[8:20, 12:24] = True
+    assert found[inside].mean() > found[~inside].mean() + 1
+    assert len(names["scores"]["joined"]) == 2
+    assert timm.create_model("local-dir:exported-vit", pretrained=True).num_features == 32

@@ -113,7 +113,7 @@ def test_without_a_run_there_is_nothing_to_work_on(refused, tmp_path, monkeypatc
         ("score --usual-images=-1", ["usual_images is -1"]),
         ("score --usual-images=5", ["5 usual images; give 8 or more"]),
         ("score --usual-images=0 --maps=maps", ["maps need usual images"]),
-        ("score --good=torn", ["good is 'torn'; give one of", "0, 1"]),
+        ("score --good=torn", ["good is 'torn'; give one of", "T-shirt/top, Trouser"]),
         ("export --format=torchscript", ["--format", "torchscript", "pt2"]),
         ("restore missing.png", ["can't read missing.png: No such file", "check"]),
         ("restore .", ["can't read", "Is a directory"]),
