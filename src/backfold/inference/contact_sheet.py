@@ -21,7 +21,8 @@ TITLES = {
         "Highest energy: the least plausible images",
     )
 }
-STRANGEST = "Highest joined"
+JOINED = "joined"
+STRANGEST = f"Highest {JOINED}"
 
 
 def extremes(tables: Iterable[pa.Table], count: int) -> dict[str, tuple[pa.Table, pa.Table]]:
@@ -56,10 +57,12 @@ def render_contact_sheet(
     titles = {} if run.config.energy == "conditional" else TITLES
     views = [
         (view_title, name, side.to_pylist())
-        for name, sides in extremes(tables, count).items()
+        for name, sides in sorted(extremes(tables, count).items(), key=lambda s: s[0] != JOINED)
         for view_title, side in zip(
             titles.get(name, (f"Lowest {name}", f"Highest {name}")), sides, strict=True
         )
+        # The least strange images show nothing.
+        if side is sides[1] or name == "energy" or name.startswith("error_")
     ]
     shown = sorted({row[INDEX] for _, _, rows in views for row in rows})
     strange = {row[INDEX] for heading, _, rows in views if heading == STRANGEST for row in rows}
