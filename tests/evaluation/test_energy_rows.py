@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import norm
+from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
@@ -65,6 +66,11 @@ def slow_knn_distance(bank, queries):
     return (queries[:, None] - bank).norm(dim=2).sort(dim=1).values[:, :10].mean(dim=1)
 
 
+def slow_mahalanobis(bank, queries):
+    bank, queries = (rows.flatten(1).double().numpy() for rows in (bank, queries))
+    return torch.from_numpy(LedoitWolf().fit(bank).mahalanobis(queries) ** 0.5)
+
+
 def test_shifted_energies_have_the_closed_form_and_a_bent_one_the_opposite(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "pretext_severities", lambda *_: {})
     shift, count, rng = 0.8, 400, np.random.default_rng(5)
@@ -88,10 +94,11 @@ def test_every_severity_of_every_task_is_scored():
     images, train = noise(12, 1), noise(8, 2)
     rows = evaluate(Mean(), images, train, seed=7)
     tasks = pretext_severities(TASKS, 1, SIZE)
-    assert len(rows) == len(tasks) * len(SEVERITIES) * 4
+    assert len(rows) == len(tasks) * len(SEVERITIES) * 5
     scores = {
         "energy": lambda part: part.mean(dim=(1, 2, 3)),
         "kNN distance": lambda part: slow_knn_distance(train, part),
+        "Mahalanobis distance": lambda part: slow_mahalanobis(train, part),
     }
     for name, severity in product(tasks, SEVERITIES):
         corrupted = tasks[name][severity - 1](images, torch.Generator().manual_seed(7)).corrupted
@@ -107,11 +114,12 @@ def test_one_class_against_the_rest():
     labels, train_labels = np.arange(9) // 3, np.arange(12) % 3
     test, train = flat([1, 2, 3, 2, 4, 6, 1, 5, 9]) + 0.3 * noise(9, 6), noise(12, 7) + 1
     rows = evaluate(Mean(), test, train, labels, train_labels)
-    for contender in ("energy", "kNN distance"):
+    distances = {"kNN distance": slow_knn_distance, "Mahalanobis distance": slow_mahalanobis}
+    for contender in ("energy", *distances):
         found, values = [], test.mean(dim=(1, 2, 3))
         for label in range(3):
-            if contender == "kNN distance":
-                values = slow_knn_distance(train[train_labels == label], test)
+            if contender in distances:
+                values = distances[contender](train[train_labels == label], test)
             found.append(slow_auroc(values[labels == label], values[labels != label]))
         row = rows[ONE_CLASS, contender]
         assert (row.mean, row.std) == pytest.approx((np.mean(found), np.std(found, ddof=1)))

@@ -1,9 +1,10 @@
 """What the energy knows: which images it finds implausible, beside simpler scores.
 
-Every score is higher for a stranger image: the pretrained run's energy; the mean distance to the
-nearest training embeddings, on the same backbone; bytes of the image as a PNG file; and the total
-variation. The last two know nothing of the data, nor whether strange images are busier or plainer
-than usual: an AUROC far below 0.5 separates as well as one far above, to who is told the sign.
+Every score is higher for a stranger image: the pretrained run's energy; on the same backbone, the
+mean distance to the nearest training embeddings and the Mahalanobis distance from all of them;
+bytes of the image as a PNG file; and the total variation. The last two know nothing of the data,
+nor whether strange images are busier or plainer than usual: an AUROC far below 0.5 separates as
+well as one far above, to who is told the sign.
 
 The mean is that of all images, the spread that of bootstrap samples of them and their corruptions.
 """
@@ -23,6 +24,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from backfold.data.open import open_source
 from backfold.data.source import NoTestSplit
 from backfold.data.statistics import ChannelStatistics
+from backfold.defects import Usual
 from backfold.embedding import EmbeddingChoice, embed, embed_batches
 from backfold.errors import UserError
 from backfold.evaluation.images import Images
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
 PROTOCOL, METRIC = "energy", "AUROC"
 RESAMPLES = 100
 MOST_NEIGHBOURS = 5000  # training images among which they are looked for, where none are asked for
-KNN, ONE_CLASS = "kNN distance", "one class against the rest"
+KNN, MAHALANOBIS = "kNN distance", "Mahalanobis distance"
+ONE_CLASS = "one class against the rest"
 
 Scores = dict[str, Tensor]
 
@@ -47,8 +50,8 @@ def energy(given: "Evaluation") -> list[Row]:
     """AUROCs of every score: test images against corrupted ones, other data and other classes.
 
     In `ONE_CLASS` the images of one test class are the usual ones and all other classes are
-    strange, each class in turn; the spread is that over the classes. The kNN distance is then that
-    to training images of the class. Nothing tells the energy (nor file size and variation) which
+    strange, each class in turn; the spread is that over the classes. The distances are then those
+    from training images of the class. Nothing tells the energy (nor file size and variation) which
     class is the usual one, so around 0.5 is all that it can reach on average.
     """
     run, settings, parts = given.subject.run, given.settings, given.parts
@@ -110,7 +113,7 @@ class _Scorer:
                 f"the energies of {broken} of {len(energies)} images are not finite; train with a "
                 "lower learning rate, or take an earlier checkpoint"
             )
-        scores = {"energy": energies, KNN: knn_distance(self.bank, embeddings)}
+        scores = {"energy": energies, **distances(self.bank, embeddings)}
         return scores | {"file size": sizes, "total variation": variations}, embeddings
 
 
@@ -139,9 +142,17 @@ def _one_class_rows(
                 f"class {label} of the test images has no training images; give some of each class"
             )
         inside = labels == label
-        for name, values in {**usual, KNN: knn_distance(bank, embeddings)}.items():
+        for name, values in {**usual, **distances(bank, embeddings)}.items():
             found[name].append(float(auroc(values[inside].numpy(), values[~inside].numpy())))
     return [Row.of(PROTOCOL, ONE_CLASS, name, METRIC, values) for name, values in found.items()]
+
+
+def distances(bank: Tensor, embeddings: Tensor) -> Scores:
+    """Both distances from the bank's embeddings, (images,) each."""
+    return {
+        KNN: knn_distance(bank, embeddings),
+        MAHALANOBIS: Usual.of(bank).distance(embeddings),
+    }
 
 
 def auroc(usual: NDArray[Any], strange: NDArray[Any], axis: int = -1) -> NDArray[np.float64]:
