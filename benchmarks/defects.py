@@ -164,7 +164,8 @@ def measure(judge: Judge, test: Tensor) -> dict[str, dict[str, list[float]]]:
         for name, values in scores.items():
             both = torch.cat([usual[name], values]).nan_to_num(posinf=1e30)
             found["image AUROC"].setdefault(name, []).append(roc_auc_score(truth, both))
-        for name, values in maps.items():
+        for name, found_maps in maps.items():
+            values = found_maps.nan_to_num(posinf=1e30)
             flat = masks.flatten().numpy(), values.flatten().numpy()
             found["pixel AUROC"].setdefault(name, []).append(roc_auc_score(*flat))
             low, high = values.aminmax()

@@ -122,6 +122,8 @@ def test_a_drawn_defect_is_found_and_where_it_is(energy):
     assert (strange["joined"] <= 1).all()
     # Ranks among the usual images: those themselves are ordinary, each alone or in a batch.
     assert 0.3 < usual["joined"].mean() < 0.7
+    with pytest.raises(UserError, match="give them alike"):
+        finder(broken[..., :20])
     alone_scores, alone_map = finder(broken[:1])
     assert alone_scores["joined"].item() == pytest.approx(strange["joined"][0].item(), abs=0.02)
     torch.testing.assert_close(alone_map, maps[:1], atol=1e-3, rtol=1e-3)
@@ -132,6 +134,53 @@ def test_a_restoration_that_diverges_is_the_strangest(energy):
     finder._step_size = 1e9
     scores, _ = finder(waves(2))
     assert torch.isposinf(scores["largest_error"]).all()
+    with pytest.raises(UserError, match="diverges for every usual image"):
+        DefectFinder(energy, [waves(16)], MASKING, is_conditional=True, step_size=1e9)
+
+
+def test_usual_images_may_come_in_any_order(energy):
+    """Sorted by class, as folders are: the bank and the levels have some of each."""
+    kinds = [waves(16, seed) * factor for seed, factor in enumerate((0.3, 1.0, 2.0, 4.0))]
+    finder = DefectFinder(energy, kinds, MASKING, is_conditional=True)
+    for kind, factor in enumerate((0.3, 1.0, 2.0, 4.0)):
+        scores, _ = finder(waves(16, 10 + kind) * factor)
+        assert finder._levels["nearest"].max() > 0.5 * scores["nearest"].mean()
+    mixed = torch.cat(kinds)[torch.randperm(64, generator=torch.Generator().manual_seed(1))]
+    again = DefectFinder(energy, mixed.split(16), MASKING, is_conditional=True)
+    ratio = again._levels["nearest"].median() / finder._levels["nearest"].median()
+    assert 0.5 < ratio < 2
+    assert again.fingerprint != finder.fingerprint
+
+
+def test_an_image_s_noise_is_its_own(energy):
+    masking, images = Masking(mask_patch_size=4, fill="noise"), waves(4)
+    whole = error_map(energy, images, masking, is_conditional=True)
+    one = error_map(energy, images[2:3], masking, is_conditional=True)
+    torch.testing.assert_close(one, whole[2:3], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 64)])  # of one position, and of two
+def test_a_convolutional_backbone_of_few_positions(size):
+    torch.manual_seed(0)
+    dense = EnergyModel("test_resnet", image_size=size, channels=1).eval()
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(24, 1, *size, generator=random)
+    finder = DefectFinder(dense, images[:16].split(8), Masking(mask_patch_size=16))
+    scores, maps = finder(images[16:])
+    assert maps.shape == (8, 1, *size)
+    assert maps.isfinite().all()
+    assert all(found.isfinite().all() for found in scores.values())
+    one_square = DefectFinder(dense, images.split(8), Masking(mask_patch_size=64))
+    assert "largest_error" not in one_square(images)[0]
+
+
+def test_a_distribution_is_fitted_to_a_fair_sample(monkeypatch):
+    """A stride would see some columns alone."""
+    monkeypatch.setattr(defects, "MOST_POSITIONS", 4_000)
+    columns = torch.arange(28_000) % 28
+    random = torch.Generator().manual_seed(0)
+    features = torch.stack([columns.float(), torch.randn(28_000, generator=random)], dim=1)
+    assert Usual.of(features).mean[0] == pytest.approx(13.5, abs=0.5)
 
 
 def test_bad_input(energy):

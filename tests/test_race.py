@@ -87,7 +87,7 @@ def test_swapped_contenders_and_settings_are_noticed(images, settings):
         race.best_rate([row | {"part": race.TEST}])
 
 
-def test_the_table_is_of_each_method_over_seeds(tmp_path, settings, images, monkeypatch):
+def test_the_table_is_of_each_method_over_seeds(tmp_path, settings, monkeypatch):
     """Means and deviations by hand; a second call reads what the first has written."""
     truth = {("untrained", 0): 20.0, ("untrained", 1): 22.0, ("mae", 0): 30.0, ("mae", 1): 34.0}
 
@@ -96,7 +96,8 @@ def test_the_table_is_of_each_method_over_seeds(tmp_path, settings, images, monk
 
     monkeypatch.setattr(race, "train", lambda cell, *_: truth[cell.method, cell.seed])
     monkeypatch.setattr(race.backfold, "evaluate", rows)
-    monkeypatch.setattr(race, "open_images", lambda _: images)
+    monkeypatch.setattr(race, "decoded", lambda _: [(torch.zeros(1, 28, 28),)])
+    monkeypatch.setattr(race, "open_source", lambda *_: None)
     given = (["untrained", "mae"], [0, 1], [1e-3], settings, tmp_path)
     found = race.race(*given)
     monkeypatch.setattr(race, "train", None)
@@ -104,8 +105,8 @@ def test_the_table_is_of_each_method_over_seeds(tmp_path, settings, images, monk
     race.write_table(found, tmp_path)
     text = (tmp_path / "race.md").read_text()
     assert "| untrained | 0.001 | 2 | 21.0 ± 1.4 |" in text
-    assert "| MAE (transformers) | 0.001 | 2 | 32.0 ± 2.8 |" in text
+    assert "| MAE (transformers), 100 epochs | 0.001 | 2 | 32.0 ± 2.8 |" in text
     swapped = {"untrained": "mae", "mae": "untrained"}
     bent = [row | {"method": swapped[row["method"]]} for row in found]
-    assert race.summary(bent)["untrained"] == race.summary(found)["MAE (transformers)"]
+    assert race.summary(bent)["untrained"] == race.summary(found)["MAE (transformers), 100 epochs"]
     assert (tmp_path / "race.svg").read_text().count("MAE") == 1

@@ -90,7 +90,7 @@ class Cell(NamedTuple):
 
 
 def decoded(source: ImageSource) -> TensorDataset:
-    """All images in memory, as a race would read them a hundred times."""
+    """All images in memory, as a race would read them a hundred times; they are of one size."""
     return TensorDataset(torch.stack([source.read(place) for place in range(len(source))]))
 
 
@@ -197,7 +197,8 @@ def write_table(rows: Sequence[dict[str, Any]], out: Path) -> None:
     cases = list(dict.fromkeys(case for cells in found.values() for case in cells))
     lines = []
     for line, cells in found.items():
-        rates = {f"{row['rate']:g}" for row in rows if title(row) == line}
+        trained = [row for row in rows if row["contender"] == PRETRAINED]
+        rates = {f"{row['rate']:g}" for row in trained if title(row) == line}
         shown = [cells.get(case) for case in cases]
         texts = [f"{cell[0]:.1f} ± {cell[1]:.1f}" if cell else "" for cell in shown]
         count = max(cell[2] for cell in cells.values())

@@ -144,9 +144,10 @@ class Backfold:
         if usual is not None:
             return find_defects(self.run, self._prepare(usual).split(USUAL_BATCH))
         if self._own_finder is None:
-            source = open_source(self.run.config.data, "train")
-            batches = usual_images(self.run, source, USUAL_IMAGES, self.device)
-            self._own_finder = find_defects(self.run, batches)
+            config = self.run.config
+            source = open_source(config.data, "train", max_pixels=config.max_pixels)
+            images = usual_images(self.run, source, USUAL_IMAGES)
+            self._own_finder = find_defects(self.run, images.split(USUAL_BATCH))
         return self._own_finder
 
     def restore(
@@ -323,10 +324,10 @@ def export(
 
 
 def score(run: Backfold | str | Path, **settings: Any) -> pa.Table:
-    """Energies and restoration errors of many images; see `backfold.cli.inference.ScoreSettings`.
+    """Scores and defects of many images; see `backfold.cli.inference.ScoreSettings`.
 
     Returns:
-        The table that was written: path, energy, and an error for each task.
+        The table that was written: path, energy, an error for each task, and scores of defects.
     """
     wanted = ScoreSettings(checkpoint=_path(run), **settings)
     run_score(wanted)

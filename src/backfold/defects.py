@@ -12,6 +12,7 @@ Maps are (batch, 1, height, width), higher where stranger:
 That a gradient's statistics tell defects at least as well as the energy is from arXiv 2105.03270.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -33,6 +34,7 @@ from backfold.restoration import energy_gradient, eval_mode, restore
 PARTS = 4  # each square is restored from the three quarters that it is no part of
 MOST_POSITIONS = 20_000  # features that a distribution is fitted to
 FEWEST = 8  # usual images
+LEAST_SPREAD = 1e-6  # of a map's pixels
 COMPANY = 4  # positions that one is compared to
 SMOOTHING = 24  # of the image's shorter side: the radius within which maps are averaged
 
@@ -70,15 +72,20 @@ def error_map(
     Raises:
         UserError: squares that do not fit the images.
     """
-    generator = torch.Generator(images.device).manual_seed(0)
-    order, _ = replace(masking, blocks=False).draw(images[:1], generator)
-    parts = order.tensor_split(min(PARTS, order.shape[1]), dim=1)
+    # Drawn on the CPU, and for one image: the same whatever the device and the batch.
+    generator = torch.Generator().manual_seed(0)
+    order, _ = replace(masking, blocks=False).draw(images[:1].cpu(), generator)
+    parts = order.to(images.device).tensor_split(min(PARTS, order.shape[1]), dim=1)
     errors = images.new_zeros(len(images), 1, *images.shape[2:])
     for index, part in enumerate(parts):
         others = torch.cat([*parts[:index], *parts[index + 1 :]], dim=1)
         hidden, visible = (each.expand(len(images), -1) for each in (part, others))
         mask = masking.pixels(hidden, images)
-        corrupted = torch.where(mask, masking.filling(images, mask, generator), images)
+        if masking.fill == "noise":
+            filling = torch.randn(images[:1].shape, generator=generator).to(images)
+        else:
+            filling = masking.filling(images, mask, generator)
+        corrupted = torch.where(mask, filling, images)
         squares = RunningSquares(hidden, masking.mask_patch_size, visible)
         made = Corruption(corrupted, mask, squares if is_conditional else None)
         result = restore(energy.of(made), corrupted, num_steps, step_size)
@@ -98,7 +105,8 @@ class Usual:
     @classmethod
     def of(cls, features: Tensor) -> "Usual":
         """Fitted to (any number, features), at most `MOST_POSITIONS` of them."""
-        some = features[:: max(1, len(features) // MOST_POSITIONS)]
+        drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+        some = features[drawn[:MOST_POSITIONS].to(features.device)]
         fitted = LedoitWolf().fit(some.double().cpu().numpy())
         return cls(torch.tensor(fitted.location_).float(), torch.tensor(fitted.precision_).float())
 
@@ -114,11 +122,12 @@ def alone(features: Tensor) -> Tensor:
 
     (batch, positions, features) -> (batch, positions).
     """
-    unit = F.normalize(features.float(), dim=2)
-    apart = (2 - 2 * unit @ unit.mT).clamp(min=0).sqrt()
-    apart.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    count = min(COMPANY, apart.shape[2] - 1)
-    return apart.topk(count, dim=2, largest=False).values.mean(dim=2)
+    found = []
+    for unit in F.normalize(features.float(), dim=2):  # one by one: positions squared are many
+        apart = (2 - 2 * unit @ unit.T).clamp(min=0).sqrt().fill_diagonal_(torch.inf)
+        count = min(COMPANY, len(apart) - 1)
+        found.append(apart.topk(count, dim=1, largest=False).values.mean(dim=1))
+    return torch.stack(found)
 
 
 def smoothed(maps: Tensor) -> Tensor:
@@ -130,17 +139,17 @@ def smoothed(maps: Tensor) -> Tensor:
 class DefectFinder:
     """Scores and maps of images, beside those of the usual ones that it was shown.
 
-    Three quarters of those are what distances are measured to; the others show how high the scores
-    of usual images are. Images are normalised, on the energy's device.
+    Three quarters of those, drawn, are what distances are measured to; the others show how high the
+    scores of usual images are. Images are normalised; all have the same shape.
 
     Args:
         energy: as it was trained.
         usual: batches of images without defects, 8 images or more.
-        masking, is_conditional, num_steps, step_size: see `error_map`; without ``masking`` nothing
-            is restored.
+        masking, is_conditional, num_steps, step_size: see `error_map`; without ``masking``, or
+            where images hold one square alone, nothing is restored.
 
     Raises:
-        UserError: too few images, or some that do not fit.
+        UserError: too few images, some that do not fit, or none that can be restored.
     """
 
     def __init__(
@@ -158,16 +167,31 @@ class DefectFinder:
         count = sum(map(len, usual))
         if count < FEWEST:
             raise UserError(f"{count} usual images; give {FEWEST} or more")
-        known = 3 * count // 4
-        positions = torch.cat([self._positions(batch).cpu() for batch in usual])[:known]
+        images = torch.cat([batch.cpu() for batch in usual])
+        self._shape, batch_size = images.shape[1:], len(usual[0])
+        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        known, others = drawn.tensor_split([3 * count // 4])
+        positions = torch.cat(
+            [self._positions(images[part]) for part in known.sort().values.split(batch_size)]
+        )
+        self._grid = _grid(positions.shape[1], (images.shape[2], images.shape[3]))
         self._bank = positions.mean(dim=1)
         # Without what a position's features always have: its place in the image, above all.
         self._everywhere = positions.mean(dim=0)
         self._vectors, self._local = Usual.of(self._bank), Usual.of(positions.flatten(0, 1))
-        others = torch.cat(list(usual))[known:].split(len(usual[0]))
-        scores, maps = zip(*map(self._measure, others), strict=True)
+        measured = [self._measure(images[part]) for part in others.split(batch_size)]
+        scores, maps = zip(*measured, strict=True)
         self._levels = {name: _joined(scores, name).sort().values for name in scores[0]}
-        self._spreads = {name: torch.stack(torch.std_mean(_joined(maps, name))) for name in maps[0]}
+        pixels = {name: _joined(maps, name) for name in maps[0]}
+        finite = {name: found[found.isfinite()] for name, found in pixels.items()}
+        if not all(map(len, finite.values())):
+            raise UserError("restoring diverges for every usual image; lower step_size")
+        self._spreads = {name: torch.std_mean(found) for name, found in finite.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs where another finder's usual images do."""
+        return hashlib.sha256(self._bank.numpy().tobytes()).hexdigest()
 
     def __call__(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Scores (batch,) by name and a map, on the CPU; higher is stranger.
@@ -175,39 +199,51 @@ class DefectFinder:
         The score of a map is its highest value above the image's own median. ``joined`` is the mean
         of the other scores' ranks among those of usual images, 0 to 1. The map is the mean of the
         maps, each in deviations from the mean of usual images' pixels.
+
+        Raises:
+            UserError: images of another shape than the usual ones.
         """
+        if images.shape[1:] != self._shape:
+            given, known = tuple(images.shape[1:]), tuple(self._shape)
+            raise UserError(f"images are {given} and the usual ones {known}; give them alike")
         scores, maps = self._measure(images)
         ranks = [
             torch.searchsorted(usual, scores[name]) / len(usual)
             for name, usual in self._levels.items()
         ]
-        standard = [(maps[name] - mean) / std for name, (std, mean) in self._spreads.items()]
+        standard = [
+            (maps[name] - mean) / std.clamp(min=LEAST_SPREAD)
+            for name, (std, mean) in self._spreads.items()
+        ]
         joined = torch.stack(ranks).mean(dim=0)
         return {**scores, "joined": joined}, torch.stack(standard).mean(dim=0)
 
     @torch.no_grad()
     def _positions(self, images: Tensor) -> Tensor:
         with eval_mode(self._energy):
-            return feature_map(self._energy.backbone, images).float()
+            return feature_map(self._energy.backbone, self._moved(images)).float().cpu()
+
+    def _moved(self, images: Tensor) -> Tensor:
+        return images.to(self._energy.head.weight.device)
 
     def _measure(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Scores and maps, on the CPU."""
-        size = (images.shape[2], images.shape[3])
-        positions = self._positions(images).cpu()
+        images, positions = self._moved(images), self._positions(images)
         energies, gradient = gradient_map(self._energy, images)
         maps = {"gradient": gradient}
-        if self._masking is not None:
+        masking = self._masking
+        if masking is not None and masking.mask_patch_size < max(images.shape[2:]):
             maps["error"] = error_map(
-                self._energy, images, self._masking, is_conditional=self._is_conditional,
+                self._energy, images, masking, is_conditional=self._is_conditional,
                 num_steps=self._num_steps, step_size=self._step_size,
             )  # fmt: skip
-        rows_columns = grid_shape(positions.shape[1], size)
-        for name, found in {
-            "distance": self._local.distance(positions),
-            "alone": alone(positions - self._everywhere),
-        }.items():
-            grid = found.unflatten(1, rows_columns)[:, None]
-            maps[name] = F.interpolate(grid, size, mode="bilinear")
+        if self._grid is not None:
+            for name, found in {
+                "distance": self._local.distance(positions),
+                "alone": alone(positions - self._everywhere),
+            }.items():
+                grid = found.unflatten(1, self._grid)[:, None]
+                maps[name] = F.interpolate(grid, images.shape[2:], mode="bilinear")
         maps = {name: smoothed(found.cpu()) for name, found in maps.items()}
         pooled = positions.mean(dim=1)
         scores = {
@@ -219,9 +255,18 @@ class DefectFinder:
         for name, found in maps.items():
             pixels = found.flatten(1)
             scores[f"largest_{name}"] = pixels.amax(dim=1) - pixels.median(dim=1).values
-        if "error" in maps:  # where restoring diverged everywhere
-            scores["largest_error"] = scores["largest_error"].nan_to_num(nan=torch.inf)
+        if "error" in maps:  # inf - inf, where restoring diverged everywhere
+            error = scores["largest_error"]
+            scores["largest_error"] = error.where(error.isfinite(), torch.inf)
         return scores, maps
+
+
+def _grid(positions: int, size: tuple[int, int]) -> tuple[int, int] | None:
+    """The feature map's rows and columns; None if it is no grid or has one position."""
+    try:
+        return grid_shape(positions, size) if positions > 1 else None
+    except UserError:  # branches of several resolutions, for instance
+        return None
 
 
 def _joined(parts: Sequence[dict[str, Tensor]], name: str) -> Tensor:

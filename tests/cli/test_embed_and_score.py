@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
@@ -132,7 +133,8 @@ def test_maps_of_defects_and_which_score_to_trust(finished, make_folder, tmp_pat
     folder, maps = tmp_path / "all", tmp_path / "maps"
     folder.mkdir()
     for name in ("class0", "class1"):
-        make_folder(f"all/{name}", count=5)
+        make_folder(f"all/{name}", count=6)
+    (folder / "class0" / "002.png").write_bytes(b"no image")  # has neither row nor map
     command = ["score", f"--checkpoint={finished}", f"--data={folder}", *HERE]
     command += [f"--out={tmp_path / 'scores.csv'}", f"--maps={maps}"]
     assert main([*command, "--good=class0"]) == 0
@@ -150,10 +152,15 @@ def test_maps_of_defects_and_which_score_to_trust(finished, make_folder, tmp_pat
     paths = [Path(path) for path in table["path"].to_pylist()]
     expected, scores = run.defect_map(paths), run.score(paths)
     assert scores["joined"].tolist() == pytest.approx(table["joined"].to_pylist(), abs=1e-3)
-    for number, each in enumerate(expected):
-        written = torch.from_numpy(tifffile.imread(maps / f"{number:07d}.tiff"))
+    numbers = pyarrow.csv.read_csv(
+        tmp_path / "scores.csv",
+        convert_options=pyarrow.csv.ConvertOptions(column_types={"map": pa.string()}),
+    )["map"].to_pylist()
+    assert len(numbers) == 11
+    for number, each in zip(numbers, expected, strict=True):
+        written = torch.from_numpy(tifffile.imread(maps / f"{number}.tiff"))
         torch.testing.assert_close(written, each[0], atol=1e-3, rtol=1e-3)
-        assert (maps / f"{number:07d}.png").read_bytes()[:4] == b"\x89PNG"
+        assert (maps / f"{number}.png").read_bytes()[:4] == b"\x89PNG"
     assert 'alt="where it is strange"' in (tmp_path / "scores.html").read_text()
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -17,11 +17,19 @@ from sklearn.metrics import roc_auc_score
 from backfold.data.loading import default_workers
 from backfold.data.open import open_source
 from backfold.data.source import Split
+from backfold.defects import DefectFinder
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
 from backfold.files import write_atomically
 from backfold.inference.contact_sheet import render_contact_sheet
-from backfold.inference.jobs import EmbeddingJob, Job, ScoringJob, find_defects, usual_images
+from backfold.inference.jobs import (
+    MAP,
+    EmbeddingJob,
+    Job,
+    ScoringJob,
+    find_defects,
+    usual_images,
+)
 from backfold.inference.parts import (
     INDEX,
     Engine,
@@ -36,6 +44,7 @@ from backfold.training.devices import choose_device
 from backfold.training.log import log_to, terminal
 from backfold.training.run import DEMO_RUN, Pretrained, load_pretrained
 
+LOGGER = logging.getLogger("backfold")
 USUAL_IMAGES = 256
 
 
@@ -86,12 +95,14 @@ class ScoreSettings(InferenceSettings):
 
     Args:
         out: .parquet or .csv (path, energy, error_TASK, and scores of defects); beside it an .html
-            file shows the images at both ends of each score, and where the strangest are strange.
+            file shows the strangest images by each score, and where they are strange.
         usual: images without defects, to compare with; none takes the run's own data.
-        usual_images: how many of them; 0 leaves the scores of defects out.
+        usual_images: how many of them; 0 leaves the scores of defects out. These are the run's own
+            whatever pretext, num_steps and step_size are.
         good: the class, of labelled data, that is without defects: how often each score is higher
             for an image of another class is printed, so that you see which to trust.
-        maps: a folder for the maps of defects, NUMBER.tiff and NUMBER.png; none writes none.
+        maps: a folder for the maps of defects, NUMBER.tiff and NUMBER.png, where NUMBER is in the
+            column map; none writes none.
         pretext: the corruption to restore from; none takes the run's, each task of a mixture in its
             own column.
         num_steps: restoration steps; none takes the run's.
@@ -129,8 +140,7 @@ def run_score(settings: ScoreSettings) -> None:
         raise UserError(f"num_steps is {settings.num_steps}; give 0 or more")
     if settings.usual_images < 0:
         raise UserError(f"usual_images is {settings.usual_images}; give 0 or more")
-    if settings.maps is not None and not settings.usual_images:
-        raise UserError("maps need usual images; give usual_images of 8 or more, or no maps")
+    maps = None if settings.maps is None else _checked_maps(settings.maps, settings)
 
     trusted: dict[str, float] = {}
 
@@ -146,26 +156,16 @@ def run_score(settings: ScoreSettings) -> None:
         run = load_pretrained(settings.checkpoint)
         config = run.config
         if settings.pretext is not None:
-            config.pretext = settings.pretext
+            config = replace(config, pretext=settings.pretext)
         is_good = None if settings.good is None else _good(settings, run)
         if config.energy == "conditional":
-            logging.getLogger("backfold").warning(NOT_DENSE)
+            LOGGER.warning(NOT_DENSE)
         tasks = used_tasks(config, run.channels)
         num_steps = config.num_steps if settings.num_steps is None else settings.num_steps
         step_size = config.step_size if settings.step_size is None else settings.step_size
-        device, finder, usual = _device(settings), None, ""
-        if settings.usual_images:
-            source = open_source(
-                config.data if settings.usual is None else settings.usual,
-                "train",
-                max_pixels=config.max_pixels,
-            )
-            run.energy.to(device)
-            finder = find_defects(run, usual_images(run, source, settings.usual_images, device))
-            usual = f"{settings.usual_images} of {source.name}"
-        job = ScoringJob(
-            run, tasks, num_steps, step_size, settings.seed, device, finder, usual, settings.maps
-        )
+        finder = _finder(settings, run) if settings.usual_images else None
+        device, seed = _device(settings), settings.seed
+        job = ScoringJob(run, tasks, num_steps, step_size, seed, device, finder, maps)
         count = _compute(settings, job, console, draw)
     print(f"{count} scores: {settings.out}")
     print(f"contact sheet: {sheet}")
@@ -173,17 +173,58 @@ def run_score(settings: ScoreSettings) -> None:
         print(f"AUROC {auroc:.3f}: {name}")
 
 
+def _checked_maps(maps: Path, settings: ScoreSettings) -> Path:
+    """Where maps are written: nowhere that they would replace or join somebody's images."""
+    if not settings.usual_images:
+        raise UserError("maps need usual images; give usual_images of 8 or more, or no maps")
+    goes_on = settings.out.with_name(settings.out.name + ".parts").exists()
+    is_used = maps.is_dir() and any(maps.iterdir()) and not (goes_on or settings.overwrite)
+    if maps.is_file() or is_used:
+        raise UserError(f"{maps} exists; choose another folder, or --overwrite its maps")
+    where = maps.resolve()
+    if settings.data is not None and Path(settings.data).resolve() in (where, *where.parents):
+        raise UserError(f"maps would lie among the images, in {maps}; choose other --maps")
+    return where
+
+
+def _finder(settings: ScoreSettings, run: Pretrained) -> DefectFinder | None:
+    """Fitted here, on whatever there is: a Ray job's machines may have other hardware.
+
+    None, with a warning, where there are no usual images: the run's own may be gone.
+    """
+    max_pixels = run.config.max_pixels
+    if settings.usual is not None:
+        source = open_source(settings.usual, "train", max_pixels=max_pixels)
+    else:
+        try:
+            source = open_source(run.config.data, "train", max_pixels=max_pixels)
+        except UserError as error:
+            if settings.maps is not None:
+                raise UserError(f"maps need usual images: {error}; or give --usual") from error
+            LOGGER.warning("no defects are scored, for want of --usual images: %s", error)
+            return None
+    is_local = settings.engine == "local"
+    run.energy.to(choose_device(settings.accelerator if is_local else "auto"))
+    images = usual_images(run, source, settings.usual_images, settings.batch_size)
+    return find_defects(run, images.split(settings.batch_size))
+
+
 def _good(settings: ScoreSettings, run: Pretrained) -> NDArray[np.bool_]:
     """By image, whether it is of the class that is without defects."""
     data = run.config.data if settings.data is None else settings.data
     source = open_source(data, settings.split, labelled=True, max_pixels=run.config.max_pixels)
     names = source.class_names
-    if settings.good not in names or len(names) < 2:
+    if settings.good not in names:
         raise UserError(
-            f"good is {settings.good!r}; give one of two classes or more of {source.name}: "
-            f"{', '.join(names)}"
+            f"good is {settings.good!r}; {source.name} has "
+            + (f"the classes {', '.join(names)}" if names else "no labels")
         )
     good: NDArray[np.bool_] = np.asarray(source.labels) == names.index(settings.good)
+    if good.all() or not good.any():
+        raise UserError(
+            f"all images of {source.name} or none of its {settings.split} split are "
+            f"{settings.good!r}; give data with both, or another --split"
+        )
     return good
 
 
@@ -191,10 +232,11 @@ def trust(tables: Iterable[pa.Table], is_good: NDArray[np.bool_]) -> dict[str, f
     """The AUROC of every score, best first: how often it is higher for an image that isn't good."""
     table = pa.concat_tables(tables)
     good = is_good[table[INDEX].to_numpy()]
-    columns = table.drop_columns([INDEX, "path"])
+    highest = float(np.finfo(np.float32).max)  # for infinite errors
     found = {
-        name: float(roc_auc_score(~good, np.nan_to_num(columns[name].to_numpy(), posinf=1e30)))
-        for name in columns.column_names
+        name: float(roc_auc_score(~good, np.nan_to_num(table[name].to_numpy(), posinf=highest)))
+        for name in table.column_names
+        if name not in (INDEX, "path", MAP)
     }
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 

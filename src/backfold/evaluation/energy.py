@@ -94,6 +94,7 @@ class _Scorer:
         self._choice = asked if isinstance(asked, EmbeddingChoice) else EmbeddingChoice()
         batches = (batch for batch, _ in seeded_batches(given, neighbours))
         self.bank = embed_batches(self._energy.backbone, batches, self._choice, given.device)
+        self._usual = Usual.of(self.bank)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, task: PretextTask | None = None) -> tuple[Scores, Tensor]:
@@ -113,7 +114,7 @@ class _Scorer:
                 f"the energies of {broken} of {len(energies)} images are not finite; train with a "
                 "lower learning rate, or take an earlier checkpoint"
             )
-        scores = {"energy": energies, **distances(self.bank, embeddings)}
+        scores = {"energy": energies, **distances(self.bank, self._usual, embeddings)}
         return scores | {"file size": sizes, "total variation": variations}, embeddings
 
 
@@ -142,17 +143,14 @@ def _one_class_rows(
                 f"class {label} of the test images has no training images; give some of each class"
             )
         inside = labels == label
-        for name, values in {**usual, **distances(bank, embeddings)}.items():
+        for name, values in {**usual, **distances(bank, Usual.of(bank), embeddings)}.items():
             found[name].append(float(auroc(values[inside].numpy(), values[~inside].numpy())))
     return [Row.of(PROTOCOL, ONE_CLASS, name, METRIC, values) for name, values in found.items()]
 
 
-def distances(bank: Tensor, embeddings: Tensor) -> Scores:
+def distances(bank: Tensor, usual: Usual, embeddings: Tensor) -> Scores:
     """Both distances from the bank's embeddings, (images,) each."""
-    return {
-        KNN: knn_distance(bank, embeddings),
-        MAHALANOBIS: Usual.of(bank).distance(embeddings),
-    }
+    return {KNN: knn_distance(bank, embeddings), MAHALANOBIS: usual.distance(embeddings)}
 
 
 def auroc(usual: NDArray[Any], strange: NDArray[Any], axis: int = -1) -> NDArray[np.float64]:

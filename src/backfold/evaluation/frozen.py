@@ -257,10 +257,10 @@ def _validated(
     if protocol == "knn":
         return score([knn_predictions(*each, held, device=given.device) for each in learned]), 0.0
     paths = [linear_probes(*each, device=given.device, tolerance=TOLERANCE) for each in learned]
-    best, least = (0.0, 0.0), np.inf
+    best, least = (0.0, REGULARISATION_GRID[0]), np.inf
     for regularisation, probes in zip(REGULARISATION_GRID, zip(*paths, strict=True), strict=True):
         loss = np.mean([probe.log_loss(held, truth) for probe in probes])
-        if loss > least:
+        if not loss < least:  # NaN, too: no validation image is of a class that was learned
             break
         best, least = (score([probe.predict(held) for probe in probes]), regularisation), loss
     return best

@@ -1,4 +1,4 @@
-"""One HTML file with the images at both ends of every score."""
+"""One HTML file with the strangest images by every score, and the most ordinary ones by some."""
 
 import base64
 import io
@@ -11,6 +11,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from backfold.data.loading import evaluation_batches
 from backfold.data.source import ImageSource
 from backfold.defects import DefectFinder
+from backfold.inference.jobs import MAP
 from backfold.inference.parts import INDEX
 from backfold.pictures import heat_png, to_display
 from backfold.training.run import Pretrained
@@ -29,7 +30,9 @@ def extremes(tables: Iterable[pa.Table], count: int) -> dict[str, tuple[pa.Table
     """For each score, the rows of the ``count`` lowest and highest values, the farthest first."""
     found: dict[str, tuple[pa.Table, pa.Table]] = {}
     for table in tables:
-        for name in table.drop_columns([INDEX, "path"]).column_names:
+        for name in table.column_names:
+            if name in (INDEX, "path", MAP):
+                continue
             low, high = found.get(name, (table[:0], table[:0]))
             # Equal scores in the images' order: the sheet is the same on every run.
             found[name] = tuple(
@@ -75,7 +78,7 @@ def render_contact_sheet(
             pictures[index] = _uri("jpeg", buffer.getvalue())
         chosen = [place for place, index in enumerate(indices) if index in strange]
         if finder is not None and chosen:
-            _, found = finder(images[chosen].to(run.energy.head.weight.device))
+            _, found = finder(images[chosen])
             for place, each in zip(chosen, found, strict=True):
                 maps[indices[place]] = _uri("png", heat_png(images[place], each, run.statistics))
     environment = Environment(loader=PackageLoader("backfold.inference", ""), autoescape=True)

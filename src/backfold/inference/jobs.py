@@ -5,6 +5,7 @@ in the source to columns by name, a value an image. It can be pickled, to run in
 Before it is called, the energy of its run is to be on its device.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ from backfold.restoration import eval_mode, restoration_loss, restore
 from backfold.training.config import task_names
 from backfold.training.run import Pretrained
 
+LOGGER = logging.getLogger("backfold")
 USUAL_BATCH = 32
+MAP = "map"
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class ScoringJob:
         seed: of the corruptions.
         device: where it is computed.
         finder: of defects; see `backfold.defects.DefectFinder`.
-        usual: what the finder was shown, for the record.
-        maps: a folder for each image's map: NUMBER.tiff and, over the image, NUMBER.png.
+        maps: a folder for each image's map: NUMBER.tiff and, over the image, NUMBER.png; the column
+            ``map`` has the number.
     """
 
     run: Pretrained
@@ -77,7 +80,6 @@ class ScoringJob:
     seed: int
     device: torch.device
     finder: DefectFinder | None = None
-    usual: str = ""
     maps: Path | None = None
 
     def facts(self) -> dict[str, Any]:
@@ -88,7 +90,7 @@ class ScoringJob:
             "num_steps": self.num_steps,
             "step_size": self.step_size,
             "seed": self.seed,
-            "usual": self.usual,
+            "usual": "" if self.finder is None else self.finder.fingerprint,
             "maps": str(self.maps),
         }
 
@@ -110,7 +112,10 @@ class ScoringJob:
                     write_atomically(path.with_suffix(".tiff"), map_tiff(found))
                     picture = heat_png(image, found, self.run.statistics)
                     write_atomically(path.with_suffix(".png"), picture)
-        return {name: pa.array(values.cpu().numpy()) for name, values in columns.items()}
+        found = {name: pa.array(values.cpu().numpy()) for name, values in columns.items()}
+        if self.maps is not None:
+            found[MAP] = pa.array([f"{index:07d}" for index in indices])
+        return found
 
     def _errors(self, task: PretextTask, clean: Tensor, indices: Sequence[int]) -> Tensor:
         corruptions = [
@@ -129,18 +134,24 @@ class ScoringJob:
 
 
 def usual_images(
-    run: Pretrained, source: ImageSource, count: int, device: torch.device
-) -> list[Tensor]:
-    """So many images spread over the source, normalised, in batches."""
+    run: Pretrained, source: ImageSource, count: int, batch_size: int = USUAL_BATCH
+) -> Tensor:
+    """So many images spread over the source, or those of them that can be read, normalised."""
     places = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist()
-    batches = evaluation_batches(
-        source, run.image_size, run.channels, USUAL_BATCH, num_workers=1, indices=places
-    )
-    return [run.statistics.normalize(batch.images.to(device)) for batch in batches]
+    images, indices = [], []
+    for batch in evaluation_batches(
+        source, run.image_size, run.channels, batch_size, num_workers=1, indices=places
+    ):
+        for line in batch.broken:
+            LOGGER.warning("skipped: %s", line)
+        images.append(run.statistics.normalize(batch.images))
+        indices += batch.indices.tolist()
+    _, first = np.unique(indices, return_index=True)  # without those that stand in for broken ones
+    return torch.cat(images)[first]
 
 
 def find_defects(run: Pretrained, usual: Sequence[Tensor]) -> DefectFinder:
-    """The run's finder, shown these batches on its device; it restores if the run hid something."""
+    """The run's finder, shown these batches; it restores if the run hid something."""
     config = run.config
     return DefectFinder(
         run.energy, usual, config.tasks.masking if "masking" in task_names(config) else None,
