@@ -196,9 +196,11 @@ def main() -> None:
             "tasks": {"masking": {"mask_patch_size": PATCH}}, "watch_every": 1000.0,
             "optimizer": {"base_lr": 8e-3, "warmup_epochs": 10}, "seed": number,
         }  # fmt: skip
-        run = backfold.pretrain(
-            train, out=options.runs / f"texture-{number}", overwrite=True, **settings
-        )
+        folder = options.runs / f"texture-{number}"
+        if (folder / "backbone.safetensors").exists():
+            run = backfold.load(folder)
+        else:
+            run = backfold.pretrain(train, out=folder, overwrite=True, **settings)
         write_json(path, {"settings": settings, **measure(judges(run, train), test)})
         print(f"{path}: {json.loads(path.read_text())['image AUROC']}", flush=True)
     files = sorted(options.out.glob("texture-*.json"))
