@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
 from backfold.pretext import (
+    Bands,
     Colorization,
     Denoising,
     Excerpt,
@@ -23,7 +24,7 @@ from backfold.training.step import Stepper
 
 TASKS = (
     Masking(mask_patch_size=7), Sorting(sorting_patch_size=7), SuperResolution(), Denoising(),
-    Colorization(0.5, 1.0),
+    Colorization(0.5, 1.0), Bands(band_patch_size=7),
 )  # fmt: skip
 STATISTICS = ChannelStatistics((0.3,) * 3, (0.35,) * 3)
 # Results whose size or value the host must know.
@@ -74,7 +75,7 @@ def test_a_task_that_waits_is_noticed():
         Masking(mask_patch_size=7, hidden_share=0.5),
         Masking(mask_patch_size=7, normalised_share=0.5),
         Masking(mask_patch_size=7, blocks=True),
-        Mixture(TASKS, (1.0,) * 5),
+        Mixture(TASKS, (1.0,) * len(TASKS)),
         Excerpt(Mixture(TASKS[:2], (1.0, 2.0)), ExcerptSettings(0.5, 7)),
     ],
     ids=lambda task: type(task).__name__,

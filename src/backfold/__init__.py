@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from backfold.energy import EnergyModel
     from backfold.evaluation.evaluate import evaluate
     from backfold.pretext import (
+        Bands,
         Colorization,
         Denoising,
         Masking,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backfold",
+    "Bands",
     "Colorization",
     "Denoising",
     "EnergyModel",
@@ -46,10 +48,10 @@ API, PRETEXT, RESTORATION = "backfold.api", "backfold.pretext", "backfold.restor
 # Imported when they are used: the command line answers before torch is loaded.
 HOMES = {
     **dict.fromkeys(("Backfold", "export", "load", "pretrain", "report", "score", "stats"), API),
-    **dict.fromkeys(("Colorization", "Denoising", "Masking", "Mixture", "Sorting"), PRETEXT),
+    **dict.fromkeys(("Bands", "Colorization", "Denoising", "Masking"), PRETEXT),
     **dict.fromkeys(("RestorationResult", "restore", "training_step"), RESTORATION),
     "EnergyModel": "backfold.energy",
-    "SuperResolution": PRETEXT,
+    **dict.fromkeys(("Mixture", "Sorting", "SuperResolution"), PRETEXT),
     "evaluate": "backfold.evaluation.evaluate",
 }
 

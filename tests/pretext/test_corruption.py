@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from backfold.errors import UserError
-from backfold.pretext import Colorization, Denoising, Masking, Mixture, Sorting, SuperResolution
+from backfold.pretext import (
+    Bands,
+    Colorization,
+    Denoising,
+    Masking,
+    Mixture,
+    Sorting,
+    SuperResolution,
+)
 
 DRAWING_TASKS = {
     "masking": Masking(mask_patch_size=8),
@@ -13,6 +21,7 @@ DRAWING_TASKS = {
     "superresolution": SuperResolution(),
     "denoising": Denoising(),
     "fading": Colorization(0.2, 0.9),
+    "bands": Bands(band_patch_size=16),
     "mixture": Mixture(
         (Masking(mask_patch_size=8), Sorting(sorting_patch_size=8), SuperResolution(), Denoising()),
         (1.0, 1.0, 1.0, 1.0),
@@ -32,7 +41,7 @@ def each(tasks):
 @each(TASKS)
 @pytest.mark.parametrize(("channels", "size"), [(1, (61, 40)), (3, (64, 96)), (12, (16, 91))])
 def test_any_channel_count_and_size(task, channels, size, photographs_of):
-    if isinstance(task, Colorization) and channels == 1:
+    if isinstance(task, (Bands, Colorization)) and channels == 1:
         channels = 2
     clean = photographs_of(channels, *size)
     before = clean.clone()

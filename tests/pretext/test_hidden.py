@@ -6,6 +6,7 @@ import torch
 
 from backfold.errors import UserError
 from backfold.pretext import (
+    Bands,
     Colorization,
     Corruption,
     Denoising,
@@ -21,7 +22,7 @@ from backfold.pretext.sorting import patchify
 
 SIZE = 8
 MASKING = Masking(0.75, SIZE, normalised_share=0.5)
-ALL = (MASKING, Sorting(SIZE), SuperResolution(), Denoising(), Colorization(), Identity())
+ALL = (MASKING, Sorting(SIZE), SuperResolution(), Denoising(), Colorization(), Bands(), Identity())
 
 
 def seeded(seed=0):

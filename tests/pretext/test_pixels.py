@@ -8,7 +8,15 @@ import torch
 from PIL import Image
 
 from backfold.errors import UserError
-from backfold.pretext import Colorization, Denoising, SuperResolution, chroma_error, luminance
+from backfold.pretext import (
+    Bands,
+    Colorization,
+    Denoising,
+    SuperResolution,
+    chroma_error,
+    luminance,
+    spectral_angle,
+)
 
 
 def seeded(seed):
@@ -222,3 +230,38 @@ def test_smooth_images_come_back_nearly_unchanged():
     assert (corrupted - smooth).abs().max() < 0.02
     constant = torch.full((1, 3, 31, 17), 0.7)
     torch.testing.assert_close(fixed(factor)(constant, seeded(0)).corrupted, constant)
+
+
+def test_one_group_of_bands_is_hidden_in_each_square(photographs_of):
+    groups = (0, 1), (4,), (2, 3)
+    clean = photographs_of(5, 40, 32)
+    corrupted = Bands(groups, band_patch_size=16)(clean, seeded(0)).corrupted
+    drawn = []
+    for image, before in zip(corrupted, clean, strict=True):
+        for row in range(0, 40, 16):
+            for column in range(0, 32, 16):
+                square = (slice(None), slice(row, row + 16), slice(column, column + 16))
+                gone = (image[square] == 0).flatten(1).all(dim=1)
+                kept = ~gone
+                assert torch.equal(image[square][kept], before[square][kept])
+                drawn.append(tuple(gone.nonzero().flatten().tolist()))
+    assert set(drawn) == set(groups)
+    whole = Bands()(clean, seeded(0)).corrupted
+    assert ((whole == 0).flatten(2).all(dim=2).sum(dim=1) == 1).all()
+
+
+def test_what_bands_refuse(photographs_of):
+    for groups in (((0, 3),), ((0, 1, 2),)):
+        with pytest.raises(UserError, match="give bands from 0 to 2, never all"):
+            Bands(groups)(photographs_of(3), seeded(0))
+    with pytest.raises(UserError, match="some in each group"):
+        Bands(((0,), ()))
+    with pytest.raises(UserError, match="band_patch_size is -1"):
+        Bands(band_patch_size=-1)
+
+
+def test_spectral_angle_of_known_spectra():
+    clean = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    turned = torch.tensor([1.0, 1.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    assert spectral_angle(turned, clean).item() == pytest.approx(45, abs=1e-3)
+    assert spectral_angle(7 * clean, clean).item() == pytest.approx(0, abs=0.05)

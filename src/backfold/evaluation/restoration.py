@@ -5,6 +5,7 @@ does: other pixels are taken as clean. Nothing is clipped. The spread is that ov
 says how much images differ and not how sure the mean is (divide by the root of the count for that).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from backfold.evaluation.evaluate import Evaluation
 
 PROTOCOL = "restoration"
-PSNR, SSIM, CHROMA = "PSNR (dB)", "SSIM", "chroma error"
+PSNR, SSIM, CHROMA, ANGLE = "PSNR (dB)", "SSIM", "chroma error", "spectral angle (degrees)"
 PLACED_RIGHT = "patches placed right"
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -86,7 +87,7 @@ def restoration(given: "Evaluation") -> list[Row]:
 def pretext_severities(
     settings: TaskSettings, channels: int, image_size: ImageSize
 ) -> dict[str, tuple[pretext.PretextTask, ...]]:
-    """Each pretext task at severities 1 to 5; images of one channel have no colorization.
+    """Each pretext task at severities 1 to 5; images of one channel have no colours and no bands.
 
     Severity 3 is about the middle of what training draws by default. What is random is drawn from
     the seed alone: in each image, noise grows, and what is hidden or moved stays so, from one
@@ -112,7 +113,15 @@ def pretext_severities(
     }
     if channels > 1:
         tasks["colorization"] = tuple(pretext.Colorization(share, share) for share in CHROMA_SHARES)
+        counts = [math.ceil(severity * (channels - 1) / len(SEVERITIES)) for severity in SEVERITIES]
+        tasks["bands"] = tuple(pretext.Bands(_neighbouring(channels, count)) for count in counts)
     return tasks
+
+
+def _neighbouring(channels: int, count: int) -> tuple[tuple[int, ...], ...]:
+    """Every group of so many bands that follow each other; the first follows the last."""
+    bands = [*range(channels)] * 2
+    return tuple(tuple(bands[first : first + count]) for first in range(channels))
 
 
 def seeded_batches(given: "Evaluation", images: Tensor) -> Iterator[tuple[Tensor, Generator]]:
@@ -177,6 +186,9 @@ def _measures(
     found = {PSNR: psnr_db(compared, clean, std), SSIM: ssim(compared, clean, mean, std)}
     if isinstance(task, pretext.Sorting):
         found[PLACED_RIGHT] = pretext.patches_placed_right(restored, clean, task.sorting_patch_size)
+    elif isinstance(task, pretext.Bands):
+        raw = (statistics.denormalize(images) for images in (restored, clean))
+        found[ANGLE] = pretext.spectral_angle(*raw)
     elif clean.shape[1] > 1:
         found[CHROMA] = pretext.chroma_error(restored, clean)
     return found

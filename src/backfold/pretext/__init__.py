@@ -5,16 +5,18 @@ from backfold.pretext.hidden import HiddenPatches
 from backfold.pretext.masking import Masking
 from backfold.pretext.mixture import Excerpt, ExcerptSettings, Mixture
 from backfold.pretext.pixels import (
+    Bands,
     Colorization,
     Denoising,
     SuperResolution,
     chroma_error,
     luminance,
+    spectral_angle,
 )
 from backfold.pretext.sorting import Sorting, patches_placed_right
 
 __all__ = [
-    "Colorization", "Corruption", "Denoising", "Excerpt", "ExcerptSettings", "HiddenPatches",
-    "Identity", "Masking", "Mixture", "PretextTask", "Sorting", "SuperResolution", "chroma_error",
-    "luminance", "patches_placed_right",
+    "Bands", "Colorization", "Corruption", "Denoising", "Excerpt", "ExcerptSettings",
+    "HiddenPatches", "Identity", "Masking", "Mixture", "PretextTask", "Sorting",
+    "SuperResolution", "chroma_error", "luminance", "patches_placed_right", "spectral_angle",
 ]  # fmt: skip

@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backfold.errors import UserError
-from backfold.pretext.corruption import Corruption, check_images, host_random, loss_everywhere
+from backfold.pretext.corruption import (
+    Corruption,
+    check_images,
+    host_random,
+    loss_everywhere,
+    patch_mask_to_pixels,
+)
 
 REC_601_WEIGHTS = (0.299, 0.587, 0.114)
 LARGEST_FACTOR_STEP = 0.25
@@ -90,6 +96,63 @@ def chroma_error(restored: Tensor, clean: Tensor) -> Tensor:
     # Chroma is linear: the difference of two chromas is the chroma of the difference.
     difference = restored - clean
     return (difference - luminance(difference)).abs().mean(dim=(1, 2, 3))
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Hides bands (channels) of each image, to be restored from its others.
+
+    One group of bands is drawn evenly for each image, or for each square of it, and becomes 0, the
+    data set's mean. The loss counts on all bands: those that were not hidden shall stay. Not one of
+    the paper's tasks; for images of several sensors, after CrossDiff (Xing et al., 2024).
+
+    Args:
+        groups: bands that are hidden together, counted from 0; none hides each alone (default).
+        band_patch_size: side in pixels of the squares that draw for themselves; 0 draws once for
+            the whole image (default: 0).
+
+    Raises:
+        UserError: an empty group, a negative number or, when called, a band that the images don't
+            have, or a group of all of them.
+    """
+
+    groups: tuple[tuple[int, ...], ...] = ()
+    band_patch_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.band_patch_size < 0:
+            raise UserError(f"band_patch_size is {self.band_patch_size}; give 0 or more pixels")
+        if not all(group and min(group) >= 0 for group in self.groups):
+            raise UserError(f"groups are {self.groups}; give bands from 0, some in each group")
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
+        """See `PretextTask`."""
+        check_images(clean)
+        channels, height, width = clean.shape[1:]
+        groups = self.groups or tuple((band,) for band in range(channels))
+        if any(max(group) >= channels or len(set(group)) == channels for group in groups):
+            raise UserError(
+                f"groups of bands are {groups} and images have {channels} channel(s); give bands "
+                f"from 0 to {channels - 1}, never all of them"
+            )
+        size = self.band_patch_size or max(height, width)
+        shape = (len(clean), math.ceil(height / size), math.ceil(width / size))
+        drawn = torch.randint(len(groups), shape, generator=generator, device=clean.device)
+        hidden = []
+        for band in range(channels):
+            among = [drawn == number for number, group in enumerate(groups) if band in group]
+            squares = torch.stack(among).any(dim=0) if among else torch.zeros_like(drawn).bool()
+            hidden.append(patch_mask_to_pixels(squares, size, height, width))
+        return Corruption(clean.masked_fill(torch.cat(hidden, dim=1), 0), loss_everywhere(clean))
+
+
+def spectral_angle(restored: Tensor, clean: Tensor) -> Tensor:
+    """Mean angle in degrees between each pixel's bands, restored and clean: (batch,).
+
+    Of (batch, bands, height, width), on the scale of the files (Kruse et al., 1993).
+    """
+    cosine = F.cosine_similarity(restored.float(), clean.float(), dim=1)
+    return cosine.clamp(-1, 1).acos().mean(dim=(1, 2)).rad2deg()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from backfold.data.decode import MAX_PIXELS
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
 from backfold.pretext import (
+    Bands,
     Colorization,
     Denoising,
     Excerpt,
@@ -30,7 +31,8 @@ from backfold.pretext import (
     SuperResolution,
 )
 
-TASK_NAMES = ("masking", "sorting", "superresolution", "denoising", "colorization")
+PAPER_TASKS = ("masking", "sorting", "superresolution", "denoising", "colorization")
+TASK_NAMES = (*PAPER_TASKS, "bands")
 IN_MEMORY = " in memory"  # ends what stands in the place of data that have no path
 MIXTURE, IDENTITY = "mixture", "identity"
 NOT_DENSE = (
@@ -66,9 +68,10 @@ class TaskSettings:
         superresolution: scale down and up.
         denoising: add noise.
         colorization: take colours away.
+        bands: hide bands (channels).
         mixture: weight of each task where the pretext is "mixture", by the tasks' names; tasks that
             are not named are left out, and "identity" leaves its share of the images clean
-            (default: all five, those that the images allow, equally).
+            (default: all but bands, those that the images allow, equally).
         excerpt: whatever the task, run on a random part of each image's squares alone.
     """
 
@@ -77,6 +80,7 @@ class TaskSettings:
     superresolution: SuperResolution = field(default_factory=SuperResolution)
     denoising: Denoising = field(default_factory=Denoising)
     colorization: Colorization = field(default_factory=Colorization)
+    bands: Bands = field(default_factory=Bands)
     mixture: dict[str, float] = field(default_factory=dict)
     excerpt: ExcerptSettings = field(default_factory=ExcerptSettings)
 
@@ -120,7 +124,7 @@ class PretrainConfig:
         backbone_options: further keyword arguments of the timm model, such as patch_size.
         image_size: N or HxW in pixels; none takes the backbone's own.
         channels: channels of the images; none counts them in the data.
-        pretext: masking, sorting, superresolution, denoising, colorization or mixture.
+        pretext: masking, sorting, superresolution, denoising, colorization, bands or mixture.
         tasks: the pretext tasks' own settings.
         energy: "conditional" trains hidden patches given the visible ones, which costs less than an
             ordinary step (timm's ViTs and EVAs); "dense" trains whole images, with any backbone;
@@ -353,7 +357,7 @@ def task_names(config: PretrainConfig) -> tuple[str, ...]:
         raise UserError(
             "the mixture holds identity alone, which corrupts nothing; add another task"
         )
-    return drawn or TASK_NAMES
+    return drawn or PAPER_TASKS
 
 
 def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]:
