@@ -114,7 +114,7 @@ def train(cell: Cell, common: PretrainConfig, data: TensorDataset, runs: Path) -
 
 
 def judge(
-    cell: Cell, common: PretrainConfig, data: TensorDataset, out: Path
+    cell: Cell, common: PretrainConfig, data: TensorDataset, out: Path, labelled: int | None
 ) -> list[dict[str, Any]]:
     """The cell's rows: read if they are there, else found and written."""
     path = out / cell.file
@@ -126,7 +126,7 @@ def judge(
     found = backfold.evaluate(
         backbone, data=common.data, protocols=PROTOCOLS[cell.part], channels=common.channels,
         image_size=common.image_size, accelerator=common.accelerator,
-        num_workers=common.num_workers,
+        num_workers=common.num_workers, train_images=labelled,
     )  # fmt: skip
     rows = [{**cell._asdict(), "seconds": seconds, **asdict(row)} for row in found]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -151,8 +151,12 @@ def race(
     rates: Sequence[float],
     common: PretrainConfig,
     out: Path,
+    labelled: int | None = None,
 ) -> list[dict[str, Any]]:
-    """All test rows; each cell is done once, whatever was cut before."""
+    """All test rows; each cell is done once, whatever was cut before.
+
+    So many labelled images are judged with; None takes all.
+    """
     data = decoded(open_source(common.data, "train"))
     common = replace(common, channels=len(data[0][0]))
     rows, epochs = [], common.epochs
@@ -160,10 +164,10 @@ def race(
         rate = rates[0]
         if method != "untrained" and len(rates) > 1:
             cells = [Cell(method, seeds[0], rate, epochs, VALIDATION) for rate in rates]
-            judged = [judge(cell, common, data, out) for cell in cells]
+            judged = [judge(cell, common, data, out, labelled) for cell in cells]
             rate = best_rate(list(chain.from_iterable(judged)))
         for seed in seeds:
-            rows += judge(Cell(method, seed, rate, epochs, TEST), common, data, out)
+            rows += judge(Cell(method, seed, rate, epochs, TEST), common, data, out, labelled)
     return rows
 
 
@@ -200,7 +204,10 @@ def write_table(rows: Sequence[dict[str, Any]], out: Path) -> None:
         trained = [row for row in rows if row["contender"] == PRETRAINED]
         rates = {f"{row['rate']:g}" for row in trained if title(row) == line}
         shown = [cells.get(case) for case in cases]
-        texts = [f"{cell[0]:.1f} ± {cell[1]:.1f}" if cell else "" for cell in shown]
+        texts = [
+            f"{cell[0]:.1f}" + (f" ± {cell[1]:.1f}" if cell[2] > 1 else "") if cell else ""
+            for cell in shown
+        ]
         count = max(cell[2] for cell in cells.values())
         lines.append([line, ", ".join(sorted(rates)), str(count), *texts])
     header = ["accuracy (%)", "learning rate", "seeds", *cases]
@@ -231,6 +238,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--epochs", type=float, default=100.0)
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--labelled", type=int, help="training images to judge with; none: all")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "race")
     options = parser.parse_args()
@@ -249,7 +257,8 @@ def main() -> None:
         tasks=TaskSettings(masking=Masking(mask_patch_size=options.patch)),
         optimizer=OptimizerSettings(),
     )  # fmt: skip
-    race(options.methods, options.seeds, options.rates, common, options.out)
+    methods, labelled = options.methods, options.labelled
+    race(methods, options.seeds, options.rates, common, options.out, labelled)
     tested = sorted(options.out.glob(f"*-{TEST}.jsonl"))
     lines = chain.from_iterable(path.read_text().splitlines() for path in tested)
     write_table([json.loads(line) for line in lines], options.out)
