@@ -246,6 +246,9 @@ def test_one_group_of_bands_is_hidden_in_each_square(photographs_of):
                 assert torch.equal(image[square][kept], before[square][kept])
                 drawn.append(tuple(gone.nonzero().flatten().tolist()))
     assert set(drawn) == set(groups)
+    some = Bands(groups, band_patch_size=8, share=0.3)(clean, seeded(0)).corrupted
+    squares = (some == 0).any(dim=1, keepdim=True)[:, :, ::8, ::8]
+    assert (squares.flatten(1).sum(dim=1) == 6).all()  # of 20
     whole = Bands()(clean, seeded(0)).corrupted
     assert ((whole == 0).flatten(2).all(dim=2).sum(dim=1) == 1).all()
 
@@ -256,6 +259,8 @@ def test_what_bands_refuse(photographs_of):
             Bands(groups)(photographs_of(3), seeded(0))
     with pytest.raises(UserError, match="some in each group"):
         Bands(((0,), ()))
+    with pytest.raises(UserError, match="share is 0"):
+        Bands(share=0)
     with pytest.raises(UserError, match="band_patch_size is -1"):
         Bands(band_patch_size=-1)
 

@@ -5,7 +5,6 @@ does: other pixels are taken as clean. Nothing is clipped. The spread is that ov
 says how much images differ and not how sure the mean is (divide by the root of the count for that).
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -39,6 +38,7 @@ MOVED_SHARES = (0.2, 0.35, 0.5, 0.75, 1.0)  # of the patches, two at least
 FACTORS = (1.5, 2.0, 3.0, 4.0, 6.0)  # by which images are scaled down, and up again
 NOISE_STDS = (0.1, 0.25, 0.45, 0.8, 1.2)
 CHROMA_SHARES = (0.25, 0.5, 0.75, 0.9, 1.0)  # that are gone; training: all, by default
+BAND_SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 PATCHES_ACROSS, BATCH_SIZE = 4, 256
 # The best of a few multiples of the noise on 40 CIFAR-10 images, noise_std 0.25 to 1.2.
 TV_WEIGHT, NLM_STRENGTH = 0.75, 0.6
@@ -113,15 +113,9 @@ def pretext_severities(
     }
     if channels > 1:
         tasks["colorization"] = tuple(pretext.Colorization(share, share) for share in CHROMA_SHARES)
-        counts = [math.ceil(severity * (channels - 1) / len(SEVERITIES)) for severity in SEVERITIES]
-        tasks["bands"] = tuple(pretext.Bands(_neighbouring(channels, count)) for count in counts)
+        bands = replace(settings.bands, band_patch_size=masking.mask_patch_size)
+        tasks["bands"] = tuple(replace(bands, share=share) for share in BAND_SHARES)
     return tasks
-
-
-def _neighbouring(channels: int, count: int) -> tuple[tuple[int, ...], ...]:
-    """Every group of so many bands that follow each other; the first follows the last."""
-    bands = [*range(channels)] * 2
-    return tuple(tuple(bands[first : first + count]) for first in range(channels))
 
 
 def seeded_batches(given: "Evaluation", images: Tensor) -> Iterator[tuple[Tensor, Generator]]:

@@ -20,6 +20,7 @@ from backfold.pretext.corruption import (
     host_random,
     loss_everywhere,
     patch_mask_to_pixels,
+    random_order,
 )
 
 REC_601_WEIGHTS = (0.299, 0.587, 0.114)
@@ -110,20 +111,24 @@ class Bands:
         groups: bands that are hidden together, counted from 0; none hides each alone (default).
         band_patch_size: side in pixels of the squares that draw for themselves; 0 draws once for
             the whole image (default: 0).
+        share: of the squares that lose bands, above 0 and at most 1; one does (default: 1.0).
 
     Raises:
-        UserError: an empty group, a negative number or, when called, a band that the images don't
-            have, or a group of all of them.
+        UserError: an empty group, a number out of its range or, when called, a band that the images
+            don't have, or a group of all of them.
     """
 
     groups: tuple[tuple[int, ...], ...] = ()
     band_patch_size: int = 0
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.band_patch_size < 0:
             raise UserError(f"band_patch_size is {self.band_patch_size}; give 0 or more pixels")
         if not all(group and min(group) >= 0 for group in self.groups):
             raise UserError(f"groups are {self.groups}; give bands from 0, some in each group")
+        if not 0 < self.share <= 1:
+            raise UserError(f"share is {self.share}; give a number above 0 and at most 1")
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """See `PretextTask`."""
@@ -138,6 +143,10 @@ class Bands:
         size = self.band_patch_size or max(height, width)
         shape = (len(clean), math.ceil(height / size), math.ceil(width / size))
         drawn = torch.randint(len(groups), shape, generator=generator, device=clean.device)
+        if self.share < 1:
+            order = random_order(len(clean), shape[1] * shape[2], generator)
+            loses = order < max(1, round(self.share * order.shape[1]))
+            drawn = torch.where(loses.view(shape), drawn, -1)
         hidden = []
         for band in range(channels):
             among = [drawn == number for number, group in enumerate(groups) if band in group]
