@@ -180,7 +180,7 @@ def main() -> None:
     )
     parser.add_argument("--data", required=True)
     parser.add_argument("--classes", nargs="+", type=int, default=list(range(10)))
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--epochs", type=float, default=100.0, help="of two steps each")
     parser.add_argument("--runs", type=Path, default=Path("runs/defects"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "defects")
     options = parser.parse_args()
@@ -192,7 +192,7 @@ def main() -> None:
         train, test = images[:TRAINED_ON], images[TRAINED_ON:]
         settings: dict[str, Any] = {
             "backbone": "vit_tiny_patch16_224", "backbone_options": SHAPE, "image_size": SIDE,
-            "max_steps": options.steps, "batch_size": BATCH, "num_workers": 0, "held_out": 9,
+            "epochs": options.epochs, "batch_size": BATCH, "num_workers": 0, "held_out": 9,
             "tasks": {"masking": {"mask_patch_size": PATCH}}, "watch_every": 1000.0,
             "optimizer": {"base_lr": 8e-3, "warmup_epochs": 10}, "seed": number,
         }  # fmt: skip

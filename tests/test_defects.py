@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from backfold import defects
-from backfold.defects import DefectFinder, Usual, alone, error_map, gradient_map
+from backfold.defects import DefectFinder, Usual, alone, alone_pixels, error_map, gradient_map
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.pretext import Masking
@@ -103,6 +103,18 @@ def test_a_position_alone_is_far_from_the_others():
             assert row[place].item() == pytest.approx(sum(apart) / 4, rel=1e-3)
 
 
+def test_a_square_that_the_image_has_once_stands_alone():
+    image = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 13, 13)
+    image[:, :, 20:24, 28:32] = image[:, :, 20:24, 28:32].flip(3)
+    found = alone_pixels(image)  # squares of 4 pixels, as 52 // 12
+    assert found.shape == (1, 1, 52, 52)
+    assert found[0, 0, 22, 30] == found.max()
+    assert found[0, 0, :16].max() < 1e-3
+    cut = alone_pixels(image[..., :51])
+    torch.testing.assert_close(cut[..., :40], found[..., :40])
+    assert torch.equal(cut[..., 48:], cut[..., 47:48].expand(-1, -1, -1, 3))
+
+
 def test_a_drawn_defect_is_found_and_where_it_is(energy):
     finder = DefectFinder(energy, waves(64).split(32), MASKING, is_conditional=True)
     good, broken = waves(12, seed=1), waves(12, seed=1)
@@ -110,7 +122,7 @@ def test_a_drawn_defect_is_found_and_where_it_is(energy):
     (usual, _), (strange, maps) = finder(good), finder(broken)
     assert set(usual) == {
         "energy", "gradient_norm", "nearest", "mahalanobis", "largest_gradient", "largest_error",
-        "largest_distance", "largest_alone", "joined",
+        "largest_distance", "largest_alone", "largest_pixels", "joined",
     }  # fmt: skip
     wins = (strange["largest_alone"] > usual["largest_alone"]).float().mean()
     assert wins > 0.9

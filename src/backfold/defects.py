@@ -7,7 +7,8 @@ Maps are (batch, 1, height, width), higher where stranger:
     distance     Mahalanobis distance of the features at each position from those of usual images,
                  as in PaDiM (Defard et al., 2020), here with one distribution for all positions;
     alone        distance of those features from the nearest ones in the same image, which needs no
-                 other image (Aota et al., WACV 2023): what breaks a texture stands alone in it.
+                 other image (Aota et al., WACV 2023): what breaks a texture stands alone in it;
+    pixels       the same of squares of pixels: no backbone at all, for comparison and of use.
 
 That a gradient's statistics tell defects at least as well as the energy is from arXiv 2105.03270.
 """
@@ -35,6 +36,7 @@ PARTS = 4  # each square is restored from the three quarters that it is no part 
 MOST_POSITIONS = 20_000  # features that a distribution is fitted to
 FEWEST = 8  # usual images
 LEAST_SPREAD = 1e-6  # of a map's pixels
+ACROSS = 12  # squares that are compared in the shorter side
 COMPANY = 4  # positions that one is compared to
 SMOOTHING = 24  # of the image's shorter side: the radius within which maps are averaged
 
@@ -128,6 +130,17 @@ def alone(features: Tensor) -> Tensor:
         count = min(COMPANY, len(apart) - 1)
         found.append(apart.topk(count, dim=1, largest=False).values.mean(dim=1))
     return torch.stack(found)
+
+
+def alone_pixels(images: Tensor) -> Tensor:
+    """As `alone`, of squares a twelfth of the shorter side across: (batch, 1, height, width)."""
+    height, width = images.shape[2:]
+    size = max(2, min(height, width) // ACROSS)
+    squares = F.unfold(images, size, stride=size).transpose(1, 2)
+    grid = alone(squares).unflatten(1, (height // size, width // size))[:, None]
+    found = F.interpolate(grid, scale_factor=size, mode="bilinear")
+    # Those at the right and bottom that fill no square are taken for the next ones.
+    return F.pad(found, (0, width % size, 0, height % size), mode="replicate")
 
 
 def smoothed(maps: Tensor) -> Tensor:
@@ -244,6 +257,7 @@ class DefectFinder:
             }.items():
                 grid = found.unflatten(1, self._grid)[:, None]
                 maps[name] = F.interpolate(grid, images.shape[2:], mode="bilinear")
+        maps["pixels"] = alone_pixels(images)
         maps = {name: smoothed(found.cpu()) for name, found in maps.items()}
         pooled = positions.mean(dim=1)
         scores = {

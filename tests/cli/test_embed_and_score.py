@@ -19,7 +19,7 @@ from backfold.inference.jobs import EmbeddingJob
 HERE = ["--accelerator=cpu", "--num-workers=0"]
 DEFECTS = [
     "gradient_norm", "nearest", "mahalanobis", "largest_gradient", "largest_error",
-    "largest_distance", "largest_alone", "joined",
+    "largest_distance", "largest_alone", "largest_pixels", "joined",
 ]  # fmt: skip
 
 
