@@ -244,23 +244,23 @@ def _validated(
 ) -> tuple[float, float]:
     """Accuracy, 0 to 1, over these sets of places to learn from, and the best regularisation.
 
-    From the strongest penalty on, until a weaker one does worse.
+    From the strongest penalty on, for each set until a weaker one does worse.
     """
     held, truth = given.frozen.train(*pair, validation), given.parts.train.labels[validation]
-    learned = [
-        (given.frozen.train(*pair, places), given.parts.train.labels[places]) for places in sets
-    ]
-
-    def score(found: Sequence[Tensor]) -> float:
-        return float(np.mean([(labels == truth).double().mean() for labels in found]))
-
-    if protocol == "knn":
-        return score([knn_predictions(*each, held, device=given.device) for each in learned]), 0.0
-    paths = [linear_probes(*each, device=given.device, tolerance=TOLERANCE) for each in learned]
-    best, least = (0.0, REGULARISATION_GRID[0]), np.inf
-    for regularisation, probes in zip(REGULARISATION_GRID, zip(*paths, strict=True), strict=True):
-        loss = np.mean([probe.log_loss(held, truth) for probe in probes])
-        if not loss < least:  # NaN, too: no validation image is of a class that was learned
-            break
-        best, least = (score([probe.predict(held) for probe in probes]), regularisation), loss
-    return best
+    path = REGULARISATION_GRID if protocol == "linear" else (0.0,)
+    losses, right = np.full((len(sets), len(path)), np.inf), np.zeros((len(sets), len(path)))
+    for row, places in enumerate(sets):
+        learned = given.frozen.train(*pair, places), given.parts.train.labels[places]
+        if protocol == "knn":
+            predicted = knn_predictions(*learned, held, device=given.device)
+            losses[row], right[row] = 0, (predicted == truth).double().mean()
+            continue
+        probes = linear_probes(*learned, path, device=given.device, tolerance=TOLERANCE)
+        for column, probe in enumerate(probes):
+            losses[row, column] = probe.log_loss(held, truth)
+            right[row, column] = (probe.predict(held) == truth).double().mean()
+            # NaN, too, where no validation image is of a class that was learned.
+            if column and not losses[row, column] < losses[row, column - 1]:
+                break
+    best = int(losses.mean(axis=0).argmin())
+    return float(right[:, best].mean()), path[best]
