@@ -139,7 +139,7 @@ def judges(run: backfold.Backfold, train: Tensor) -> Judge:
     def judge(images: Tensor) -> Judged:
         clean = statistics.normalize(images)
         scores, joined = finder(clean)
-        _, maps = finder._measure(clean)
+        _, maps = finder.measure(clean)
         maps["joined"] = joined
         scores["file size"] = file_sizes(clean, statistics)
         scores["total variation"] = total_variation(clean, reduction="none")

@@ -103,6 +103,8 @@ def test_images_in_memory_have_a_limit_too(images, tmp_path):
 def test_what_was_in_memory_has_no_file(run):
     with pytest.raises(UserError, match="Tensor in memory does not exist"):
         backfold.evaluate(run, **HERE)
+    with pytest.raises(UserError, match=r"the run's own data are not there: .*; or usual"):
+        run.score(torch.zeros(1, 1, 28, 28))
     with pytest.raises(UserError, match="optimizer"):
         backfold.pretrain(out=run.path / "x", optimizer={"base_lrr": 1.0})
 

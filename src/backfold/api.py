@@ -145,7 +145,10 @@ class Backfold:
             return find_defects(self.run, self._prepare(usual).split(USUAL_BATCH))
         if self._own_finder is None:
             config = self.run.config
-            source = open_source(config.data, "train", max_pixels=config.max_pixels)
+            try:
+                source = open_source(config.data, "train", max_pixels=config.max_pixels)
+            except UserError as error:
+                raise UserError(f"the run's own data are not there: {error}; or usual") from error
             images = usual_images(self.run, source, USUAL_IMAGES)
             self._own_finder = find_defects(self.run, images.split(USUAL_BATCH))
         return self._own_finder

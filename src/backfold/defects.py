@@ -192,7 +192,7 @@ class DefectFinder:
         # Without what a position's features always have: its place in the image, above all.
         self._everywhere = positions.mean(dim=0)
         self._vectors, self._local = Usual.of(self._bank), Usual.of(positions.flatten(0, 1))
-        measured = [self._measure(images[part]) for part in others.split(batch_size)]
+        measured = [self.measure(images[part]) for part in others.split(batch_size)]
         scores, maps = zip(*measured, strict=True)
         self._levels = {name: _joined(scores, name).sort().values for name in scores[0]}
         pixels = {name: _joined(maps, name) for name in maps[0]}
@@ -219,7 +219,7 @@ class DefectFinder:
         if images.shape[1:] != self._shape:
             given, known = tuple(images.shape[1:]), tuple(self._shape)
             raise UserError(f"images are {given} and the usual ones {known}; give them alike")
-        scores, maps = self._measure(images)
+        scores, maps = self.measure(images)
         ranks = [
             torch.searchsorted(usual, scores[name]) / len(usual)
             for name, usual in self._levels.items()
@@ -239,8 +239,8 @@ class DefectFinder:
     def _moved(self, images: Tensor) -> Tensor:
         return images.to(self._energy.head.weight.device)
 
-    def _measure(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Scores and maps, on the CPU."""
+    def measure(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The scores that are joined, and the maps by name, smoothed; on the CPU."""
         images, positions = self._moved(images), self._positions(images)
         energies, gradient = gradient_map(self._energy, images)
         maps = {"gradient": gradient}

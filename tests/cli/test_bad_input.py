@@ -120,6 +120,7 @@ def test_without_a_run_there_is_nothing_to_work_on(refused, tmp_path, monkeypatc
         ("restore .", ["can't read", "Is a directory"]),
         ("restore --pretext=maskin", ["nearest: masking"]),
         ("restore --pretext=colorization", ["colorization needs more than 1 channel"]),
+        ("restore --pretext=bands", ["bands needs more than 1 channel"]),
         ("restore --num-steps=-1", ["num_steps is -1; give 0 or more"]),
         ("restore --out=/proc/x", ["can't write /proc/x", "choose another --out"]),
         ("stats --data=nowhere", ["nowhere does not exist"]),

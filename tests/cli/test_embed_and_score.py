@@ -164,6 +164,22 @@ def test_maps_of_defects_and_which_score_to_trust(finished, make_folder, tmp_pat
     assert 'alt="where it is strange"' in (tmp_path / "scores.html").read_text()
 
 
+def test_maps_never_replace_or_join_images(finished, make_folder, tmp_path, refused):
+    for split in ("train", "test"):  # only the test split has both classes
+        (tmp_path / "all" / split).mkdir(parents=True)
+    make_folder("all/test/class0", count=8)
+    make_folder("all/test/class1", count=8)
+    folder, out = make_folder("all/train/class0", count=8), tmp_path / "scores.csv"
+    before = sorted(folder.iterdir())
+    command = ["score", f"--checkpoint={finished}", f"--data={tmp_path / 'all'}", f"--out={out}"]
+    refused([*command, f"--maps={folder}"], "class0 exists; choose another folder")
+    refused([*command, f"--maps={folder / '000.png'}"], "000.png exists")
+    refused([*command, f"--maps={folder / 'maps'}"], "maps would lie among the images")
+    refused([*command, "--good=class0"], "all images of", "give data with both, or another --split")
+    assert sorted(folder.iterdir()) == before
+    assert not out.exists()
+
+
 def test_a_contact_sheet_of_somebody_else_is_not_replaced(finished, tmp_path, refused):
     (tmp_path / "scores.html").write_text("mine")
     command = ["score", f"--checkpoint={finished}", f"--out={tmp_path / 'scores.csv'}", *HERE]

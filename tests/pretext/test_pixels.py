@@ -257,6 +257,8 @@ def test_what_bands_refuse(photographs_of):
     for groups in (((0, 3),), ((0, 1, 2),)):
         with pytest.raises(UserError, match="give bands from 0 to 2, never all"):
             Bands(groups)(photographs_of(3), seeded(0))
+    with pytest.raises(UserError, match="bands got images of 1 channel"):
+        Bands()(photographs_of(1), seeded(0))
     with pytest.raises(UserError, match="some in each group"):
         Bands(((0,), ()))
     with pytest.raises(UserError, match="share is 0"):

@@ -134,6 +134,11 @@ class Bands:
         """See `PretextTask`."""
         check_images(clean)
         channels, height, width = clean.shape[1:]
+        if channels == 1:
+            raise UserError(
+                "bands got images of 1 channel, from which nothing can be restored; "
+                "load more bands or choose another pretext task"
+            )
         groups = self.groups or tuple((band,) for band in range(channels))
         if any(max(group) >= channels or len(set(group)) == channels for group in groups):
             raise UserError(

@@ -33,6 +33,7 @@ from backfold.pretext import (
 
 PAPER_TASKS = ("masking", "sorting", "superresolution", "denoising", "colorization")
 TASK_NAMES = (*PAPER_TASKS, "bands")
+OF_CHANNELS = ("colorization", "bands")  # which need more than one
 IN_MEMORY = " in memory"  # ends what stands in the place of data that have no path
 MIXTURE, IDENTITY = "mixture", "identity"
 NOT_DENSE = (
@@ -361,20 +362,20 @@ def task_names(config: PretrainConfig) -> tuple[str, ...]:
 
 
 def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]:
-    """The pretext tasks by name; one-channel images have no colorization.
+    """The pretext tasks by name; one-channel images have no colorization and no bands.
 
     Raises:
-        UserError: colorization is asked for by name, and the images have one channel.
+        UserError: one of these is asked for by name, and the images have one channel.
     """
     made = {name: getattr(config.tasks, name) for name in TASK_NAMES} | {IDENTITY: Identity()}
     names = task_names(config)
-    if channels == 1 and "colorization" in names:
-        if config.pretext == "colorization" or config.tasks.mixture:
-            raise UserError(
-                "colorization needs more than 1 channel, and the images have 1; "
-                "choose another pretext, or leave colorization out of the mixture"
-            )
-        names = tuple(name for name in names if name != "colorization")
+    refused = [name for name in names if channels == 1 and name in OF_CHANNELS]
+    if refused and (config.pretext != MIXTURE or config.tasks.mixture):
+        raise UserError(
+            f"{refused[0]} needs more than 1 channel, and the images have 1; "
+            f"choose another pretext, or leave {refused[0]} out of the mixture"
+        )
+    names = tuple(name for name in names if name not in refused)
     return {name: made[name] for name in names}
 
 
