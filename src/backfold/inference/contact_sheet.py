@@ -23,7 +23,7 @@ TITLES = {
     )
 }
 JOINED = "joined"
-STRANGEST = f"Highest {JOINED}"
+STRANGEST = "Highest joined: the strangest images, and under each where it is strange"
 
 
 def extremes(tables: Iterable[pa.Table], count: int) -> dict[str, tuple[pa.Table, pa.Table]]:
@@ -57,7 +57,8 @@ def render_contact_sheet(
     With a finder of defects the highest of its joined scores are shown once more, under its map.
     """
     # A conditional run's energy of whole images says nothing of plausible ones.
-    titles = {} if run.config.energy == "conditional" else TITLES
+    titles = {JOINED: ("", STRANGEST)}
+    titles |= {} if run.config.energy == "conditional" else TITLES
     views = [
         (view_title, name, side.to_pylist())
         for name, sides in sorted(extremes(tables, count).items(), key=lambda s: s[0] != JOINED)
