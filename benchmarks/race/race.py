@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import backfold
+from backfold.data.augmentation import Augmentation
 from backfold.data.open import open_source
 from backfold.data.source import ImageSource
 from backfold.errors import UserError
@@ -77,11 +78,13 @@ class Cell(NamedTuple):
     rate: float
     epochs: float  # of the schedule
     part: str
+    crop: float = Augmentation().crop_scale[0]  # smallest area of a crop, as a share
 
     @property
     def run(self) -> str:
         """The name of its training, which both parts share."""
-        return f"{self.method}-rate{self.rate:g}-seed{self.seed}-epochs{self.epochs:g}"
+        crop = "" if self.crop == Augmentation().crop_scale[0] else f"-crop{self.crop:g}"
+        return f"{self.method}-rate{self.rate:g}-seed{self.seed}-epochs{self.epochs:g}{crop}"
 
     @property
     def file(self) -> str:
@@ -100,6 +103,7 @@ def train(cell: Cell, common: PretrainConfig, data: TensorDataset, runs: Path) -
     values = config_to_dict(common) | {"out": str(out), "seed": cell.seed, "epochs": cell.epochs}
     values |= OURS.get(cell.method, {})
     values["optimizer"]["base_lr"] = cell.rate
+    values["augmentation"]["crop_scale"] = [cell.crop, 1.0]
     settings = config_from_dict(values)
     images = open_images(settings, source=open_source(data, "train"))
     given = (settings.backbone, settings.backbone_options, images, settings)
@@ -159,15 +163,16 @@ def race(
     """
     data = decoded(open_source(common.data, "train"))
     common = replace(common, channels=len(data[0][0]))
-    rows, epochs = [], common.epochs
+    rows, epochs, crop = [], common.epochs, common.augmentation.crop_scale[0]
     for method in methods:
         rate = rates[0]
         if method != "untrained" and len(rates) > 1:
-            cells = [Cell(method, seeds[0], rate, epochs, VALIDATION) for rate in rates]
+            cells = [Cell(method, seeds[0], rate, epochs, VALIDATION, crop) for rate in rates]
             judged = [judge(cell, common, data, out, labelled) for cell in cells]
             rate = best_rate(list(chain.from_iterable(judged)))
         for seed in seeds:
-            rows += judge(Cell(method, seed, rate, epochs, TEST), common, data, out, labelled)
+            cell = Cell(method, seed, rate, epochs, TEST, crop)
+            rows += judge(cell, common, data, out, labelled)
     return rows
 
 
@@ -175,8 +180,11 @@ def title(row: dict[str, Any]) -> str:
     """Of its line: the method and its schedule, or what was judged beside it."""
     if row["contender"] != PRETRAINED:
         return str(row["contender"])
-    trained = f", {row['epochs']:g} epochs" if row["method"] != "untrained" else ""
-    return TITLES[row["method"]] + trained
+    if row["method"] == "untrained":
+        return TITLES["untrained"]
+    usual = Augmentation().crop_scale[0]
+    crop = "" if row.get("crop", usual) == usual else f", crops from {row['crop']:g}"
+    return f"{TITLES[row['method']]}, {row['epochs']:g} epochs{crop}"
 
 
 def summary(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float, int]]]:
@@ -186,8 +194,8 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, tuple[float, 
     """
     found: dict[str, dict[str, tuple[float, float, int]]] = {}
     kept = [row for row in rows if row["metric"] == ACCURACY and OVER not in row["contender"]]
-    keys = ("method", "epochs", "contender", "protocol", "case")
-    for (*_, protocol, case), group in grouped(kept, *keys).items():
+    named = [row | {"line": title(row)} for row in kept]
+    for (*_, protocol, case), group in grouped(named, "line", "method", "protocol", "case").items():
         means = [row["mean"] for row in group]
         deviation = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
         cell = (float(np.mean(means)), deviation, len(means))
@@ -238,6 +246,10 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--epochs", type=float, default=100.0)
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument(
+        "--crop", type=float, default=Augmentation().crop_scale[0],
+        help="smallest area of a crop, as a share of the image",
+    )  # fmt: skip
     parser.add_argument("--labelled", type=int, help="training images to judge with; none: all")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "race")
@@ -255,7 +267,7 @@ def main() -> None:
         num_workers=None if device == "cuda" else 0,  # no core is left for one
         precision="bf16-mixed" if device == "cuda" else "32-true",
         tasks=TaskSettings(masking=Masking(mask_patch_size=options.patch)),
-        optimizer=OptimizerSettings(),
+        optimizer=OptimizerSettings(), augmentation=Augmentation(crop_scale=(options.crop, 1.0)),
     )  # fmt: skip
     methods, labelled = options.methods, options.labelled
     race(methods, options.seeds, options.rates, common, options.out, labelled)

@@ -44,11 +44,22 @@ class Seeing(nn.Module):
         return torch.cat([loud[:, None], noise], dim=1)
 
 
-def evaluation(weights, embedding="auto", labels=(None, 4), count=160, draws=3):
+def finely_drawn(count, seed):
+    """Noise of 16 x 16; the class is in the mean of its squares, and as much in fine detail."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % 2
+    detail = np.where(np.indices((16, 16)).sum(axis=0) % 2, 0.04, -0.04) + 0.06
+    pixels = generator.standard_normal((count, 16, 16)) + (2 * labels - 1)[:, None, None] * detail
+    return ArraySource((128 + 20 * pixels).clip(0, 255).astype(np.uint8)[:, None], labels)
+
+
+def evaluation(weights, embedding="auto", labels=(None, 4), count=160, draws=3, images=faint):
     states = {name: Seeing(gain).state_dict() for name, gain in weights.items()}
-    subject = Subject("toy", states, lambda _: Seeing(0.0), 1, (8, 8), PLAIN)
+    size = images(1, 0).pixels.shape[-2:]
+    subject = Subject("toy", states, lambda _: Seeing(0.0), 1, size, PLAIN)
     fit, validation = torch.arange(count).split([count * 4 // 5, count - count * 4 // 5])
-    parts = Parts(Images(faint(count, 0), subject), Images(faint(80, 1), subject), fit, validation)
+    train, test = (Images(images(*each), subject) for each in ((count, 0), (80, 1)))
+    parts = Parts(train, test, fit, validation)
     settings = SimpleNamespace(
         embedding=embedding, seed=0, draws=draws, label_counts=lambda: list(labels)
     )
@@ -103,6 +114,17 @@ def test_few_labels_are_all_that_a_choice_sees(protocol):
     labels = turned.parts.train.labels
     labels[unseen] = labels[unseen].flip(0)
     assert protocol(turned) == straight
+
+
+def test_longer_vectors_are_chosen_where_labels_suffice(monkeypatch):
+    """Few images favour the thumbnail's 64 numbers, many the 256 pixels."""
+    monkeypatch.setattr(frozen, "CHOSEN_ON", 100)
+    chosen = {}
+    for count in (250, 5000):
+        given = evaluation({}, labels=(None,), count=count, draws=1, images=finely_drawn)
+        (row,) = (row for row in linear(given) if row.contender == "pixels")
+        chosen[count] = row.note.split(";")[0]
+    assert chosen == {250: "8 x 8 thumbnail", 5000: "raw pixels"}
 
 
 def test_one_embedding_can_be_asked_for():

@@ -23,7 +23,7 @@ from backfold.evaluation.results import PIXELS, Row
 if TYPE_CHECKING:
     from backfold.evaluation.evaluate import Evaluation
 
-CHOSEN_ON = 2_000  # images that probes learn from while a candidate is chosen among all labels
+CHOSEN_ON = 2_000  # images that candidates learn from; the best of each length then from all
 MOST_CHOSEN_ON = 50_000  # of all draws together
 MOST_VALIDATION = 4_000
 TOLERANCE = 0.02  # of a probe's weights, as far as it is for a choice alone
@@ -230,12 +230,17 @@ def _choose(
         for candidate in frozen.candidates(name)
     }
     scores = {candidate: score for candidate, (score, _) in found.items()}
-    best = max(scores, key=scores.__getitem__)
-    regularisation = found[best][1]
-    if protocol == "linear" and len(sets[0]) < len(draws[0]):  # the best for all of these images
-        frozen.prepare([(name, best)], [draws[0], validation])
-        _, regularisation = _validated(given, protocol, (name, best), draws[:1], validation)
-    frozen.choices[key] = (best, regularisation, scores)
+    if protocol == "linear" and len(sets[0]) < len(draws[0]):
+        # Longer vectors need more images: the best of each length again, with all of these.
+        rising = sorted(scores, key=scores.__getitem__)
+        finalists = {frozen.train(name, each, validation).shape[1]: each for each in rising}
+        frozen.prepare([(name, each) for each in finalists.values()], [draws[0], validation])
+        found = {
+            each: _validated(given, protocol, (name, each), draws[:1], validation)
+            for each in finalists.values()
+        }
+    best = max(found, key=lambda candidate: found[candidate][0])
+    frozen.choices[key] = (best, found[best][1], scores)
     return frozen.choices[key]
 
 
