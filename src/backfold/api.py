@@ -36,7 +36,7 @@ from backfold.embedding import EmbeddingChoice, embed
 from backfold.errors import UserError
 from backfold.exporting.export import Format, export_run
 from backfold.inference.jobs import USUAL_BATCH, find_defects, usual_images
-from backfold.inference.restored import read_images
+from backfold.inference.restored import new_images, read_images
 from backfold.pretext import Corruption
 from backfold.pretext.hidden import hidden_by
 from backfold.reporting.report import write_report
@@ -192,6 +192,16 @@ class Backfold:
             restored=statistics.denormalize(result.restored),
             trajectory=statistics.denormalize(result.trajectory),
         )
+
+    def sample(
+        self, count: int = 64, levels: int = 50, fresh_noise: float = 0.5, seed: int = 0
+    ) -> Tensor:
+        """New images, (count, channels, *image_size), in the units of `restore`, not clamped.
+
+        Arguments and errors are those of `backfold.inference.restored.new_images`.
+        """
+        made = new_images(self.run, count, levels, fresh_noise, seed)
+        return self.run.statistics.denormalize(made)
 
     def _restore_where(
         self, mask: Tensor, prepared: Tensor, num_steps: int, step_size: float

@@ -1,5 +1,6 @@
 """What most commands do, as functions of their settings."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -9,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from backfold.data.decode import MAX_PIXELS
 from backfold.data.loading import default_workers
@@ -18,11 +21,13 @@ from backfold.errors import UserError
 from backfold.evaluation.evaluate import PROTOCOLS, EvaluateSettings, evaluate_each
 from backfold.evaluation.results import Row, tables_of
 from backfold.exporting.export import Format, export_run
-from backfold.files import write_json
+from backfold.files import write_atomically, write_json
 from backfold.inference import restored
+from backfold.pictures import png_bytes, to_display
 from backfold.reporting.report import write_report
 from backfold.reporting.verdicts import payoff
 from backfold.training.config import PretrainConfig, config_to_dict, used_tasks
+from backfold.training.devices import choose_device
 from backfold.training.log import is_first_process, log_to, terminal
 from backfold.training.pretrain import pretrain
 from backfold.training.run import DEMO_RUN, RunFolder, load_checkpoint, load_pretrained
@@ -60,6 +65,29 @@ class RestoreSettings:
     step_size: float | None = None
     out: Path = Path("restored")
     seed: int = 0
+
+
+@dataclass
+class SampleSettings:
+    """How `backfold sample` draws new images from a run that was trained to remove noise.
+
+    Args:
+        checkpoint: a run's folder or a .ckpt file.
+        count: how many images.
+        levels: of falling noise, each one step of descent; more are better, and slower.
+        fresh_noise: share of the noise, 0 to 1, that each level draws anew.
+        out: a .png file for all of them.
+        seed: of the noise.
+        accelerator: cpu, cuda, mps, or auto.
+    """
+
+    checkpoint: Path = DEMO_RUN
+    count: int = 64
+    levels: int = 50
+    fresh_noise: float = 0.5
+    out: Path = Path("samples.png")
+    seed: int = 0
+    accelerator: str = "auto"
 
 
 @dataclass
@@ -182,6 +210,20 @@ def run_restore(settings: RestoreSettings) -> None:
         )
     Console().print(table)
     print(f"pictures: {settings.out}")
+
+
+def run_sample(settings: SampleSettings) -> None:
+    """`backfold sample`: writes one picture, prints its path."""
+    if settings.out.suffix != ".png":
+        raise UserError(f"out is {settings.out}; give a name that ends in .png")
+    run = load_pretrained(settings.checkpoint)
+    run.energy.to(choose_device(settings.accelerator))
+    made = restored.new_images(
+        run, settings.count, settings.levels, settings.fresh_noise, settings.seed
+    )
+    tiles = make_grid(to_display(made, run.statistics), nrow=math.ceil(settings.count**0.5))
+    write_atomically(settings.out, png_bytes(to_pil_image(tiles)))
+    print(f"samples: {settings.out}")
 
 
 def run_report(settings: ReportSettings) -> None:

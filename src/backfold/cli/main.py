@@ -56,7 +56,13 @@ RESUMES = "`backfold pretrain --resume --out RUN` goes on"
 AGAIN = "the same command goes on"
 DEMO = frozenset({"config", "mixture", "strategy"})
 PRETRAIN = DEMO | {"recipe", "resume", "overwrite"}
-OF_RUNS = ("restore", "export", "embed", "score")  # evaluate takes other people's backbones too
+OF_RUNS = (
+    "restore",
+    "sample",
+    "export",
+    "embed",
+    "score",
+)  # evaluate takes other people's backbones too
 COMMANDS = {
     "pretrain": Command(
         "pretrain a backbone on unlabelled images",
@@ -71,6 +77,9 @@ COMMANDS = {
         "corrupt and restore image files",
         "cli.commands.RestoreSettings",
         positional=("images", "image files; none takes a few of the run's own data"),
+    ),
+    "sample": Command(
+        "draw new images from a run that removes noise", "cli.commands.SampleSettings"
     ),
     "report": Command(
         "write one HTML file on a run",

@@ -1,4 +1,4 @@
-"""Corrupting and restoring single image files, as pictures and numbers."""
+"""Corrupting and restoring single image files, and new images, as pictures and numbers."""
 
 import io
 from collections.abc import Sequence
@@ -22,9 +22,12 @@ from backfold.metrics import psnr_db, ssim
 from backfold.pictures import png_bytes, restoration_grid, to_display
 from backfold.pretext import PretextTask
 from backfold.restoration import restore
+from backfold.sampling import noise_levels, sample
+from backfold.training.config import task_names
 from backfold.training.run import Pretrained
 
 FRAME_MILLISECONDS = 500
+SMALLEST_NOISE = 0.02  # deviations of the data, the last noise level of samples
 
 
 class RestoredImage(NamedTuple):
@@ -74,6 +77,40 @@ def sample_images(run: Pretrained, count: int) -> tuple[list[str], Tensor]:
     indices = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist()
     (batch,) = evaluation_batches(source, run.image_size, run.channels, count, indices=indices)
     return [f"image-{index}" for index in indices], run.statistics.normalize(batch.images)
+
+
+def new_images(
+    run: Pretrained, count: int, levels: int, fresh_noise: float = 0.0, seed: int = 0
+) -> Tensor:
+    """Samples, normalised, (count, channels, *image_size), where the energy is; see `sample`.
+
+    They start from the largest noise that the run was trained to remove.
+
+    Raises:
+        UserError: a run that was not trained to remove noise from whole images, arguments out of
+            their ranges, or samples that are not finite.
+    """
+    config, device = run.config, run.energy.head.weight.device
+    if config.energy == "conditional" or "denoising" not in task_names(config):
+        raise UserError(
+            f"the run has a {config.energy} energy and the tasks {', '.join(task_names(config))}; "
+            "samples need one of --energy dense --pretext denoising, best with "
+            "--tasks.denoising.max_noise_std 3"
+        )
+    if count < 1 or levels < 2 or not 0 <= fresh_noise <= 1:
+        raise UserError(
+            f"count is {count}, levels {levels} and fresh_noise {fresh_noise:g}; give 1 or more, 2 "
+            "or more, and 0 to 1"
+        )
+    generator = torch.Generator(device).manual_seed(seed)
+    noise = torch.randn(
+        (count, run.channels, *run.image_size), generator=generator, device=device
+    )  # fmt: skip
+    falling = noise_levels(levels, config.tasks.denoising.max_noise_std, SMALLEST_NOISE)
+    images = sample(run.energy, noise, falling, config.step_size, fresh_noise, generator)
+    if not images.isfinite().all():
+        raise UserError("samples are not finite; train longer, or give more --levels")
+    return images
 
 
 def restore_images(
