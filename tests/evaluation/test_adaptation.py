@@ -4,14 +4,25 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
+from torch import nn
 
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
 from backfold.evaluation import adaptation as module
-from backfold.evaluation.adaptation import CLEAN, DIFFERENCE, HARD, RESTORED, SHARE, UNCHANGED
+from backfold.evaluation.adaptation import (
+    CLEAN,
+    HARD,
+    IMPLAUSIBLE,
+    RESTORED,
+    SHARE,
+    UNCHANGED,
+    Choice,
+    Way,
+)
 from backfold.evaluation.restoration import pretext_severities
-from backfold.evaluation.results import ACCURACY, severity_case
+from backfold.evaluation.results import ACCURACY, OVER, severity_case
 from backfold.pretext import Masking, Sorting
+from backfold.restoration import RestorationResult, restore, status_of
 from backfold.training.config import TaskSettings
 
 STATISTICS = ChannelStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -36,12 +47,12 @@ def nearest_template(images):
 
 
 def spoils_clean(images):
-    """The same energies, but the step from a clean image leads to another class's template."""
+    """The step from a clean image leads to the next class's template, whose energy is lower yet."""
     distances = squares(images.detach())
     nearest, is_clean = distances.argmin(dim=1), distances.amin(dim=1) < 1e-3
     targets = TEMPLATES[torch.where(is_clean, (nearest + 1) % 4, nearest)]
     steps = (images - targets).square().sum(dim=(1, 2, 3)) / 2
-    return steps - steps.detach() + distances.amin(dim=1) / 2
+    return steps - steps.detach() + distances.amin(dim=1) / 2 - 1e-3 * nearest
 
 
 def restorer_of(energy):
@@ -49,64 +60,142 @@ def restorer_of(energy):
     return module.Restorer(energy, lambda images: -squares(images, 2), STATISTICS, CPU)
 
 
-def table(restorer, choice):
-    rows = module.adaptation_rows(restorer, choice, TEMPLATES[LABELS], LABELS, 3)
+def table(restorer, **choices):
+    named = {getattr(module, name): choice for name, choice in choices.items()}
+    rows = module.adaptation_rows(restorer, named, TEMPLATES[LABELS], LABELS, 3)
     return {(row.case, row.contender, row.metric): row for row in rows}
 
 
-def chosen(restorer, **options):
-    return module.choose_restoration(restorer, TEMPLATES[LABELS[:16]], LABELS[:16], **options)
+def chosen(restorer, ways, **options):
+    ways = {RESTORED: ways, IMPLAUSIBLE: ways}
+    return module.choose(restorer, TEMPLATES[LABELS[:16]], LABELS[:16], ways, **options)
 
 
 @pytest.mark.parametrize("threshold", [-math.inf, 30.0, math.inf])
 def test_rows_are_counted_as_by_hand(threshold):
-    found = table(restorer_of(nearest_template), module.RestorationChoice(1, 1.0, 0.0, threshold))
+    step = Way(1, 1.0)
+    found = table(
+        restorer_of(nearest_template),
+        RESTORED=Choice(step), IMPLAUSIBLE=Choice(step, 0.0, threshold),
+    )  # fmt: skip
     hard = []
     for name in module.corruption_names(3):
         for level in module.SEVERITIES:
             images = module.corrupt_images(TEMPLATES[LABELS], name, level, STATISTICS, 3)
             right = (squares(images, 2).argmin(dim=1) == LABELS).double()
+            after = (squares(images).argmin(dim=1) == LABELS).double()
             high = squares(images).amin(dim=1) / 2 > threshold
-            after = torch.where(high, (squares(images).argmin(dim=1) == LABELS).double(), right)
-            expected = {UNCHANGED: right, RESTORED: after, DIFFERENCE: after - right}
+            expected = {UNCHANGED: right, RESTORED: after}
+            expected[IMPLAUSIBLE] = torch.where(high, after, right)
+            for contender in (RESTORED, IMPLAUSIBLE):
+                expected[contender + OVER + UNCHANGED] = expected[contender] - right
             case = severity_case(name, level)
             for contender in expected:
                 row, values = found[case, contender, ACCURACY], expected[contender]
                 assert row.mean == pytest.approx(100 * float(values.mean()))
                 assert row.std == pytest.approx(100 * float(values.std()) / 60**0.5, 0.25, 1e-9)
-            assert found[case, RESTORED, SHARE].mean == pytest.approx(100 * float(high.sum()) / 60)
+            share = 100 * float(high.sum()) / 60
+            assert found[case, IMPLAUSIBLE, SHARE].mean == pytest.approx(share)
             hard += [expected] if level >= 3 else []
-    for contender in (UNCHANGED, RESTORED, DIFFERENCE):
+    for contender in hard[0]:
         each = 100 * torch.stack([values[contender] for values in hard])
         assert found[HARD, contender, ACCURACY].mean == pytest.approx(float(each.mean()))
 
 
 def test_the_step_that_restores_is_chosen_and_a_bent_energy_is_not_used():
     good = restorer_of(nearest_template)
-    choice = chosen(good, num_steps=(1,), step_sizes=(0.05, 1.0))
-    assert choice[:2] == (1, 1.0)
-    found = table(good, choice)
+    choices = chosen(good, [Way(1, 0.05), Way(1, 1.0)])
+    assert choices[RESTORED].way == Way(1, 1.0)
+    found = table(good, RESTORED=choices[RESTORED])
     assert found[CLEAN, UNCHANGED, ACCURACY].mean == found[NOISE, RESTORED, ACCURACY].mean == 100
     assert found[NOISE, UNCHANGED, ACCURACY].mean < 60
     bent = restorer_of(lambda images: -squares(images).sum(dim=1))
-    assert chosen(bent, step_sizes=(0.25, 1.0)) == module.NEVER
+    assert set(chosen(bent, [Way(1, 0.25), Way(2, 1.0)]).values()) == {Choice()}
 
 
 def test_clean_images_are_left_alone_where_restoring_them_hurts():
-    spoiling, options = restorer_of(spoils_clean), {"num_steps": (1,), "step_sizes": (1.0,)}
-    assert chosen(spoiling, quantiles=(0.0,), **options) == module.NEVER
-    choice = chosen(spoiling, quantiles=(0.0, 0.5, 1.0), **options)
-    found = table(spoiling, choice)
-    assert (found[CLEAN, RESTORED, ACCURACY].mean, found[CLEAN, RESTORED, SHARE].mean) == (100, 0)
-    assert found[HARD, DIFFERENCE, ACCURACY].mean > 10
+    choices = chosen(restorer_of(spoils_clean), [Way(1, 1.0)], quantiles=(0.0, 0.5, 1.0))
+    assert choices[RESTORED] == Choice()
+    found = table(restorer_of(spoils_clean), IMPLAUSIBLE=choices[IMPLAUSIBLE])
+    assert found[CLEAN, IMPLAUSIBLE, ACCURACY].mean == 100
+    assert found[CLEAN, IMPLAUSIBLE, SHARE].mean == 0
+    assert found[HARD, IMPLAUSIBLE + OVER + UNCHANGED, ACCURACY].mean > 10
 
 
 def test_images_without_an_energy_are_left_alone_but_refused_among_the_clean():
     broken = restorer_of(lambda images: images.sum(dim=(1, 2, 3)) * math.nan)
-    found = table(broken, module.RestorationChoice(1, 1.0, 0.0, -math.inf))
-    assert found[NOISE, RESTORED, SHARE].mean == 0
+    found = table(broken, IMPLAUSIBLE=Choice(Way(1, 1.0)))
+    assert found[NOISE, IMPLAUSIBLE, SHARE].mean == 0
     with pytest.raises(UserError, match="energies of clean validation images are not finite"):
-        chosen(broken, step_sizes=(1.0,))
+        chosen(broken, [Way(1, 1.0)])
+
+
+def test_each_image_stays_where_its_energy_last_fell():
+    energies = torch.tensor([[3.0, 3.0, 3.0], [2.0, 4.0, 2.0], [1.0, 1.0, 2.0], [0.0, 0.0, 0.0]])
+    trajectory = torch.arange(12.0).view(4, 3, 1, 1, 1)
+    result = RestorationResult(trajectory[-1], trajectory, energies, status_of(energies[0] > 9, 1))
+    found = [module.settled(result, steps).flatten().tolist() for steps in (0, 1, 3)]
+    assert found == [[0, 1, 2], [3, 1, 5], [9, 1, 5]]
+
+
+class Blocks(nn.Module):
+    """A classifier of four blocks and a norm, on the images' colours."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.backbone = nn.Module()
+        self.backbone.blocks = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
+        self.norm = norm
+        with torch.no_grad():
+            for block in self.backbone.blocks:
+                block.weight.copy_(torch.eye(3))
+                block.bias.zero_()
+
+    def forward(self, images):
+        return self.norm(self.backbone.blocks(images.mean(dim=(2, 3))))
+
+
+def coloured(count=400, shift=0.0):
+    """Each image has more of one of three colours, its class."""
+    labels = torch.arange(count) % 3
+    noise = 0.3 * torch.randn(count, 3, 4, 4, generator=generator())
+    return noise + 2 * nn.functional.one_hot(labels, 3)[:, :, None, None] + shift, labels
+
+
+def test_features_descend_behind_a_block_and_a_guess_is_kept():
+    images, labels = coloured()
+    toy = Blocks(nn.Identity()).eval()
+    assert module.middle_blocks(toy.backbone) == [2, 3]
+    restorer = module.Restorer(lambda images: images.sum(dim=(1, 2, 3)) * 0, toy, STATISTICS, CPU)
+    guess = toy(images).argmax(dim=1)
+    energy, start, read = restorer._descent(images, guess, Way(1, 0.1, block=2))
+    torch.testing.assert_close(read(start), toy(images))
+    moved = restore(energy, start, 1, 0.1)
+    assert (moved.energies[1] < moved.energies[0]).all()
+    assert (read(moved.restored).logsumexp(dim=1) > toy(images).logsumexp(dim=1)).all()
+    energy, start, read = restorer._descent(images, guess, Way(1, 1.0, guide=1.0))
+    before, after = (
+        read(points).softmax(dim=1).gather(1, guess[:, None])
+        for points in (start, restore(energy, start, 1, 1.0).restored)
+    )
+    assert (after > before).all()
+    restorer = restorer._replace(classifier=Blocks(nn.LayerNorm(3)).eval())
+    attempts = restorer.attempts(images, labels, [Way(1, 0.1, block=2), Way(rate=1e-3)])
+    assert all(right.all() for right in attempts.found.values())
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(3), nn.BatchNorm1d(3)])
+def test_norms_adapt_by_entropy_and_the_classifier_stays(norm):
+    toy = Blocks(norm).eval()
+    before = {name: value.clone() for name, value in toy.state_dict().items()}
+    images, labels = coloured(2000, shift=torch.tensor([4.0, 0.0, 0.0]).view(3, 1, 1))
+    found = module.by_entropy(toy, images, 0.03)
+    assert all(torch.equal(before[name], value) for name, value in toy.state_dict().items())
+    plain, adapted = (
+        float((each == labels).double().mean()) for each in (toy(images).argmax(dim=1), found)
+    )
+    # The batch's own statistics undo a shift of all images; a norm of each image can't see it.
+    assert adapted > 0.99 > 0.5 > plain if isinstance(norm, nn.BatchNorm1d) else plain < 0.5
 
 
 SIZE = (24, 32)

@@ -1,22 +1,29 @@
-"""Whether restoring images first helps a classifier on corrupted ones.
+"""Whether an energy helps a classifier on corrupted test images, and what else would.
 
-How images are restored is chosen on validation images, which the classifier was not trained on. The
-corruptions are the same there as in the test, so what is measured is how well the energy adapts to
-known kinds of corruption in unknown images.
+Images are restored first, all of them or those that the energy finds implausible; or a feature map
+of the classifier descends the classifier's own energy, -log sum exp of its logits; or its norms
+adapt to the test images by entropy. Every sample stops, and is put back, where its energy no longer
+falls, and the class that was guessed of the image as it is may join the energy (Xiao et al., ICLR
+2023). How each is done is chosen on validation images, which the classifier was not trained on. The
+corruptions are the same there as in the test, so what is measured is how well each adapts to known
+kinds of corruption in unknown images.
 """
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
+from backfold.batch_norm import batch_norms
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
 from backfold.evaluation.finetune import best_recipe, fine_tune
@@ -24,21 +31,25 @@ from backfold.evaluation.images import normalised, some
 from backfold.evaluation.restoration import CHROMA_SHARES, FACTORS, SEVERITIES
 from backfold.evaluation.results import ACCURACY, OVER, PRETRAINED, Row, severity_case
 from backfold.pretext.pixels import down_and_up
-from backfold.restoration import EnergyFn, eval_mode, restore
+from backfold.restoration import EnergyFn, RestorationResult, energy_gradient, eval_mode, restore
 
 if TYPE_CHECKING:
     from backfold.evaluation.evaluate import Evaluation
 
 LOGGER = logging.getLogger("backfold")
 PROTOCOL, SHARE = "adaptation", "images restored (%)"
-UNCHANGED, RESTORED = "as they are", "restored first"
-DIFFERENCE = f"{RESTORED}{OVER}{UNCHANGED}"
+UNCHANGED, RESTORED, IMPLAUSIBLE = "as they are", "restored first", "restored where implausible"
+FEATURES, ENTROPY = "features moved", "norms adapted by entropy"
 CLEAN, HARD = "clean", "mean, severity 3 and above"
 RESAMPLES, BATCH_SIZE = 100, 256
 HARD_SEVERITIES = (3, 4, 5)
 NUM_STEPS = (1, 2, 4)
 STEP_SIZES = (0.25, 0.5, 1.0)  # shares of the step size that the energy was trained with
+GUIDES = (0.0, 30.0)  # weights of the guessed class's cross-entropy beside the energy
+MOVES = (0.03, 0.1, 0.3)  # of features, in their root mean square
 QUANTILES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
+RATES = (1e-4, 1e-3, 1e-2)  # of Adam, around Tent's own 1e-3
+ENTROPY_BATCH = 200
 ALLOWED_CLEAN_LOSS = 0.005
 CORRUPTIONS = {
     "noise": (0.04, 0.08, 0.12, 0.18, 0.26),  # deviation of Gaussian noise
@@ -73,33 +84,53 @@ def adaptation(given: "Evaluation") -> list[Row]:
     energy = run.energy.to(given.device).eval()
     restorer = Restorer(energy, classifier, given.statistics, given.device)
     sizes = [share * run.config.step_size for share in STEP_SIZES]
-    choice = choose_restoration(restorer, *classified[0], step_sizes=sizes, seed=seed)
-    LOGGER.info(f"adaptation: {choice}")
-    return adaptation_rows(restorer, choice, *classified[1], seed=seed)
+    ways = {
+        RESTORED: [Way(*each) for each in product(NUM_STEPS, sizes, GUIDES)],
+        FEATURES: [
+            Way(*each, block)
+            for each in product(NUM_STEPS, MOVES, (0.0,))
+            for block in middle_blocks(classifier.backbone)
+        ],
+        ENTROPY: [Way(rate=rate) for rate in RATES],
+    }
+    ways[IMPLAUSIBLE] = ways[RESTORED]
+    choices = choose(restorer, *classified[0], ways, seed=seed)
+    for contender, choice in choices.items():
+        LOGGER.info(f"adaptation, {contender}: {choice}")
+    return adaptation_rows(restorer, choices, *classified[1], seed=seed)
 
 
-class RestorationChoice(NamedTuple):
-    """How images are restored before they are classified; by default not at all."""
+class Way(NamedTuple):
+    """How images are classified; by default as they are."""
 
     num_steps: int = 0
     step_size: float = 0.0
-    quantile: float = 1.0  # share of clean validation images that are left alone
-    threshold: float = math.inf  # energy at this quantile; images of a higher one are restored
+    guide: float = 0.0
+    block: int = 0  # what descends: the image, or the feature map behind so many blocks
+    rate: float = 0.0  # of adapting the norms by entropy
 
 
-NEVER = RestorationChoice()
+AS_THEY_ARE = Way()
+
+
+class Choice(NamedTuple):
+    """The way of those images whose energy is above a threshold."""
+
+    way: Way = AS_THEY_ARE
+    quantile: float = 0.0  # share of clean validation images that are left alone
+    threshold: float = -math.inf  # energy at this quantile
 
 
 class Attempts(NamedTuple):
-    """Energies (images,) and, by number of steps and step size, which images are then right."""
+    """Energies (images,), and by way which images are then right."""
 
     energies: NDArray[np.float64]
-    found: dict[tuple[int, float], NDArray[np.bool_]]
+    found: dict[Way, NDArray[np.bool_]]
 
-    def right(self, choice: RestorationChoice) -> NDArray[np.bool_]:
-        """With those restored whose energy is high; images without an energy (nan) are not."""
-        restored = self.found[choice.num_steps, choice.step_size]
-        return np.where(self.energies > choice.threshold, restored, self.found[0, 0.0])
+    def right(self, choice: Choice) -> NDArray[np.bool_]:
+        """Images without an energy (nan) are classified as they are."""
+        chosen = self.energies > choice.threshold
+        return np.where(chosen, self.found[choice.way], self.found[AS_THEY_ARE])
 
 
 class Restorer(NamedTuple):
@@ -110,66 +141,170 @@ class Restorer(NamedTuple):
     statistics: ChannelStatistics
     device: torch.device
 
-    def attempts(
-        self, images: Tensor, labels: Tensor, num_steps: Sequence[int], sizes: Sequence[float]
-    ) -> Attempts:
-        """Classify normalised images as they are, and restored by these steps of each size."""
+    def attempts(self, images: Tensor, labels: Tensor, ways: Sequence[Way]) -> Attempts:
+        """Classify normalised images as they are, and in each of these ways."""
+        descents: dict[Way, list[Way]] = {}  # those that differ in the number of steps alone
+        for way in ways:
+            if way.num_steps:
+                descents.setdefault(way._replace(num_steps=0), []).append(way)
         energies, parts = [], []
-        with eval_mode(self.classifier), torch.no_grad():
+        with eval_mode(self.classifier), eval_mode(self.energy), torch.no_grad():
             for batch in images.to(self.device).split(BATCH_SIZE):
-                logits = {(0, 0.0): self.classifier(batch)}
-                for size in sizes:
-                    result = restore(self.energy, batch, max(num_steps), size)
-                    for steps in num_steps:
-                        logits[steps, size] = self.classifier(result.trajectory[steps])
-                energies.append(result.energies[0].cpu().double())
-                parts.append({key: each.argmax(dim=1).cpu() for key, each in logits.items()})
-        predicted = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        right = {key: (classes == labels).numpy() for key, classes in predicted.items()}
+                logits = self.classifier(batch)
+                predicted = {AS_THEY_ARE: logits.argmax(dim=1)}
+                energies.append(self.energy(batch).cpu().double())
+                for common, group in descents.items():
+                    energy, start, read = self._descent(batch, predicted[AS_THEY_ARE], common)
+                    most = max(way.num_steps for way in group)
+                    result = restore(energy, start, most, common.step_size)
+                    for way in group:
+                        predicted[way] = read(settled(result, way.num_steps)).argmax(dim=1)
+                parts.append({key: each.cpu() for key, each in predicted.items()})
+        found = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        for way in ways:
+            if way.rate:
+                found[way] = by_entropy(self.classifier, images.to(self.device), way.rate)
+        right = {key: (classes == labels).numpy() for key, classes in found.items()}
         return Attempts(torch.cat(energies).numpy(), right)
 
+    def _descent(
+        self, batch: Tensor, guess: Tensor, way: Way
+    ) -> tuple[EnergyFn, Tensor, Callable[[Tensor], Tensor]]:
+        """The energy that descends, where it starts, and the logits of its points."""
 
-def choose_restoration(
+        def energy(points: Tensor) -> Tensor:
+            if not (way.block or way.guide):
+                return self.energy(points)
+            logits = read(points)
+            own = -logits.logsumexp(dim=1) if way.block else self.energy(points)
+            return scale * own + way.guide * F.cross_entropy(logits, guess, reduction="none")
+
+        scale = torch.ones((), device=batch.device)
+        if not way.block:
+            read = self.classifier
+            return energy, batch, read
+        start, read = _behind(self.classifier, way.block, batch)
+        _, gradient = energy_gradient(energy, start)
+        scale = (start.square().mean() / gradient.square().mean().clamp(min=1e-30)).sqrt()
+        return energy, start, read
+
+
+def settled(result: RestorationResult, num_steps: int) -> Tensor:
+    """Each image after so many steps, or before the first at which its energy does not fall."""
+    falls = result.energies[1 : num_steps + 1] < result.energies[:num_steps]
+    last = falls.long().cumprod(dim=0).sum(dim=0)
+    return result.trajectory[last, torch.arange(len(last), device=last.device)]
+
+
+def middle_blocks(backbone: nn.Module) -> list[int]:
+    """Behind how many blocks features may descend: half of them, and all but one."""
+    count = len(_blocks(backbone))
+    return sorted({count // 2, count - 1} - {0, -1})
+
+
+def _blocks(backbone: nn.Module) -> list[nn.Module]:
+    """What timm's families keep under one of these names, lowest first; none of other modules."""
+    for name in ("blocks", "stages", "layers"):
+        if isinstance(found := getattr(backbone, name, None), nn.Module):
+            return list(found.children())
+    return [part for name, part in backbone.named_children() if name.startswith("layer")]
+
+
+def _behind(
+    classifier: Any, block: int, batch: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The feature map behind a block, as (batch, 1, 1, numbers), and the logits of such ones."""
+    module, seen = _blocks(classifier.backbone)[block - 1], []
+    with module.register_forward_hook(lambda _, __, output: seen.append(output)):
+        classifier(batch)
+    (features,) = seen
+
+    def read(points: Tensor) -> Tensor:
+        own = points.view_as(features)
+        with module.register_forward_hook(lambda *_: own):
+            logits: Tensor = classifier(batch)
+        return logits
+
+    return features.flatten(1)[:, None, None], read
+
+
+def by_entropy(classifier: Any, images: Tensor, rate: float) -> Tensor:
+    """Classes predicted while norms adapt, int64 on the CPU (Tent; Wang et al., ICLR 2021).
+
+    Batch by batch the classifier predicts, and the weights of its norms then take a step that
+    lowers its predictions' entropy; batch norms have the batch's own statistics.
+    """
+    adapted = copy.deepcopy(classifier).eval().requires_grad_(False)
+    kinds = (nn.LayerNorm, nn.GroupNorm)
+    norms = [*(m for m in adapted.modules() if isinstance(m, kinds)), *batch_norms(adapted)]
+    for norm in batch_norms(adapted):
+        norm.train()
+    weights = [weight.requires_grad_() for norm in norms for weight in norm.parameters()]
+    optimizer, predicted = torch.optim.Adam(weights, lr=rate), []
+    for batch in images.split(ENTROPY_BATCH):
+        with torch.enable_grad():
+            logits = adapted(batch)
+            entropy = -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        optimizer.zero_grad()
+        entropy.backward()
+        optimizer.step()
+        predicted.append(logits.argmax(dim=1).cpu())
+    return torch.cat(predicted)
+
+
+def choose(
     restorer: Restorer,
     images: Tensor,
     labels: Tensor,
+    ways: dict[str, list[Way]],
     *,
-    num_steps: Sequence[int] = NUM_STEPS,
-    step_sizes: Sequence[float],
     quantiles: Sequence[float] = QUANTILES,
     seed: int = 0,
-) -> RestorationChoice:
-    """The choice of the highest mean accuracy on corrupted validation images.
+) -> dict[str, Choice]:
+    """For each contender the choice of the highest mean accuracy on corrupted validation images.
 
-    Every combination is tried on every corruption at severity 3 and above of these images. Only
-    those count that lose no more than `ALLOWED_CLEAN_LOSS` on the clean ones; between equals the
-    first wins, and `NEVER` is first.
+    Every way is tried on every corruption at severity 3 and above of these images, for
+    `IMPLAUSIBLE` with every quantile. Only those count that lose no more than `ALLOWED_CLEAN_LOSS`
+    on the clean ones; between equals the first wins, and to leave images as they are is first.
     """
-    clean = restorer.attempts(images, labels, num_steps, step_sizes)
+    every = list(dict.fromkeys(way for each in ways.values() for way in each))
+    clean = restorer.attempts(images, labels, every)
     if not np.isfinite(clean.energies).all():
         raise UserError(
             "energies of clean validation images are not finite; train with a lower learning rate, "
             "or take an earlier checkpoint"
         )
-    hard = []
-    for name, severity in product(corruption_names(images.shape[1]), HARD_SEVERITIES):
-        corrupted = corrupt_images(images, name, severity, restorer.statistics, seed)
-        hard.append(restorer.attempts(corrupted, labels, num_steps, step_sizes))
-    best, highest = NEVER, np.mean([attempts.right(NEVER) for attempts in hard])
-    lowest_clean = clean.right(NEVER).mean() - ALLOWED_CLEAN_LOSS
-    for steps, size, quantile in product(num_steps, step_sizes, quantiles):
-        threshold = float(np.quantile(clean.energies, quantile)) if quantile > 0 else -math.inf
-        choice = RestorationChoice(steps, size, quantile, threshold)
-        accuracy = np.mean([attempts.right(choice) for attempts in hard])
-        if accuracy > highest and clean.right(choice).mean() >= lowest_clean:
-            best, highest = choice, accuracy
-    return best
+    hard = [
+        restorer.attempts(
+            corrupt_images(images, name, severity, restorer.statistics, seed), labels, every
+        )
+        for name, severity in product(corruption_names(images.shape[1]), HARD_SEVERITIES)
+    ]
+    lowest_clean = clean.right(Choice()).mean() - ALLOWED_CLEAN_LOSS
+
+    def best(contender: str) -> Choice:
+        found, highest = Choice(), np.mean([attempts.right(Choice()) for attempts in hard])
+        for way, quantile in product(
+            ways[contender], quantiles if contender == IMPLAUSIBLE else (0.0,)
+        ):
+            threshold = float(np.quantile(clean.energies, quantile)) if quantile > 0 else -math.inf
+            choice = Choice(way, quantile, threshold)
+            accuracy = np.mean([attempts.right(choice) for attempts in hard])
+            if accuracy > highest and clean.right(choice).mean() >= lowest_clean:
+                found, highest = choice, accuracy
+        return found
+
+    return {contender: best(contender) for contender in ways}
 
 
 def adaptation_rows(
-    restorer: Restorer, choice: RestorationChoice, images: Tensor, labels: Tensor, seed: int = 0
+    restorer: Restorer,
+    choices: dict[str, Choice],
+    images: Tensor,
+    labels: Tensor,
+    seed: int = 0,
 ) -> list[Row]:
-    """Accuracy on clean and on corrupted test images, with and without restoring them first.
+    """Accuracy on clean and on corrupted test images, as they are and by each choice.
 
     `HARD` is the mean over all corruptions at severity 3 and above. The mean is that of all images,
     the spread that of bootstrap samples of them, which are the same for all rows.
@@ -177,11 +312,14 @@ def adaptation_rows(
     samples = np.random.default_rng(seed).integers(len(images), size=(RESAMPLES, len(images)))
 
     def compared(images: Tensor) -> NDArray[np.float64]:
-        """Per image, in percent: right as it is, right if restored first, restored at all."""
-        attempts = restorer.attempts(images, labels, [choice.num_steps], [choice.step_size])
-        chosen = attempts.energies > choice.threshold
-        flags = [attempts.right(NEVER), attempts.right(choice), chosen]
-        return 100 * np.stack(flags, dtype=np.float64)
+        """Per image, in percent: right as it is, by each choice, and whether it is restored."""
+        ways = [choice.way for choice in choices.values()]
+        attempts = restorer.attempts(images, labels, list(dict.fromkeys(ways)))
+        right = [attempts.right(choice) for choice in (Choice(), *choices.values())]
+        implausible = choices.get(IMPLAUSIBLE, Choice())
+        restored = attempts.energies > implausible.threshold
+        restored &= implausible.way != AS_THEY_ARE
+        return 100 * np.stack([*right, restored], dtype=np.float64)
 
     found, hard = {CLEAN: compared(images)}, []
     for name, severity in product(corruption_names(images.shape[1]), SEVERITIES):
@@ -190,13 +328,16 @@ def adaptation_rows(
         hard += [each] if severity in HARD_SEVERITIES else []
     found[HARD] = np.mean(hard, axis=0)
     rows = []
-    for case, (unchanged, restored, chosen) in found.items():
-        for contender, metric, values in (
-            (UNCHANGED, ACCURACY, unchanged),
-            (RESTORED, ACCURACY, restored),
-            (DIFFERENCE, ACCURACY, restored - unchanged),
-            (RESTORED, SHARE, chosen),
-        ):
+    for case, (unchanged, *others, restored) in found.items():
+        table = [(UNCHANGED, ACCURACY, unchanged)]
+        table += [(name, ACCURACY, each) for name, each in zip(choices, others, strict=True)]
+        table += [
+            (f"{name}{OVER}{UNCHANGED}", ACCURACY, each - unchanged)
+            for name, each in zip(choices, others, strict=True)
+        ]
+        if IMPLAUSIBLE in choices:
+            table.append((IMPLAUSIBLE, SHARE, restored))
+        for contender, metric, values in table:
             mean, std = float(values.mean()), float(values[samples].mean(axis=1).std(ddof=1))
             rows.append(Row(PROTOCOL, case, contender, metric, mean, std, len(samples)))
     return rows
