@@ -27,6 +27,7 @@ from torch import Tensor
 from backfold.backbone import check_image_size
 from backfold.cli.inference import USUAL_IMAGES, ScoreSettings, run_score
 from backfold.data.decode import as_float
+from backfold.data.files import IN_MEMORY
 from backfold.data.formats import MapDataset
 from backfold.data.loading import default_workers
 from backfold.data.open import open_source
@@ -37,13 +38,13 @@ from backfold.errors import UserError
 from backfold.exporting.export import Format, export_run
 from backfold.inference.jobs import USUAL_BATCH, find_defects, usual_images
 from backfold.inference.restored import new_images, read_images
-from backfold.pretext import Corruption
+from backfold.pretext.corruption import Corruption
 from backfold.pretext.hidden import hidden_by
 from backfold.reporting.report import write_report
 from backfold.restoration import RestorationResult, eval_mode, restore, status_of
 from backfold.sparse import token_size
 from backfold.training import pretrain as training
-from backfold.training.config import IN_MEMORY, config_from_dict, task_names
+from backfold.training.config import config_from_dict, task_names
 from backfold.training.run import Pretrained, load_pretrained
 
 Images = Tensor | Sequence[Image.Image | Path | str]

@@ -28,8 +28,8 @@ from backfold.embedding import grid_shape
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.metrics import knn_distance
-from backfold.pretext import Corruption, Masking
-from backfold.pretext.corruption import RunningSquares
+from backfold.pretext.corruption import Corruption, RunningSquares
+from backfold.pretext.masking import Masking
 from backfold.restoration import energy_gradient, eval_mode, restore
 
 PARTS = 4  # each square is restored from the three quarters that it is no part of

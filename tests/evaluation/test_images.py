@@ -7,7 +7,8 @@ from toys import ArraySource
 
 from backfold.data.open import open_source
 from backfold.errors import UserError
-from backfold.evaluation.images import SEEN, Images, Parts, open_parts
+from backfold.evaluation.evaluate import SEEN, open_parts
+from backfold.evaluation.images import Images, Parts
 from backfold.evaluation.subject import Subject
 from backfold.training.config import PretrainConfig
 from backfold.training.images import open_images

@@ -11,8 +11,7 @@ import pytest
 from fake_run import FACTS, all_rows, entry, health, page_of, text, with_class, write_run
 
 from backfold.errors import UserError
-from backfold.evaluation.evaluate import PROTOCOLS
-from backfold.evaluation.results import Row, write_rows
+from backfold.evaluation.results import ABOUT, Row, write_rows
 from backfold.reporting.report import write_report
 
 FRAME = """<iframe style="border:0;width:{}px;height:800px" srcdoc="{}"></iframe><script>
@@ -45,7 +44,7 @@ def sections(page) -> dict:
 def test_a_whole_run_has_every_section_with_its_words_pictures_and_notes(whole, html):
     page = ElementTree.fromstring(html)
     found = sections(page)
-    titles = [protocol.title for name, protocol in PROTOCOLS.items() if name != "lowshot"]
+    titles = [protocol.title for name, protocol in ABOUT.items() if name != "lowshot"]
     assert [title for title in found if title in titles] == titles
     assert "What is missing" not in found
     health, paid = map(text, with_class(page, "headline"))
@@ -56,7 +55,7 @@ def test_a_whole_run_has_every_section_with_its_words_pictures_and_notes(whole, 
     assert all(word in facts for word in ("5,526,528", "28, 30", FACTS["command"], "torch 2.11.0"))
     assert page.find(".//pre").text == (whole / "config.yaml").read_text()
     words = text(found[titles[0]])
-    assert PROTOCOLS["knn"].sentence in words
+    assert ABOUT["knn"].sentence in words
     assert "Measured on squares, step 1,200." in words
     assert words.count("test images may be among those pretrained on") == 1
     assert words.count("layer -2, max; C 0.01") == 1

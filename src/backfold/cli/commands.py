@@ -18,8 +18,8 @@ from backfold.data.loading import default_workers
 from backfold.data.open import open_source
 from backfold.data.survey import survey
 from backfold.errors import UserError
-from backfold.evaluation.evaluate import PROTOCOLS, EvaluateSettings, evaluate_each
-from backfold.evaluation.results import Row, tables_of
+from backfold.evaluation.evaluate import EvaluateSettings, evaluate_each
+from backfold.evaluation.results import ABOUT, Row, tables_of
 from backfold.exporting.export import Format, export_run
 from backfold.files import write_atomically, write_json
 from backfold.inference import restored
@@ -277,11 +277,11 @@ def print_verdict(rows: Sequence[Row]) -> None:
 def print_tables(rows: Sequence[Row]) -> None:
     """A table for each protocol and metric, and under it what was chosen."""
     console = Console()
-    ordered = sorted(rows, key=lambda row: list(PROTOCOLS).index(row.protocol))
+    ordered = sorted(rows, key=lambda row: list(ABOUT).index(row.protocol))
     for protocol, members in groupby(ordered, lambda row: row.protocol):
         found = list(members)
         for content in tables_of(found, SHOWN_SEVERITY):
-            title = f"{PROTOCOLS[protocol].title}: {content.caption}"
+            title = f"{ABOUT[protocol].title}: {content.caption}"
             table = Table(content.headings[0], title=title)
             for heading in content.headings[1:]:
                 table.add_column(heading, justify="right")

@@ -23,6 +23,7 @@ from backfold.errors import UserError
 from backfold.files import write_atomically
 from backfold.inference.contact_sheet import render_contact_sheet
 from backfold.inference.jobs import (
+    INDEX,
     MAP,
     EmbeddingJob,
     Job,
@@ -31,7 +32,6 @@ from backfold.inference.jobs import (
     usual_images,
 )
 from backfold.inference.parts import (
-    INDEX,
     Engine,
     Parts,
     check_out,

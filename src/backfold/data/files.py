@@ -13,6 +13,7 @@ from backfold.errors import BrokenImage, UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 PATTERN_SIGNS = "*?[{"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)?")
+IN_MEMORY = " in memory"  # ends what stands in the place of data that have no path
 WAYS = (
     "give a folder of images, parquet files, uncompressed tar shards such as "
     "shards/{000..012}.tar, a saved data set, or owner/name on the Hugging Face hub"

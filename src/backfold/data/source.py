@@ -15,6 +15,7 @@ from backfold.errors import UserError
 
 Labels = NDArray[np.int64]
 Split = Literal["train", "test"]
+LARGEST_HELD_OUT_SHARE = 0.1  # of a run's images, that watch it
 
 
 class NoTestSplit(UserError):  # noqa: N818 - the caller may split the data itself and go on
@@ -102,6 +103,16 @@ def stratified_split(labels: Labels | int, share: float, seed: int) -> tuple[Lab
             "give more images or another share"
         ) from error
     return np.sort(np.concatenate([train, np.flatnonzero(single)])), np.sort(test)
+
+
+def split_held_out(source: ImageSource, held_out: int, seed: int) -> tuple[Labels, Labels]:
+    """Places of the training images and of those that are kept from it, a tenth at most."""
+    share = min(held_out, max(1, int(LARGEST_HELD_OUT_SHARE * len(source)))) / len(source)
+    try:
+        labels = len(source) if source.labels is None else source.labels
+        return stratified_split(labels, share, seed)
+    except UserError:  # fewer held-out images than classes
+        return stratified_split(len(source), share, seed)
 
 
 @dataclass

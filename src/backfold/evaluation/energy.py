@@ -31,7 +31,7 @@ from backfold.evaluation.images import Images
 from backfold.evaluation.restoration import SEVERITIES, pretext_severities, seeded_batches
 from backfold.evaluation.results import Row, severity_case
 from backfold.metrics import knn_distance
-from backfold.pretext import PretextTask
+from backfold.pretext.corruption import PretextTask
 from backfold.training.run import Pretrained
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 A protocol is a function of an `Evaluation` that returns rows, and one entry of `PROTOCOLS`.
 """
 
+import contextlib
 import copy
 import logging
 import typing
@@ -16,8 +17,18 @@ import torch
 from torch import nn
 
 from backfold.batch_norm import batch_norms, measure_batch_norm
+from backfold.data.files import IN_MEMORY
+from backfold.data.formats import MapDataset
 from backfold.data.loading import default_workers
 from backfold.data.open import open_source
+from backfold.data.source import (
+    ImageSource,
+    Labels,
+    NoTestSplit,
+    SubsetSource,
+    split_held_out,
+    stratified_split,
+)
 from backfold.data.statistics import ChannelStatistics, measure_statistics
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
@@ -26,18 +37,23 @@ from backfold.evaluation.attentive import attentive
 from backfold.evaluation.energy import energy
 from backfold.evaluation.finetune import LEARNING_RATE_FACTORS, FineTuning, finetune
 from backfold.evaluation.frozen import FrozenVectors, knn, layers, linear
-from backfold.evaluation.images import Parts, open_parts
+from backfold.evaluation.images import Images, Parts
 from backfold.evaluation.restoration import restoration
 from backfold.evaluation.results import RANDOM, Row, data_name, merge_rows, read_rows, write_rows
 from backfold.evaluation.segmentation import SegmentationSettings, open_masks, segmentation
 from backfold.evaluation.subject import Subject, open_subject
 from backfold.files import write_atomically
-from backfold.training.config import NOT_DENSE, parse_image_size
+from backfold.training.config import NOT_DENSE, PretrainConfig, parse_image_size
 from backfold.training.devices import choose_device
 from backfold.training.run import DEMO_RUN, RunFolder
 
 LOGGER = logging.getLogger("backfold")
 BATCH_NORM_IMAGES = 256
+Split = tuple[Labels, Labels]
+TEST_SHARE, FEW_TEST_IMAGES = 0.2, 200
+VALIDATION_SHARE, MOST_VALIDATION = 0.2, 10_000
+SEEN = "test images may be among those that were pretrained on"
+UNKNOWN = "the run's images were in memory: test images may be among them"
 
 
 @dataclass
@@ -147,7 +163,7 @@ class Evaluation:
 
     @cached_property
     def parts(self) -> Parts:
-        """The images, with labels if they have any; see `backfold.evaluation.images.open_parts`."""
+        """The images, with labels if they have any; see `open_parts`."""
         own, workers = self.settings, self.num_workers
         return open_parts(own.data, self.subject, own.seed, workers, own.train_images)
 
@@ -175,14 +191,79 @@ class Evaluation:
         return made
 
 
+def open_parts(
+    data: str | Path | MapDataset | None,
+    subject: Subject,
+    seed: int = 0,
+    num_workers: int = 0,
+    limit: int | None = None,
+) -> Parts:
+    """The data, split; None takes the run's own, else the embedded sample.
+
+    Without a test split of their own, the test part of a run's own data is what the run held out,
+    and a fifth of other data. A fifth of the training part, 10,000 images at most, is for choices.
+    ``data`` None takes the run's own, else the embedded sample; ``limit`` None all training images.
+    """
+    run = subject.run
+    own = None if run is None else run.config.data
+    chosen = own if data is None else data
+    train = open_source(chosen, "train", labelled=True, max_pixels=subject.max_pixels)
+    whole, pretrained = (
+        Path(each).resolve() if isinstance(each, (str, Path)) else None for each in (chosen, own)
+    )
+    caveat = ""
+    # The train part of data with parts holds no test images.
+    if whole and pretrained and (pretrained.parent, pretrained.name.lower()) != (whole, "train"):
+        within = whole in pretrained.parents or pretrained in whole.parents
+        caveat = SEEN if within else ""
+    if str(own).endswith(IN_MEMORY):
+        caveat = UNKNOWN
+    try:
+        test = open_source(chosen, "test", labelled=True, max_pixels=subject.max_pixels)
+    except NoTestSplit:
+        if run is not None and (data is None or (whole and whole == pretrained)):
+            learned, tested = _held_out(run.config)
+        else:
+            LOGGER.info(f"{train.name} has no test split: {TEST_SHARE:.0%} of it is set apart")
+            learned, tested = _split(train, TEST_SHARE, seed)
+        train, test = SubsetSource(train, learned), SubsetSource(train, tested)
+    if caveat:
+        LOGGER.warning("%s: give data with a test split of their own", caveat)
+    if limit is not None and limit < len(train):
+        # Shares are rounded up: half an image less gives this number whatever float they become.
+        train = SubsetSource(train, _split(train, (limit - 0.5) / len(train), seed)[1])
+    share = min(VALIDATION_SHARE, MOST_VALIDATION / max(1, len(train)))
+    fit, validation = map(torch.from_numpy, _split(train, share, seed))
+    learned_from, tested_on = (Images(source, subject, num_workers) for source in (train, test))
+    return Parts(learned_from, tested_on, fit, validation, caveat)
+
+
+def _held_out(config: PretrainConfig) -> Split:
+    """Places of the images that the run was trained on, and of those that it held out."""
+    own = open_source(config.data, "train", config.watch_labels, config.max_pixels)
+    training, held_out = split_held_out(own, config.held_out, config.seed)
+    if len(held_out) < FEW_TEST_IMAGES:
+        LOGGER.warning(
+            f"the test part is the {len(held_out)} images that the run held out; give data with a "
+            "test split for numbers that are surer"
+        )
+    return training, held_out
+
+
+def _split(source: ImageSource, share: float, seed: int) -> Split:
+    """Places of the larger and the smaller part, of each class alike where that can be."""
+    with contextlib.suppress(UserError):  # fewer images in the part than classes
+        if source.labels is not None:
+            return stratified_split(source.labels, share, seed)
+    return stratified_split(len(source), share, seed)
+
+
 class Protocol(NamedTuple):
     """How something is measured."""
 
     run: Callable[[Evaluation], list[Row]]
     needs: Literal["labels", "masks", "energy", "energy and labels"]  # only runs have an energy
     uses: tuple[str, ...]  # settings that not every protocol uses
-    title: str  # of its section in the report
-    sentence: str  # what the numbers mean
 
 
 def lowshot(given: Evaluation) -> list[Row]:
@@ -195,55 +276,19 @@ def lowshot(given: Evaluation) -> list[Row]:
 TUNING = ("finetuning", "rate_factors", "train_images")
 FROZEN = ("embedding", "draws", "train_images")
 PROTOCOLS: Mapping[str, Protocol] = {
-    "knn": Protocol(
-        knn, "labels", (*FROZEN, "labels"), "Nearest neighbours",
-        "The 20 nearest training images in cosine similarity vote for a test image's class.",
-    ),
-    "linear": Protocol(
-        linear, "labels", (*FROZEN, "labels"), "Linear probe",
-        "A logistic regression reads the class from the frozen backbone's vectors.",
-    ),
-    "layers": Protocol(
-        layers, "labels", ("embedding", "train_images"), "By layer",
-        "What linear probes read from each layer and pooling, on validation images.",
-    ),
-    "attentive": Protocol(
-        attentive, "labels", ("labels", "draws", "train_images"), "Attentive probe",
-        "Attention pooling and a linear classifier, trained on the frozen backbone's positions.",
-    ),
-    "finetune": Protocol(
-        finetune, "labels", (*TUNING, "labels", "draws"), "Fine-tuning",
-        "The whole backbone is trained with labels; from scratch it starts at random with the same "
-        "recipe, and each gets once or three times the steps, whichever is better on validation "
-        "images.",
-    ),
-    "lowshot": Protocol(
-        lowshot, "labels", (*TUNING, *FROZEN), "Few labels",
-        "Linear probe and fine-tuning with 1 to 25 labels a class, and with 1 and 10 %.",
-    ),
-    "segmentation": Protocol(
-        segmentation, "masks", ("segmentation",), "Segmentation",
-        "The class of every pixel, read from the feature map by a linear head and by a small "
-        "decoder, frozen and fine-tuned; the mean intersection over union (mIoU) is 100 % where "
-        "every pixel is right.",
-    ),
+    "knn": Protocol(knn, "labels", (*FROZEN, "labels")),
+    "linear": Protocol(linear, "labels", (*FROZEN, "labels")),
+    "layers": Protocol(layers, "labels", ("embedding", "train_images")),
+    "attentive": Protocol(attentive, "labels", ("labels", "draws", "train_images")),
+    "finetune": Protocol(finetune, "labels", (*TUNING, "labels", "draws")),
+    "lowshot": Protocol(lowshot, "labels", (*TUNING, *FROZEN)),
+    "segmentation": Protocol(segmentation, "masks", ("segmentation",)),
     "energy": Protocol(
-        energy, "energy", ("embedding", "near", "far", "test_images", "train_images"),
-        "What the energy knows",
-        "How often a strange image's score is above a clean test image's: 1 is always, 0.5 is "
-        "chance.",
+        energy, "energy", ("embedding", "near", "far", "test_images", "train_images")
     ),
-    "restoration": Protocol(
-        restoration, "energy", ("num_steps", "test_images"), "Restoration",
-        "How close corrupted images come to the clean ones where they were corrupted, by the "
-        "energy's steps and by methods that learn nothing.",
-    ),
-    "adaptation": Protocol(
-        adaptation, "energy and labels", (*TUNING, "test_images"), "Restoring before classifying",
-        "A fine-tuned classifier's accuracy on corrupted test images, as they are and after the "
-        "energy restored those that look implausible.",
-    ),
-}  # fmt: skip
+    "restoration": Protocol(restoration, "energy", ("num_steps", "test_images")),
+    "adaptation": Protocol(adaptation, "energy and labels", (*TUNING, "test_images")),
+}
 
 
 class Run(typing.Protocol):

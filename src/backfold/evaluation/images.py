@@ -5,7 +5,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,29 +13,20 @@ from torch import Tensor
 
 from backfold.data import source as sources
 from backfold.data.decode import as_float
-from backfold.data.formats import MapDataset
 from backfold.data.loading import guarded_batches
-from backfold.data.open import open_source
 from backfold.data.source import ImageSource
 from backfold.errors import UserError
 from backfold.evaluation.results import Row, accuracy_rows
-from backfold.training.config import IN_MEMORY, PretrainConfig
-from backfold.training.images import split_held_out
 
 if TYPE_CHECKING:
     from backfold.evaluation.evaluate import Evaluation
     from backfold.evaluation.subject import Subject
 
 LOGGER = logging.getLogger("backfold")
-Split = tuple[sources.Labels, sources.Labels]
 Places = list[Tensor]  # of each draw
 Learned = tuple[str, list[Tensor]]  # a note, and by draw the labels predicted for the test images
-TEST_SHARE, FEW_TEST_IMAGES = 0.2, 200
-VALIDATION_SHARE, MOST_VALIDATION = 0.2, 10_000
 KEPT_BYTES = 2**29  # decoded images of less stay in memory
 BATCH_SIZE = 256
-SEEN = "test images may be among those that were pretrained on"
-UNKNOWN = "the run's images were in memory: test images may be among them"
 
 
 class Images:
@@ -215,70 +205,3 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(each):
                 torch.cuda.manual_seed(seed)
         yield
-
-
-def open_parts(
-    data: str | Path | MapDataset | None,
-    subject: "Subject",
-    seed: int = 0,
-    num_workers: int = 0,
-    limit: int | None = None,
-) -> Parts:
-    """The data, split; None takes the run's own, else the embedded sample.
-
-    Without a test split of their own, the test part of a run's own data is what the run held out,
-    and a fifth of other data. A fifth of the training part, 10,000 images at most, is for choices.
-    ``data`` None takes the run's own, else the embedded sample; ``limit`` None all training images.
-    """
-    run = subject.run
-    own = None if run is None else run.config.data
-    chosen = own if data is None else data
-    train = open_source(chosen, "train", labelled=True, max_pixels=subject.max_pixels)
-    whole, pretrained = (
-        Path(each).resolve() if isinstance(each, (str, Path)) else None for each in (chosen, own)
-    )
-    caveat = ""
-    # The train part of data with parts holds no test images.
-    if whole and pretrained and (pretrained.parent, pretrained.name.lower()) != (whole, "train"):
-        within = whole in pretrained.parents or pretrained in whole.parents
-        caveat = SEEN if within else ""
-    if str(own).endswith(IN_MEMORY):
-        caveat = UNKNOWN
-    try:
-        test = open_source(chosen, "test", labelled=True, max_pixels=subject.max_pixels)
-    except sources.NoTestSplit:
-        if run is not None and (data is None or (whole and whole == pretrained)):
-            learned, tested = _held_out(run.config)
-        else:
-            LOGGER.info(f"{train.name} has no test split: {TEST_SHARE:.0%} of it is set apart")
-            learned, tested = _split(train, TEST_SHARE, seed)
-        train, test = sources.SubsetSource(train, learned), sources.SubsetSource(train, tested)
-    if caveat:
-        LOGGER.warning("%s: give data with a test split of their own", caveat)
-    if limit is not None and limit < len(train):
-        # Shares are rounded up: half an image less gives this number whatever float they become.
-        train = sources.SubsetSource(train, _split(train, (limit - 0.5) / len(train), seed)[1])
-    share = min(VALIDATION_SHARE, MOST_VALIDATION / max(1, len(train)))
-    fit, validation = map(torch.from_numpy, _split(train, share, seed))
-    learned_from, tested_on = (Images(source, subject, num_workers) for source in (train, test))
-    return Parts(learned_from, tested_on, fit, validation, caveat)
-
-
-def _held_out(config: PretrainConfig) -> Split:
-    """Places of the images that the run was trained on, and of those that it held out."""
-    own = open_source(config.data, "train", config.watch_labels, config.max_pixels)
-    training, held_out = split_held_out(own, config.held_out, config.seed)
-    if len(held_out) < FEW_TEST_IMAGES:
-        LOGGER.warning(
-            f"the test part is the {len(held_out)} images that the run held out; give data with a "
-            "test split for numbers that are surer"
-        )
-    return training, held_out
-
-
-def _split(source: ImageSource, share: float, seed: int) -> Split:
-    """Places of the larger and the smaller part, of each class alike where that can be."""
-    with contextlib.suppress(UserError):  # fewer images in the part than classes
-        if source.labels is not None:
-            return sources.stratified_split(source.labels, share, seed)
-    return sources.stratified_split(len(source), share, seed)

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from backfold.data.files import HUB_NAME
+from backfold.data.files import HUB_NAME, IN_MEMORY
 from backfold.errors import UserError
 from backfold.files import write_json
-from backfold.training.config import IN_MEMORY
 
 PRETRAINED, BEFORE, RANDOM = "pretrained", "before", "random"
 PIXELS, SCRATCH = "pixels", "from scratch"
@@ -24,11 +23,69 @@ ABSENT = "-"
 SEVERITY = re.compile(r"(?P<name>.+), severity (?P<severity>\d)")
 
 
+class About(NamedTuple):
+    """What a protocol's numbers are, in words."""
+
+    title: str
+    sentence: str
+
+
+ABOUT: Mapping[str, About] = {
+    "knn": About(
+        "Nearest neighbours",
+        "The 20 nearest training images in cosine similarity vote for a test image's class.",
+    ),
+    "linear": About(
+        "Linear probe",
+        "A logistic regression reads the class from the frozen backbone's vectors.",
+    ),
+    "layers": About(
+        "By layer",
+        "What linear probes read from each layer and pooling, on validation images.",
+    ),
+    "attentive": About(
+        "Attentive probe",
+        "Attention pooling and a linear classifier, trained on the frozen backbone's positions.",
+    ),
+    "finetune": About(
+        "Fine-tuning",
+        "The whole backbone is trained with labels; from scratch it starts at random with the"
+        " same recipe, and each gets once or three times the steps, whichever is better on "
+        "validation images.",
+    ),
+    "lowshot": About(
+        "Few labels",
+        "Linear probe and fine-tuning with 1 to 25 labels a class, and with 1 and 10 %.",
+    ),
+    "segmentation": About(
+        "Segmentation",
+        "The class of every pixel, read from the feature map by a linear head and by a small "
+        "decoder, frozen and fine-tuned; the mean intersection over union (mIoU) is 100 % "
+        "where every pixel is right.",
+    ),
+    "energy": About(
+        "What the energy knows",
+        "How often a strange image's score is above a clean test image's: 1 is always, 0.5 is"
+        " chance.",
+    ),
+    "restoration": About(
+        "Restoration",
+        "How close corrupted images come to the clean ones where they were corrupted, by the "
+        "energy's steps and by methods that learn nothing.",
+    ),
+    "adaptation": About(
+        "Restoring before classifying",
+        "A fine-tuned classifier's accuracy on corrupted test images, as they are, after the "
+        "energy restored all of them or those that look implausible, and by other ways.",
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """One number of one contender in one case."""
 
-    protocol: str  # a name of `backfold.evaluation.evaluate.PROTOCOLS`
+    protocol: str  # a name of `ABOUT`
     case: str  # what was done to which images: "10 labels a class", "denoising, severity 3"
     # Who did it, "pretrained", "energy, 1 step"; or a difference of two on the same draws and
     # images, "pretrained over before".

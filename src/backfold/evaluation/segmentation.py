@@ -37,12 +37,12 @@ from backfold.embedding import grid_shape
 from backfold.errors import UserError
 from backfold.evaluation.images import seeded
 from backfold.evaluation.results import OVER, PIXELS, PRETRAINED, RANDOM, SCRATCH, Row
-from backfold.evaluation.subject import Subject
 from backfold.pictures import png_bytes
 from backfold.training.config import parse_image_size
 
 if TYPE_CHECKING:
     from backfold.evaluation.evaluate import Evaluation
+    from backfold.evaluation.subject import Subject
 
 LOGGER = logging.getLogger("backfold")
 PROTOCOL, METRIC = "segmentation", "mIoU (%)"
@@ -303,7 +303,7 @@ def mean_iou(batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> float:
     return 100 * float(index.compute())
 
 
-def _image_size(subject: Subject, source: MaskedSource, wanted: int | str | None) -> ImageSize:
+def _image_size(subject: "Subject", source: MaskedSource, wanted: int | str | None) -> ImageSize:
     """What is asked for, or the first image's, rounded to multiples of the stride."""
     information: Any = getattr(subject.backbone(PRETRAINED), "feature_info", None)
     stride = int(information[-1]["reduction"]) if information else 1

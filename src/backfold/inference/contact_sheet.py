@@ -11,8 +11,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from backfold.data.loading import evaluation_batches
 from backfold.data.source import ImageSource
 from backfold.defects import DefectFinder
-from backfold.inference.jobs import MAP
-from backfold.inference.parts import INDEX
+from backfold.inference.jobs import INDEX, MAP
 from backfold.pictures import heat_png, to_display
 from backfold.training.run import Pretrained
 

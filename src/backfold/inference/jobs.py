@@ -22,7 +22,7 @@ from backfold.defects import DefectFinder
 from backfold.embedding import EmbeddingChoice, embed_batches
 from backfold.files import write_atomically
 from backfold.pictures import heat_png, map_tiff
-from backfold.pretext import Corruption, PretextTask
+from backfold.pretext.corruption import Corruption, PretextTask
 from backfold.restoration import eval_mode, restoration_loss, restore
 from backfold.training.config import task_names
 from backfold.training.run import Pretrained
@@ -30,6 +30,7 @@ from backfold.training.run import Pretrained
 LOGGER = logging.getLogger("backfold")
 USUAL_BATCH = 32
 MAP = "map"
+INDEX = "index"  # the column of an image's place in its source
 
 
 @dataclass(frozen=True)

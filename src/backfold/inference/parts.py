@@ -35,11 +35,10 @@ from backfold.data.loading import guarded_batches
 from backfold.data.source import BrokenFiles, ImageSource
 from backfold.errors import UserError
 from backfold.files import LOCK, hold, write_atomically, write_json
-from backfold.inference.jobs import Job
+from backfold.inference.jobs import INDEX, Job
 
 LOGGER = logging.getLogger("backfold")
 SECONDS_BETWEEN_LINES = 30.0
-INDEX = "index"
 BROKEN = b"broken"  # in a part's metadata: a line for each of its images that could not be read
 FACTS = "plan.json"
 MOST_BLOCKS = 10_000  # of Ray

@@ -20,7 +20,7 @@ from backfold.errors import BrokenImage, UserError
 from backfold.files import write_atomically
 from backfold.metrics import psnr_db, ssim
 from backfold.pictures import png_bytes, restoration_grid, to_display
-from backfold.pretext import PretextTask
+from backfold.pretext.corruption import PretextTask
 from backfold.restoration import restore
 from backfold.sampling import noise_levels, sample
 from backfold.training.config import task_names

@@ -17,8 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from backfold.errors import UserError
-from backfold.evaluation.evaluate import PROTOCOLS
-from backfold.evaluation.results import Row, Table, read_rows, tables_of
+from backfold.evaluation.results import ABOUT, About, Row, Table, read_rows, tables_of
 from backfold.files import write_atomically
 from backfold.reporting import verdicts
 from backfold.reporting.plots import plot_curves, plot_energies, plot_rows
@@ -196,16 +195,17 @@ def _task_table(look: Look) -> Table | None:
 
 
 def _sections(folder: RunFolder, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """What the template shows of each protocol that was run, in the order of `PROTOCOLS`."""
+    """What the template shows of each protocol that was run, in the order of `ABOUT`."""
     alt = "Test images, their true classes, and the classes predicted with each backbone."
     picture = _picture(folder.pictures / "segmentation.png", "segmentation", alt)
     sections = []
-    for name in dict.fromkeys([*PROTOCOLS, *(row.protocol for row in rows)]):
-        protocol, found = PROTOCOLS.get(name), [row for row in rows if row.protocol == name]
+    for name in dict.fromkeys([*ABOUT, *(row.protocol for row in rows)]):
+        about = ABOUT.get(name, About(name, ""))
+        found = [row for row in rows if row.protocol == name]
         origins = (f"{row.data}, step {row.step:,}" if row.step else row.data for row in found)
         section = {
-            "title": protocol.title if protocol else name,
-            "sentence": protocol.sentence if protocol else "",
+            "title": about.title,
+            "sentence": about.sentence,
             "origins": list(dict.fromkeys(filter(None, origins))),
             "plots": plot_rows(found),
             "picture": picture if name == "segmentation" else None,

@@ -16,25 +16,16 @@ from backfold.data.augmentation import Augmentation
 from backfold.data.decode import MAX_PIXELS
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
-from backfold.pretext import (
-    Bands,
-    Colorization,
-    Denoising,
-    Excerpt,
-    ExcerptSettings,
-    HiddenPatches,
-    Identity,
-    Masking,
-    Mixture,
-    PretextTask,
-    Sorting,
-    SuperResolution,
-)
+from backfold.pretext.corruption import Identity, PretextTask
+from backfold.pretext.hidden import HiddenPatches
+from backfold.pretext.masking import Masking
+from backfold.pretext.mixture import Excerpt, ExcerptSettings, Mixture
+from backfold.pretext.pixels import Bands, Colorization, Denoising, SuperResolution
+from backfold.pretext.sorting import Sorting
 
 PAPER_TASKS = ("masking", "sorting", "superresolution", "denoising", "colorization")
 TASK_NAMES = (*PAPER_TASKS, "bands")
 OF_CHANNELS = ("colorization", "bands")  # which need more than one
-IN_MEMORY = " in memory"  # ends what stands in the place of data that have no path
 MIXTURE, IDENTITY = "mixture", "identity"
 NOT_DENSE = (
     "the run trained the conditional energy, and whole images are judged by a dense one, which it "

@@ -10,7 +10,13 @@ from torch import Tensor
 from backfold.backbone import ImageSize
 from backfold.data.loading import evaluation_batches
 from backfold.data.open import open_source, open_stream
-from backfold.data.source import BrokenFiles, ImageSource, Labels, SubsetSource, stratified_split
+from backfold.data.source import (
+    LARGEST_HELD_OUT_SHARE,
+    BrokenFiles,
+    ImageSource,
+    SubsetSource,
+    split_held_out,
+)
 from backfold.data.statistics import ChannelStatistics, count_channels
 from backfold.data.stream import Stream
 from backfold.data.survey import survey
@@ -18,7 +24,6 @@ from backfold.errors import UserError
 from backfold.training.config import PretrainConfig
 
 LOGGER = logging.getLogger("backfold")
-LARGEST_HELD_OUT_SHARE = 0.1
 SURVEYED_IMAGES = 1000
 KNN_IMAGES = 2000
 WATCHED_BYTES = 2**28  # of held-out and of labelled images each, kept on the device
@@ -96,16 +101,6 @@ def open_images(
             len(source.class_names) or len(np.unique(source.labels)),
         )
     return images
-
-
-def split_held_out(source: ImageSource, held_out: int, seed: int) -> tuple[Labels, Labels]:
-    """Places of the training images and of those that are kept from it, a tenth at most."""
-    share = min(held_out, max(1, int(LARGEST_HELD_OUT_SHARE * len(source)))) / len(source)
-    try:
-        labels = len(source) if source.labels is None else source.labels
-        return stratified_split(labels, share, seed)
-    except UserError:  # fewer held-out images than classes
-        return stratified_split(len(source), share, seed)
 
 
 def _measure(config: PretrainConfig, source: ImageSource, workers: int) -> ChannelStatistics:

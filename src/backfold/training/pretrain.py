@@ -36,7 +36,7 @@ from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.files import write_atomically, write_json
 from backfold.memory import keep_freed_memory, memory_advice
-from backfold.pretext import Corruption, PretextTask
+from backfold.pretext.corruption import Corruption, PretextTask
 from backfold.sparse import running_tokens
 from backfold.training import devices, log, run, signals
 from backfold.training.autotune import warm_up

@@ -21,7 +21,7 @@ from backfold.finite_difference import DISPLACEMENT, displaced_energy, finite_di
 from backfold.full_precision import full_float32
 from backfold.invariance import of_all_processes, vicreg_loss
 from backfold.metrics import energy_gap, psnr_db
-from backfold.pretext import Corruption, PretextTask
+from backfold.pretext.corruption import Corruption, PretextTask
 from backfold.restoration import restoration_losses, training_step
 from backfold.sparse import RunningTokens, running_tokens
 from backfold.training.config import PretrainConfig

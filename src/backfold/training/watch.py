@@ -14,7 +14,9 @@ from backfold.energy import EnergyModel
 from backfold.files import write_atomically
 from backfold.metrics import energy_auroc, energy_gap, knn_accuracy, psnr_db, rank_me
 from backfold.pictures import png_bytes, restoration_grid
-from backfold.pretext import PretextTask, Sorting, chroma_error, patches_placed_right
+from backfold.pretext.corruption import PretextTask
+from backfold.pretext.pixels import chroma_error
+from backfold.pretext.sorting import Sorting, patches_placed_right
 from backfold.restoration import restore
 from backfold.training.images import HeldOut
 
