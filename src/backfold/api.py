@@ -262,7 +262,10 @@ class Backfold:
         low, high = (float(value) for value in as_float(images.detach()).aminmax())
         if not math.isfinite(low + high):
             raise UserError("images hold numbers that are not finite; give finite ones")
-        if self._has_unit_range() and not LOWEST <= low <= high <= HIGHEST:
+        # Floating-point files keep their own scale; all others lie in [0, 1].
+        mean, std = run.statistics.mean, run.statistics.std
+        has_unit_range = min(mean) >= 0 and max(mean) <= 1 and max(std) < 0.5
+        if has_unit_range and not LOWEST <= low <= high <= HIGHEST:
             warnings.warn(
                 f"images hold values from {low:g} to {high:g}, and the run's lay in [0, 1]; give "
                 "them as they were loaded: they are normalised inside",
@@ -271,11 +274,6 @@ class Backfold:
         size = (images.shape[2], images.shape[3])
         if size != run.image_size:
             check_image_size(run.energy.backbone, size, run.channels, run.config.backbone)
-
-    def _has_unit_range(self) -> bool:
-        # Floating-point files keep their own scale; all others lie in [0, 1].
-        statistics = self.run.statistics
-        return min(statistics.mean) >= 0 and max(statistics.mean) <= 1 and max(statistics.std) < 0.5
 
 
 def pretrain(

@@ -109,16 +109,11 @@ def make_twice_differentiable(backbone: nn.Module) -> None:
         for name, child in parent.named_children():
             if isinstance(child, nn.Hardsigmoid):
                 setattr(parent, name, _HardSigmoid())
-            elif _is_exact_gelu(child):
-                setattr(parent, name, TwiceDifferentiableGELU())
+            elif type(child) in (nn.GELU, timm.layers.GELU):
+                if getattr(child, "approximate", "none") == "none":
+                    setattr(parent, name, TwiceDifferentiableGELU())
             elif is_plain_grouped(child):
                 setattr(parent, name, TwiceDifferentiableConv2d.sharing(child))
-
-
-def _is_exact_gelu(module: nn.Module) -> bool:
-    return type(module) in (nn.GELU, timm.layers.GELU) and (
-        getattr(module, "approximate", "none") == "none"
-    )
 
 
 def use_plain_attention(backbone: nn.Module) -> None:
@@ -259,12 +254,15 @@ def as_positions(backbone: nn.Module, features: object) -> Tensor:
     if isinstance(features, Mapping):
         features = features.get("x_norm_patchtokens", features.get("patch_features"))
     if isinstance(features, (list, tuple)) and features:
-        if all(_is_tokens(branch) for branch in features):
+        if all(isinstance(branch, Tensor) and branch.ndim == 3 for branch in features):
             return _join_branches(backbone, features)
         features = features[-1]
     if not isinstance(features, Tensor) or features.ndim not in (2, 3, 4):
+        given = type(features).__name__
+        if isinstance(features, Tensor):
+            given = f"a tensor of shape {tuple(features.shape)}"
         raise UserError(
-            f"the backbone {type(backbone).__name__} gives {_layout(features)}, no feature map; "
+            f"the backbone {type(backbone).__name__} gives {given}, no feature map; "
             "give a module that returns (batch, features, height, width) or "
             "(batch, tokens, features)"
         )
@@ -274,10 +272,6 @@ def as_positions(backbone: nn.Module, features: object) -> Tensor:
     if features.ndim == 2:
         return features[:, None]
     return _without_prefix(backbone, features)
-
-
-def _is_tokens(features: object) -> bool:
-    return isinstance(features, Tensor) and features.ndim == 3
 
 
 def _join_branches(backbone: nn.Module, branches: Sequence[Tensor]) -> Tensor:
@@ -305,14 +299,6 @@ def _without_prefix(backbone: nn.Module, tokens: Tensor) -> Tensor:
         own = backbone.named_parameters(recurse=False)
         num_prefix = next((p.shape[1] for name, p in own if name.startswith("cls_token")), 0)
     return tokens[:, num_prefix:] if tokens.shape[1] > num_prefix else tokens
-
-
-def _layout(features: object) -> str:
-    return (
-        f"a tensor of shape {tuple(features.shape)}"
-        if isinstance(features, Tensor)
-        else type(features).__name__
-    )
 
 
 def _describe(size: tuple[int, ...]) -> str:

@@ -64,8 +64,8 @@ def refresh_batch_norm(backbone: nn.Module, batches: Iterable[Tensor]) -> None:
         for hook in hooks:
             hook.remove()
     for norm in norms:
-        if moments[norm].count:
-            _reparametrise(norm, *moments[norm].mean_and_variance())
+        if seen := moments[norm].count:
+            _reparametrise(norm, moments[norm].mean, moments[norm].squares / seen)
 
 
 class _Moments:
@@ -77,22 +77,19 @@ class _Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self._mean, self._squares = torch.zeros((), dtype=torch.float64), torch.zeros(())
+        self.mean, self.squares = torch.zeros((), dtype=torch.float64), torch.zeros(())
 
     def add(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         values = inputs[0].detach().transpose(0, 1).flatten(1)
         values = values if values.dtype == torch.float64 else values.float()
         count = values.shape[1]
         variance, mean = (part.cpu().double() for part in torch.var_mean(values, 1, correction=0))
-        total, ahead = self.count + count, mean - self._mean
-        self._squares = (
-            self._squares + variance * count + ahead.square() * (self.count * count / total)
+        total, ahead = self.count + count, mean - self.mean
+        self.squares = (
+            self.squares + variance * count + ahead.square() * (self.count * count / total)
         )
-        self._mean = self._mean + ahead * (count / total)
+        self.mean = self.mean + ahead * (count / total)
         self.count = total
-
-    def mean_and_variance(self) -> tuple[Tensor, Tensor]:
-        return self._mean, self._squares / self.count
 
 
 def _reparametrise(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:

@@ -143,12 +143,6 @@ def alone_pixels(images: Tensor) -> Tensor:
     return F.pad(found, (0, width % size, 0, height % size), mode="replicate")
 
 
-def smoothed(maps: Tensor) -> Tensor:
-    """Maps (batch, 1, height, width) without what single pixels have by chance."""
-    radius = max(1, min(maps.shape[-2:]) // SMOOTHING)
-    return gaussian_blur(maps, [2 * radius + 1] * 2, [radius / 2] * 2)
-
-
 class DefectFinder:
     """Scores and maps of images, beside those of the usual ones that it was shown.
 
@@ -258,7 +252,9 @@ class DefectFinder:
                 grid = found.unflatten(1, self._grid)[:, None]
                 maps[name] = F.interpolate(grid, images.shape[2:], mode="bilinear")
         maps["pixels"] = alone_pixels(images)
-        maps = {name: smoothed(found.cpu()) for name, found in maps.items()}
+        radius = max(1, min(images.shape[2:]) // SMOOTHING)
+        kernel, deviation = [2 * radius + 1] * 2, [radius / 2] * 2
+        maps = {name: gaussian_blur(each.cpu(), kernel, deviation) for name, each in maps.items()}
         pooled = positions.mean(dim=1)
         scores = {
             "energy": energies.float().cpu(),

@@ -82,18 +82,13 @@ def check_precision(images: Tensor) -> None:
             f"autocast to {dtype} is on: a finite difference needs float32, since rounding would "
             "be larger than the difference; use precision 32-true"
         )
-    if _rounds_products(images.device):
+    on_cuda = images.device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    if on_cuda or torch.get_float32_matmul_precision() != "highest":
         raise UserError(
             "float32 products may be rounded to TF32 or bf16 here, by more than a finite "
             "difference measures; take the step, backward included, within "
             "backfold.full_precision.full_float32()"
         )
-
-
-def _rounds_products(device: torch.device) -> bool:
-    if torch.get_float32_matmul_precision() != "highest":
-        return True
-    return device.type == "cuda" and torch.backends.cudnn.allow_tf32
 
 
 @contextmanager

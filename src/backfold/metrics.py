@@ -138,17 +138,13 @@ def knn_accuracy(
     queries = F.normalize(test_embeddings.float(), dim=1)
     classes, votes_for = torch.unique(train_labels.to(bank.device), return_inverse=True)
     chunk = max(1, KNN_CHUNK_ELEMENTS // len(bank))
-    predicted = torch.cat(
-        [_vote(part @ bank.T, votes_for, len(classes), k) for part in torch.split(queries, chunk)]
-    )
-    return float((classes[predicted] == test_labels.to(bank.device)).float().mean())
-
-
-def _vote(similarities: Tensor, votes_for: Tensor, num_classes: int, k: int) -> Tensor:
-    nearest, indices = similarities.topk(min(k, similarities.shape[1]), dim=1)
-    weights = (nearest / KNN_TEMPERATURE).exp()
-    votes = weights.new_zeros(len(weights), num_classes)
-    return votes.scatter_add_(1, votes_for[indices], weights).argmax(dim=1)
+    predicted = []
+    for part in queries.split(chunk):
+        nearest, indices = (part @ bank.T).topk(min(k, len(bank)), dim=1)
+        weights = (nearest / KNN_TEMPERATURE).exp()
+        votes = weights.new_zeros(len(part), len(classes))
+        predicted.append(votes.scatter_add_(1, votes_for[indices], weights).argmax(dim=1))
+    return float((classes[torch.cat(predicted)] == test_labels.to(bank.device)).float().mean())
 
 
 def knn_distance(bank: Tensor, queries: Tensor) -> Tensor:

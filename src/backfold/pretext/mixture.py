@@ -53,7 +53,8 @@ class Mixture:
                 f"weights is {tuple(self.weights)}; give numbers of 0 or more that are not all 0"
             )
         for task in self.tasks:
-            share = min((masking.hidden_share for masking in _maskings(task)), default=1.0)
+            maskings = (each for each in _simple_tasks(task) if isinstance(each, Masking))
+            share = min((masking.hidden_share for masking in maskings), default=1.0)
             if share < 1 and self.drawn != (task,):
                 raise UserError(
                     f"hidden_share is {share} in a mixture, whose other tasks need the backbone to "
@@ -91,10 +92,6 @@ def _simple_tasks(task: PretextTask) -> list[PretextTask]:
     if isinstance(task, Mixture):
         return [simple for drawn in task.drawn for simple in _simple_tasks(drawn)]
     return [task]
-
-
-def _maskings(task: PretextTask) -> list[Masking]:
-    return [simple for simple in _simple_tasks(task) if isinstance(simple, Masking)]
 
 
 @dataclass(frozen=True)
