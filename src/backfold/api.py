@@ -147,7 +147,8 @@ class Backfold:
         if self._own_finder is None:
             config = self.run.config
             try:
-                source = open_source(config.data, "train", max_pixels=config.max_pixels)
+                options = (False, config.max_pixels, config.frames)
+                source = open_source(config.data, "train", *options)
             except UserError as error:
                 raise UserError(f"the run's own data are not there: {error}; or usual") from error
             images = usual_images(self.run, source, USUAL_IMAGES)

@@ -50,8 +50,8 @@ class RestoreSettings:
     Args:
         images: files; none takes a few of the run's own data.
         checkpoint: a run's folder or a .ckpt file.
-        pretext: masking, sorting, superresolution, denoising, colorization or bands; none takes
-            the run's first.
+        pretext: masking, sorting, superresolution, denoising, colorization, bands or frames; none
+            takes the run's first.
         num_steps: restoration steps; 0 shows the corruption alone.
         step_size: factor of the energy gradient; none takes the run's.
         out: folder for NAME.png (corrupted, restored, clean) and NAME.gif (the trajectory).

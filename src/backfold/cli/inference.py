@@ -192,12 +192,12 @@ def _finder(settings: ScoreSettings, run: Pretrained) -> DefectFinder | None:
 
     None, with a warning, where there are no usual images: the run's own may be gone.
     """
-    max_pixels = run.config.max_pixels
+    options = (False, run.config.max_pixels, run.config.frames)
     if settings.usual is not None:
-        source = open_source(settings.usual, "train", max_pixels=max_pixels)
+        source = open_source(settings.usual, "train", *options)
     else:
         try:
-            source = open_source(run.config.data, "train", max_pixels=max_pixels)
+            source = open_source(run.config.data, "train", *options)
         except UserError as error:
             if settings.maps is not None:
                 raise UserError(f"maps need usual images: {error}; or give --usual") from error
@@ -256,7 +256,7 @@ def _compute(
 ) -> int:
     config, workers = job.run.config, settings.num_workers
     data = config.data if settings.data is None else settings.data
-    source = open_source(data, settings.split, max_pixels=config.max_pixels)
+    source = open_source(data, settings.split, False, config.max_pixels, config.frames)
     parts = Parts(job, source, settings.out, settings.batch_size, settings.part_size)
     if settings.engine == "ray":
         actors = 2 if workers is None else max(1, workers)

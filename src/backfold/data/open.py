@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from backfold.data.clips import ClipSource
 from backfold.data.decode import MAX_PIXELS
 from backfold.data.files import (
     HUB_NAME,
@@ -47,6 +48,7 @@ def open_source(
     split: Split,
     labelled: bool = False,
     max_pixels: int = MAX_PIXELS,
+    frames: int | None = None,
 ) -> ImageSource:
     """The images of one split.
 
@@ -74,6 +76,7 @@ def open_source(
         split: which part.
         labelled: read labels too, where there are any (see the classes).
         max_pixels: larger images are counted as broken.
+        frames: of clips, in a folder, that are stacked as channels; see `ClipSource`.
 
     Raises:
         NoTestSplit: "test" is asked of data without splits.
@@ -85,10 +88,21 @@ def open_source(
         return DatasetSource(data, max_pixels, labelled)
     options = labelled, max_pixels
     if data is None:
+        if frames is not None:
+            raise UserError(
+                f"frames is {frames}, and the embedded images are no clips; give --data"
+            )
         name = f"embedded Fashion-MNIST sample, {split}"
         return ParquetSource([EMBEDDED / f"fashion_mnist_{split}.parquet"], *options, name)
     refuse_command(data)
     text, path = str(data), Path(data)
+    if frames is not None:
+        if not path.is_dir():
+            raise UserError(f"{text} is no folder, and clips ({frames} frames) lie in one; give it")
+        found = _split_folders(path)
+        if split == "test" and not found:
+            raise _no_test_split(path)
+        return ClipSource(found[split] if found else path, frames, max_pixels)
     if path.is_dir():
         return _open_folder(path, split, options)
     if path.is_file():
@@ -177,10 +191,8 @@ def _open_folder(folder: Path, split: Split, options: Options) -> ImageSource:
             saved = datasets.load_from_disk(str(folder))
         parts = saved if isinstance(saved, datasets.DatasetDict) else {"": saved}
         return _open_datasets(parts, str(folder), [folder], split, options)
-    by_name = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
-    test = next((by_name[name] for name in TEST_NAMES if name in by_name), None)
-    if "train" in by_name and test is not None:
-        folders = {"train": by_name["train"], "test": test}
+    folders = _split_folders(folder)
+    if folders:
         files = _packed_files(folders[split])
         if files:
             return _open_packed(files, options)
@@ -194,6 +206,13 @@ def _open_folder(folder: Path, split: Split, options: Options) -> ImageSource:
     if split == "test":
         raise _no_test_split(folder)
     return FolderSource(folder, *options)
+
+
+def _split_folders(folder: Path) -> dict[Split, Path]:
+    """The sub-folders of both splits; empty where there are none."""
+    by_name = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    test = next((by_name[name] for name in TEST_NAMES if name in by_name), None)
+    return {"train": by_name["train"], "test": test} if "train" in by_name and test else {}
 
 
 def _packed_files(folder: Path) -> list[Path]:

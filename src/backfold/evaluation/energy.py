@@ -62,7 +62,8 @@ def energy(given: "Evaluation") -> list[Row]:
     scorer = _Scorer(given, run, train)
     usual, embeddings = scorer(test)
     rows = []
-    tasks = pretext_severities(run.config.tasks, run.channels, run.image_size)
+    config = run.config
+    tasks = pretext_severities(config.tasks, run.channels, run.image_size, config.frames)
     for name, levels in tasks.items():
         for severity, task in zip(SEVERITIES, levels, strict=True):
             strange, _ = scorer(test, task)

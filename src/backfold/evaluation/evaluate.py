@@ -207,7 +207,8 @@ def open_parts(
     run = subject.run
     own = None if run is None else run.config.data
     chosen = own if data is None else data
-    train = open_source(chosen, "train", labelled=True, max_pixels=subject.max_pixels)
+    options = (True, subject.max_pixels, None if run is None else run.config.frames)
+    train = open_source(chosen, "train", *options)
     whole, pretrained = (
         Path(each).resolve() if isinstance(each, (str, Path)) else None for each in (chosen, own)
     )
@@ -219,7 +220,7 @@ def open_parts(
     if str(own).endswith(IN_MEMORY):
         caveat = UNKNOWN
     try:
-        test = open_source(chosen, "test", labelled=True, max_pixels=subject.max_pixels)
+        test = open_source(chosen, "test", *options)
     except NoTestSplit:
         if run is not None and (data is None or (whole and whole == pretrained)):
             learned, tested = _held_out(run.config)
@@ -240,7 +241,8 @@ def open_parts(
 
 def _held_out(config: PretrainConfig) -> Split:
     """Places of the images that the run was trained on, and of those that it held out."""
-    own = open_source(config.data, "train", config.watch_labels, config.max_pixels)
+    options = (config.watch_labels, config.max_pixels, config.frames)
+    own = open_source(config.data, "train", *options)
     training, held_out = split_held_out(own, config.held_out, config.seed)
     if len(held_out) < FEW_TEST_IMAGES:
         LOGGER.warning(

@@ -59,7 +59,8 @@ def restoration(given: "Evaluation") -> list[Row]:
     run.energy.to(given.device).eval()
     images, _ = given.parts.test.load(settings.test_images, settings.seed)
     rows = []
-    tasks = pretext_severities(run.config.tasks, run.channels, run.image_size)
+    config = run.config
+    tasks = pretext_severities(config.tasks, run.channels, run.image_size, config.frames)
     for name, levels in tasks.items():
         for severity, task in zip(SEVERITIES, levels, strict=True):
             found: dict[tuple[str, str], list[float]] = {}
@@ -85,9 +86,11 @@ def restoration(given: "Evaluation") -> list[Row]:
 
 
 def pretext_severities(
-    settings: TaskSettings, channels: int, image_size: ImageSize
+    settings: TaskSettings, channels: int, image_size: ImageSize, frames: int | None = None
 ) -> dict[str, tuple[pretext.PretextTask, ...]]:
     """Each pretext task at severities 1 to 5; images of one channel have no colours and no bands.
+
+    Those of several ``frames`` can lose the latest one.
 
     Severity 3 is about the middle of what training draws by default. What is random is drawn from
     the seed alone: in each image, noise grows, and what is hidden or moved stays so, from one
@@ -115,6 +118,9 @@ def pretext_severities(
         tasks["colorization"] = tuple(pretext.Colorization(share, share) for share in CHROMA_SHARES)
         bands = replace(settings.bands, band_patch_size=masking.mask_patch_size)
         tasks["bands"] = tuple(replace(bands, share=share) for share in BAND_SHARES)
+        if frames is not None:
+            bands = replace(bands, groups=(tuple(range(channels // frames)),))
+            tasks["frames"] = tuple(replace(bands, share=share) for share in BAND_SHARES)
     return tasks
 
 

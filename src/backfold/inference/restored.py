@@ -71,9 +71,9 @@ def read_images(given: Sequence[Image.Image | Path | str], run: Pretrained) -> T
 def sample_images(run: Pretrained, count: int) -> tuple[list[str], Tensor]:
     """Names and normalised images spread over the run's own data, its test split if it has one."""
     try:
-        source = open_source(run.config.data, "test")
+        source = open_source(run.config.data, "test", frames=run.config.frames)
     except NoTestSplit:
-        source = open_source(run.config.data, "train")
+        source = open_source(run.config.data, "train", frames=run.config.frames)
     indices = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist()
     (batch,) = evaluation_batches(source, run.image_size, run.channels, count, indices=indices)
     return [f"image-{index}" for index in indices], run.statistics.normalize(batch.images)

@@ -24,8 +24,9 @@ from backfold.pretext.pixels import Bands, Colorization, Denoising, SuperResolut
 from backfold.pretext.sorting import Sorting
 
 PAPER_TASKS = ("masking", "sorting", "superresolution", "denoising", "colorization")
-TASK_NAMES = (*PAPER_TASKS, "bands")
-OF_CHANNELS = ("colorization", "bands")  # which need more than one
+FRAMES = "frames"
+TASK_NAMES = (*PAPER_TASKS, "bands", FRAMES)
+OF_CHANNELS = ("colorization", "bands", FRAMES)  # which need more than one
 MIXTURE, IDENTITY = "mixture", "identity"
 NOT_DENSE = (
     "the run trained the conditional energy, and whole images are judged by a dense one, which it "
@@ -63,7 +64,7 @@ class TaskSettings:
         bands: hide bands (channels).
         mixture: weight of each task where the pretext is "mixture", by the tasks' names; tasks that
             are not named are left out, and "identity" leaves its share of the images clean
-            (default: all but bands, those that the images allow, equally).
+            (default: all but bands and frames, those that the images allow, equally).
         excerpt: whatever the task, run on a random part of each image's squares alone.
     """
 
@@ -116,7 +117,10 @@ class PretrainConfig:
         backbone_options: further keyword arguments of the timm model, such as patch_size.
         image_size: N or HxW in pixels; none takes the backbone's own.
         channels: channels of the images; none counts them in the data.
-        pretext: masking, sorting, superresolution, denoising, colorization, bands or mixture.
+        frames: of clips, how many consecutive ones are stacked as an image's channels, the latest
+            first: files of one folder by name, or pages of a GIF or TIFF; none takes images alone.
+        pretext: masking, sorting, superresolution, denoising, colorization, bands, frames (the
+            latest frame of a clip is hidden) or mixture.
         tasks: the pretext tasks' own settings.
         energy: "conditional" trains hidden patches given the visible ones, which costs less than an
             ordinary step (timm's ViTs and EVAs); "dense" trains whole images, with any backbone;
@@ -181,6 +185,7 @@ class PretrainConfig:
     backbone_options: dict[str, Any] = field(default_factory=dict)
     image_size: int | str | None = None
     channels: int | None = None
+    frames: int | None = None
     pretext: str = "masking"
     tasks: TaskSettings = field(default_factory=TaskSettings)
     energy: EnergyForm = "auto"
@@ -223,6 +228,8 @@ class PretrainConfig:
         for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name):g}; give a positive number")
+        if self.frames is not None and self.frames < 2:
+            raise UserError(f"frames is {self.frames}; give 2 or more, or leave it out")
         for name in COUNTS:
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
@@ -358,7 +365,10 @@ def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]
     Raises:
         UserError: one of these is asked for by name, and the images have one channel.
     """
-    made = {name: getattr(config.tasks, name) for name in TASK_NAMES} | {IDENTITY: Identity()}
+    made = {name: getattr(config.tasks, name) for name in TASK_NAMES if name != FRAMES}
+    made[IDENTITY] = Identity()
+    if config.frames is not None and not channels % config.frames:  # the latest one, from the rest
+        made[FRAMES] = Bands(groups=(tuple(range(channels // config.frames)),))
     names = task_names(config)
     refused = [name for name in names if channels == 1 and name in OF_CHANNELS]
     if refused and (config.pretext != MIXTURE or config.tasks.mixture):
@@ -367,6 +377,11 @@ def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]
             f"choose another pretext, or leave {refused[0]} out of the mixture"
         )
     names = tuple(name for name in names if name not in refused)
+    if FRAMES in names and FRAMES not in made:
+        raise UserError(
+            f"the task frames has frames {config.frames} and images of {channels} channel(s); give "
+            "--frames a number that divides the channels, such as 4, and --data with clips"
+        )
     return {name: made[name] for name in names}
 
 

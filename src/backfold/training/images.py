@@ -76,7 +76,7 @@ def open_images(
     # One process, so that a decoder that crashes or hangs does not end the run; 0 if asked for.
     workers = 0 if config.num_workers == 0 else 1
     stream = None
-    if source is None:
+    if source is None and config.frames is None:
         stream = open_stream(config.data, config.stream_images, config.max_pixels)
     if stream is not None:
         kept = min(config.held_out, max(1, int(LARGEST_HELD_OUT_SHARE * stream.count)))
@@ -85,7 +85,9 @@ def open_images(
         images = Images(head, head, statistics, stream.count, stream, workers)
         return _described(stream.name, images)
     if source is None:
-        source = open_source(config.data, "train", config.watch_labels, config.max_pixels)
+        source = open_source(
+            config.data, "train", config.watch_labels, config.max_pixels, config.frames
+        )
     if len(source) < 2:
         raise UserError(f"{source.name} holds {len(source)} image; give at least 2")
     training, held_out = (

@@ -1,0 +1,130 @@
+"""Clips: which frames become one image's channels, and in which order."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import backfold
+from backfold.data.clips import ClipSource
+from backfold.data.open import open_source
+from backfold.data.source import NoTestSplit
+from backfold.errors import BrokenImage, UserError
+from backfold.training.config import build_tasks
+
+SIZE = 16
+
+
+def frame(value, mode="L", size=SIZE):
+    return Image.new(mode, (size, size), value if mode == "L" else (value,) * 3)
+
+
+def write(folder, values, name="{:02d}.png", **options):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, value in enumerate(values):
+        frame(value, **options).save(folder / name.format(number))
+
+
+def values(source, index):
+    return source.read(index)[:, 0, 0].tolist()
+
+
+def test_frames_of_a_folder_follow_each_other_and_none_is_shared(tmp_path):
+    write(tmp_path / "b", [10, 20, 30, 40, 50])
+    write(tmp_path / "a", [1, 2])
+    source = ClipSource(tmp_path, 2)
+    assert [values(source, index) for index in range(len(source))] == [[2, 1], [20, 10], [40, 30]]
+    assert source.describe(1).endswith("b/00.png")
+    # No clip crosses from one folder to the next.
+    assert len(ClipSource(tmp_path, 3)) == 1
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tiff"])
+def test_pages_of_a_file_are_frames(tmp_path, suffix):
+    pages = [frame(value) for value in (5, 60, 120, 200)]
+    pages[0].save(tmp_path / f"clip.{suffix}", save_all=True, append_images=pages[1:])
+    frame(9).save(tmp_path / "still.png")  # no frame of the file beside it
+    source = ClipSource(tmp_path, 4)
+    assert len(source) == 1
+    grey = source.read(0).unflatten(0, (4, -1))[:, 0, 0, 0]
+    torch.testing.assert_close(grey, torch.tensor([200, 120, 60, 5], dtype=torch.uint8))
+    assert source.describe(0).endswith(f"clip.{suffix} page 0")
+
+
+def test_grey_frames_join_coloured_ones_and_unequal_sizes_are_broken(tmp_path):
+    write(tmp_path / "a", [7, 8], mode="RGB")
+    frame(9).save(tmp_path / "a" / "00.png")
+    assert ClipSource(tmp_path, 2).read(0)[:, 0, 0].tolist() == [8, 8, 8, 9, 9, 9]
+    frame(9, size=8).save(tmp_path / "a" / "00.png")
+    with pytest.raises(BrokenImage, match="16x16, 8x8 pixels"):
+        ClipSource(tmp_path, 2).read(0)
+
+
+def test_sixteen_bits_stay(tmp_path):
+    (tmp_path / "a").mkdir()
+    for number in range(2):
+        array = np.full((SIZE, SIZE), 65535 * number, dtype=np.uint16)
+        Image.fromarray(array).save(tmp_path / "a" / f"{number}.png")
+    frame(255).save(tmp_path / "a" / "2.png")
+    assert ClipSource(tmp_path, 3).read(0)[:, 0, 0].tolist() == [1.0, 1.0, 0.0]
+
+
+def test_what_holds_no_clips_is_refused(tmp_path):
+    write(tmp_path / "a", [1, 2])
+    with pytest.raises(UserError, match="no clip of 3 frames"):
+        open_source(tmp_path, "train", frames=3)
+    with pytest.raises(NoTestSplit):
+        open_source(tmp_path, "test", frames=2)
+    with pytest.raises(UserError, match="is no folder"):
+        open_source(tmp_path / "a" / "00.png", "train", frames=2)
+    with pytest.raises(UserError, match="no clips"):
+        open_source(None, "train", frames=2)
+    with pytest.raises(UserError, match="frames is 1"):
+        backfold.pretrain(data=tmp_path, frames=1)
+    write(tmp_path / "damaged", [3, 4])
+    (tmp_path / "damaged" / "clip.gif").write_bytes(b"GIF89a")
+    assert len(open_source(tmp_path, "train", frames=2)) == 2
+
+
+def test_splits_are_sub_folders(tmp_path):
+    write(tmp_path / "train" / "a", [1, 2])
+    write(tmp_path / "test" / "a", [3, 4])
+    assert values(open_source(tmp_path, "test", frames=2), 0) == [4, 3]
+
+
+@pytest.fixture(scope="module")
+def moving(tmp_path_factory):
+    """Each clip has a bright bar that moves by two pixels a frame."""
+    folder = tmp_path_factory.mktemp("moving")
+    for clip in range(20):
+        (folder / f"{clip:02d}").mkdir()
+        for number in range(3):
+            pixels = np.full((SIZE, SIZE), 40, dtype=np.uint8)
+            at = (clip + 2 * number) % (SIZE - 2)
+            pixels[:, at : at + 2] = 220
+            Image.fromarray(pixels).save(folder / f"{clip:02d}" / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("energy", ["dense", "conditional"])
+def test_a_run_restores_the_latest_frame_from_those_before(moving, tmp_path, energy):
+    run = backfold.pretrain(
+        data=moving, frames=3, pretext="frames", energy=energy, out=tmp_path / "run",
+        backbone="vit_tiny_patch16_224", image_size=SIZE, epochs=2, batch_size=4, num_workers=0,
+        backbone_options={"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 1},
+        tasks={"masking": {"mask_patch_size": 4}}, accelerator="cpu",
+    )  # fmt: skip
+    assert run.run.channels == 3
+    (task,) = build_tasks(run.run.config, 3).values()
+    clean = torch.ones(2, 3, SIZE, SIZE)
+    corrupted = task(clean, torch.Generator()).corrupted
+    assert corrupted.mean(dim=(0, 2, 3)).tolist() == [0, 1, 1]
+    assert torch.isfinite(run.restore(torch.rand(1, 3, SIZE, SIZE)).restored).all()
+
+
+def test_frames_that_do_not_divide_the_channels_are_refused(moving, tmp_path):
+    settings = {"data": moving, "out": tmp_path / "run", "pretext": "frames", "image_size": SIZE}
+    with pytest.raises(UserError, match="frames None and images of 3 channel"):
+        backfold.pretrain(**settings, channels=3)
+    with pytest.raises(UserError, match="frames 2 and images of 3 channel"):
+        backfold.pretrain(**settings, frames=2, channels=3)
