@@ -121,8 +121,8 @@ def test_the_same_seed_gives_the_same_numbers(score):
     assert errors[2] != errors[0]
     assert other["energy"] == table["energy"]
     assert other.column_names == [
-        "path", "energy", "error_masking", "error_sorting", "error_superresolution",
-        "error_denoising", *DEFECTS,
+        "path", "energy", "error_masking", "error_sorting", "misplaced",
+        "error_superresolution", "error_denoising", *DEFECTS,
     ]  # fmt: skip
     _, _, plain = score("d.parquet", "--usual-images=0")
     assert plain.column_names == ["path", "energy", "error_masking"]

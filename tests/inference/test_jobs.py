@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from backfold.embedding import EmbeddingChoice, embed
 from backfold.inference.jobs import EmbeddingJob, ScoringJob, image_seed
-from backfold.pretext import Corruption, Masking, Sorting
+from backfold.pretext import Corruption, Masking, Sorting, patches_placed_right
+from backfold.training.config import used_task
 
-CPU = torch.device("cpu")
+CPU, HALF = torch.device("cpu"), Masking(0.5, mask_patch_size=7)
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_vectors_are_the_embeddings_and_energies_those_of_the_clean_images(run, 
         expected, energies = embed(run.energy.backbone, clean, choice), run.energy(clean)
     assert list(vectors) == ["vector"]
     torch.testing.assert_close(torch.tensor(vectors["vector"].to_pylist()), expected)
-    assert list(scores) == ["energy", "error_masking", "error_sorting"]
+    assert list(scores) == ["energy", "error_masking", "error_sorting", "misplaced"]
     torch.testing.assert_close(torch.tensor(scores["energy"].to_pylist()), energies)
 
 
@@ -57,6 +58,22 @@ def test_errors_are_the_training_loss_image_by_image(run, pixels, clean):
         hidden = corruption.loss_mask.expand_as(image)
         expected = F.smooth_l1_loss(image[hidden], clean[index : index + 1][hidden])
         assert given[index] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("energy", ["dense", "conditional"])
+def test_misplaced_is_the_share_of_squares_that_sorting_leaves_elsewhere(run, pixels, energy):
+    config = replace(run.config, energy=energy, tasks=replace(run.config.tasks, masking=HALF))
+    task = used_task(Sorting(sorting_patch_size=7), config)
+    job = scoring(run, tasks={"sorting": task}, num_steps=0)  # nothing is put back
+    found = job(pixels, range(6))["misplaced"].to_pylist()
+    moved = [
+        1 - patches_placed_right(task(clean, generator).corrupted, clean, 7).item()
+        for index in range(6)
+        for clean in (run.statistics.normalize(pixels[[index]] / 255),)
+        for generator in (torch.Generator().manual_seed(image_seed(0, index)),)
+    ]
+    assert found == pytest.approx(moved)
+    assert 0 < min(found) <= max(found) <= 1
 
 
 def test_a_corruption_depends_on_seed_and_index_alone(run, pixels):

@@ -23,6 +23,8 @@ from backfold.embedding import EmbeddingChoice, embed_batches
 from backfold.files import write_atomically
 from backfold.pictures import heat_png, map_tiff
 from backfold.pretext.corruption import Corruption, PretextTask
+from backfold.pretext.hidden import HiddenPatches
+from backfold.pretext.sorting import Sorting, patches_placed_right
 from backfold.restoration import eval_mode, restoration_loss, restore
 from backfold.training.config import task_names
 from backfold.training.run import Pretrained
@@ -56,6 +58,8 @@ class EmbeddingJob:
 @dataclass(frozen=True)
 class ScoringJob:
     """``energy`` of the clean image, ``error_TASK``, and the finder's scores, float32.
+
+    After sorting also ``misplaced``, the share of squares that are not back in their place.
 
     The error is what training lowers: the smooth L1 distance of the restored image from the clean
     one, in deviations of the data, averaged where the task's loss counts. An image whose
@@ -103,7 +107,15 @@ class ScoringJob:
             columns = {"energy": energy(clean).float()}
         for name, task in self.tasks.items():
             # Drawn on the CPU: the same corruption whatever the device.
-            columns[f"error_{name}"] = self._errors(task, clean.cpu(), indices)
+            columns[f"error_{name}"], restored = self._errors(task, clean.cpu(), indices)
+            side = 0
+            match task:
+                case Sorting():
+                    side = task.sorting_patch_size
+                case HiddenPatches(tasks=(Sorting(),)):
+                    side = task.masking.mask_patch_size
+            if side:
+                columns["misplaced"] = 1 - patches_placed_right(restored, clean.cpu(), side)
         if self.finder is not None:
             scores, maps = self.finder(clean)
             columns |= scores
@@ -118,7 +130,10 @@ class ScoringJob:
             found[MAP] = pa.array([f"{index:07d}" for index in indices])
         return found
 
-    def _errors(self, task: PretextTask, clean: Tensor, indices: Sequence[int]) -> Tensor:
+    def _errors(
+        self, task: PretextTask, clean: Tensor, indices: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """By image, and the restored images."""
         corruptions = [
             task(clean[[row]], torch.Generator().manual_seed(image_seed(self.seed, index)))
             for row, index in enumerate(indices)
@@ -131,7 +146,7 @@ class ScoringJob:
             restoration_loss(restored[[row]], clean[[row]], corruption.loss_mask)
             for row, corruption in enumerate(corruptions)
         ]
-        return torch.where(result.status.diverged.cpu(), torch.inf, torch.stack(errors))
+        return torch.where(result.status.diverged.cpu(), torch.inf, torch.stack(errors)), restored
 
 
 def usual_images(
