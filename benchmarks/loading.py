@@ -1,18 +1,15 @@
-"""What loading JPEG images costs, and how long training waits for them.
+"""What loading JPEG images costs.
 
     python benchmarks/loading.py --data ../shared/data/imagenette160 --out benchmarks/results
 
 Folders of JPEG files are made in a temporary place: the images as they are stored, and some of them
 scaled up, with noise for the detail that scaling can't give. Images are brought to 224 pixels by
-the random crops that are the default. The consumer is the training step itself: a ViT-Ti/16, and a
-one-block ViT with 32 pixel patches for the speed that an accelerator gives larger ones. Each is run
-once with images loaded in its own process, then with as many workers as a run has by default.
+the random crops that are the default. How long training waits stands in every run's metrics.csv.
 
-Writes loading.json and loading.md. Runs on the CPU, which workers and training share.
+Writes loading.json and loading.md.
 """
 
 import argparse
-import csv
 import io
 import itertools
 import tempfile
@@ -24,27 +21,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from backfold.data.augmentation import Augmentation
 from backfold.data.formats import FolderSource
-from backfold.data.loading import BatchDataset, default_workers, training_loader
+from backfold.data.loading import BatchDataset, training_loader
 from backfold.files import write_json
-from backfold.training.config import PretrainConfig
-from backfold.training.pretrain import pretrain
 from step_cost.measuring import facts
 from step_cost.tables import facts_line, markdown_table
 
 SIZE = (224, 224)
 STORED, MEDIUM, LARGE = "160 x 160, as stored", "640 x 480", "2000 x 1500"
-BACKBONES: dict[str, tuple[dict[str, Any], int, int]] = {  # options, batch size, steps
-    "ViT-Ti/16": ({}, 8, 10),
-    "one block, patch 32": (
-        {"patch_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 3}, 32, 30
-    ),
-}  # fmt: skip
 
 
 def write_folders(parquet: Path, place: Path) -> dict[str, Path]:
@@ -101,33 +89,6 @@ def time_worker(folder: Path) -> float:
     return 16 * 15 / (arrivals[-1] - arrivals[-16])
 
 
-def train(
-    folder: Path, out: Path, options: dict[str, Any], batch: int, steps: int, workers: int
-) -> dict[str, float]:
-    """The last row of a run's metrics: all steps but the first, or the last 20."""
-    config = PretrainConfig(
-        data=folder, out=out, backbone="vit_tiny_patch16_224", backbone_options=options,
-        image_size=SIZE[0], batch_size=batch, max_steps=steps, epochs=1000.0, held_out=8,
-        watch_every=1000.0, watch_labels=False, accelerator="cpu", devices=1, precision="32-true",
-        num_workers=workers,
-    )  # fmt: skip
-    run = pretrain(config, console=Console(quiet=True))
-    with run.metrics.open() as file:
-        row = list(csv.DictReader(file))[-1]
-    return {name: float(row[name]) for name in ("images_per_second", "data_wait")}
-
-
-def time_training(folders: dict[str, Path], place: Path) -> list[dict[str, Any]]:
-    rows = []
-    for (backbone, given), name in itertools.product(BACKBONES.items(), (STORED, LARGE)):
-        row: dict[str, Any] = {"backbone": backbone, "images": name, "workers": default_workers()}
-        for suffix, workers in (("", row["workers"]), ("_without_workers", 0)):
-            found = train(folders[name], place / f"run{len(rows)}{suffix}", *given, workers)
-            row |= {f"{measured}{suffix}": value for measured, value in found.items()}
-        rows.append(row)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/imagenette160"))
@@ -145,17 +106,14 @@ def main() -> None:
             }
             for name, folder in folders.items()
         }
-        training = time_training(folders, place)
     known["data"] = "Imagenette (160 px, squashed), and 32 of its images scaled up with noise"
     path = options.out / "loading.json"
-    write_json(path, {**known, "seed": 0, "loading_ms": loading, "training": training})
+    write_json(path, {**known, "seed": 0, "loading_ms": loading})
     parts = [
         f"{facts_line({'facts': known})}. {known['data']}; one run of each, seed 0.",
         "Milliseconds to load an image on one core (read, decode, crop, resize to 224, stack, share"
         " with the training process); median of a second of batches of 8.",
         table([{"JPEG images": name, **row} for name, row in loading.items()]),
-        "Share of the time that training waits for images, with the default workers.",
-        table(training),
     ]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
 
