@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from backfold.data.open import open_source
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
-from backfold.pretext import Denoising, Masking, Mixture
+from backfold.pretext import Denoising, Identity, Masking, Mixture
 from backfold.training import autotune as module
 from backfold.training.autotune import find_micro_batch, warm_up
-from backfold.training.config import OptimizerSettings, PretrainConfig
+from backfold.training.config import OptimizerSettings, PretrainConfig, TaskSettings
 from backfold.training.optimizer import freeze_unreachable
 from backfold.training.step import CompiledStep, Stepper, step_seed
 
@@ -68,6 +68,26 @@ def test_parts_of_a_batch_are_as_equal_as_possible_and_give_its_gradient(picture
     assert float(norm_parts) == pytest.approx(float(norm_whole), rel=1e-4)
     assert_close(gradients(whole), gradients(parts), 1e-4)
     assert len(last.clean) == 5
+
+
+def test_contrast_counts_in_the_last_epochs_alone(pictures):
+    """Of 100 steps, ten an epoch: the plausibility of corrupted images from step 80 on."""
+    task = Mixture((MASKING, Identity()), (1.0, 1.0))
+    tasks = TaskSettings(mixture={"masking": 1.0, "identity": 1.0})
+    options = {"task": task, "pretext": "mixture", "tasks": tasks}
+    for step, weight in ((79, 0.0), (80, 0.5)):
+        found = []
+        for changes in (
+            {"plausibility_weight": 0.5, "contrast_epochs": 2.0}, {"plausibility_weight": weight}
+        ):  # fmt: skip
+            energy, stepper = make(**options, **changes)
+            stepper(pictures, step)
+            found.append(gradients(energy))
+        assert_close(*found, 0.0)
+        energy, stepper = make(**options, plausibility_weight=0.5 - weight)
+        stepper(pictures, step)
+        with pytest.raises(AssertionError):
+            assert_close(gradients(energy), found[0], 0.01)
 
 
 def reference(energy, clean, corrupted, mask, num_steps, step_size):

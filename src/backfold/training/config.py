@@ -135,6 +135,8 @@ class PretrainConfig:
         plausibility_weight: of a second loss, by which the energy itself and not its gradient alone
             tells clean images from corrupted ones, for scoring images; needs "identity" in the
             mixture. 0 leaves it out.
+        contrast_epochs: of the last epochs, in which alone the plausibility_weight counts:
+            restoration first, then contrast; 0 counts it in all.
         epochs: passes over the training images.
         batch_size: images in an optimizer step, over all devices.
         micro_batch: images that a device handles at once, to save memory; its share of the batch
@@ -194,6 +196,7 @@ class PretrainConfig:
     num_steps: int = 1
     step_size: float = 1.0
     plausibility_weight: float = 0.0
+    contrast_epochs: float = 0.0
     epochs: float = 100.0
     batch_size: int = 256
     micro_batch: int | Literal["auto"] | None = None
@@ -248,6 +251,10 @@ class PretrainConfig:
         weight, names = self.plausibility_weight, task_names(self)
         if not 0 <= weight < math.inf:
             raise UserError(f"plausibility_weight is {weight:g}; give 0 or more")
+        if not 0 <= self.contrast_epochs <= self.epochs:
+            raise UserError(
+                f"contrast_epochs is {self.contrast_epochs:g}; give 0 to epochs ({self.epochs:g})"
+            )
         if weight and IDENTITY not in names:
             raise UserError(
                 f"plausibility_weight is {weight:g}, which needs clean images beside corrupted "
@@ -311,6 +318,8 @@ def doubtful_settings(config: PretrainConfig) -> list[str]:
         lines.append("tasks.excerpt.excerpt_patch_size has no effect with a share of 1")
     if tasks.masking.hidden_share < 1 and "masking" not in names and config.energy == "dense":
         lines.append("tasks.masking.hidden_share has no effect without the masking task")
+    if config.contrast_epochs and not config.plausibility_weight:
+        lines.append("contrast_epochs has no effect without a plausibility_weight")
     if config.energy == "dense" and config.hidden_blocks != 1:
         lines.append("hidden_blocks has no effect on the dense energy")
     if config.compile is True and config.derivative != "exact":

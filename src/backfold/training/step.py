@@ -267,6 +267,8 @@ class Stepper:
         optimizer: Optimizer = shard_optimizer(whole) if sharded else whole
         self.schedule = build_schedule(optimizer, config.optimizer, total_steps, steps_per_epoch)
         self.energy, self.displacement = energy, DISPLACEMENT
+        contrast = round(config.contrast_epochs * steps_per_epoch)
+        self._contrast_from = total_steps - contrast if contrast else 0
         self.is_exact = config.derivative == "exact"
         self.restoration: RestorationTraining | None = None
         if self.is_exact:
@@ -282,6 +284,9 @@ class Stepper:
     def __call__(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, Restored]:
         """One optimizer step; returns the mean loss, the gradient's norm and the last part."""
         self.schedule.step_update(step)
+        if self.restoration is not None:  # a compiled step is compiled anew where this changes
+            weight = self.config.plausibility_weight if step >= self._contrast_from else 0.0
+            self.restoration.plausibility_weight = weight
         self.optimizer.zero_grad(set_to_none=True)
         total, restored = self.accumulate(images, step)
         norm = self.fabric.clip_gradients(
