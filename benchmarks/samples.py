@@ -23,16 +23,21 @@ from backfold.data.open import open_source
 from backfold.files import write_json
 from step_cost.measuring import facts
 
-FITTED_ON, BATCH, RATE = 10_000, 64, 3e-3
+FITTED_ON, BATCH, RATE, WIDTH = 10_000, 64, 3e-3, 128
 
 
 def network(channels: int, classes: int) -> nn.Sequential:
-    """Features (batch, 128), then logits, of images in [0, 1]."""
+    """Features (batch, WIDTH), then logits, of images in [0, 1]."""
     layers: list[nn.Module] = []
-    for before, width, stride in ((channels, 32, 1), (32, 64, 2), (64, 128, 2), (128, 128, 2)):
+    for before, width, stride in (
+        (channels, 32, 1),
+        (32, 64, 2),
+        (64, WIDTH, 2),
+        (WIDTH, WIDTH, 2),
+    ):
         layers += [nn.Conv2d(before, width, 3, stride, 1), nn.BatchNorm2d(width), nn.GELU()]
     features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return nn.Sequential(features, nn.Linear(128, classes))
+    return nn.Sequential(features, nn.Linear(WIDTH, classes))
 
 
 def learn(images: Tensor, labels: Tensor, epochs: int, device: torch.device) -> nn.Module:
@@ -50,6 +55,7 @@ def learn(images: Tensor, labels: Tensor, epochs: int, device: torch.device) -> 
             optimizer.step()
             schedule.step()
     features: nn.Module = model.eval()[0]
+    features.num_features = WIDTH  # or torchmetrics asks by an image on the CPU
     return features
 
 
@@ -78,7 +84,11 @@ def main() -> None:
     device = torch.device(given.device)
     sources = [open_source(given.data, split, labelled=True) for split in ("train", "test")]
     train, test = (torch.stack([each.read(at) for at in range(len(each))]) for each in sources)
-    features = learn(train, torch.from_numpy(sources[0].labels), given.epochs, device)
+    drawn = torch.Generator().manual_seed(0)  # folders come class by class
+    orders = [torch.randperm(len(each), generator=drawn) for each in (train, test)]
+    labels = torch.as_tensor(sources[0].labels)[orders[0]]
+    train, test = train[orders[0]], test[orders[1]]
+    features = learn(train, labels, given.epochs, device)
     run = backfold.load(given.run, device)
     parts = [
         run.sample(min(250, given.count - start), given.levels, given.fresh_noise, start)

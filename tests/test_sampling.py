@@ -1,6 +1,8 @@
 """Samples against distributions whose energy is known."""
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from PIL import Image
 
 import backfold
 from backfold.cli.main import main
+from backfold.errors import UserError
+from backfold.inference.restored import new_images
 from backfold.sampling import noise_levels, sample
 
 SPREAD, CENTRE = 0.5, 0.3
@@ -106,6 +110,17 @@ def test_a_run_draws_images(denoiser, tmp_path):
 def test_what_can_not_be_drawn_is_said(denoiser, wrong, said):
     with pytest.raises(backfold.UserError, match=said):
         denoiser.sample(**wrong)
+
+
+def test_noise_of_several_octaves_is_refused_and_little_noise_is_not(denoiser):
+    config = denoiser.run.config
+    for wanted, refused in ({"max_noise_std": 0.02, "min_noise_std": 0.0}, False), (
+        {"octaves": 3}, True
+    ):  # fmt: skip
+        changed = replace(config.tasks, denoising=replace(config.tasks.denoising, **wanted))
+        run = replace(denoiser.run, config=replace(config, tasks=changed))
+        with pytest.raises(UserError, match="octaves") if refused else nullcontext():
+            assert new_images(run, 1, 3).isfinite().all()
 
 
 def test_a_run_that_knows_no_noise_is_refused(denoiser, capsys):

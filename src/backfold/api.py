@@ -310,6 +310,11 @@ def pretrain(
     )
     source = None
     if in_memory:
+        if config.frames is not None:
+            raise UserError(
+                f"frames is {config.frames}, and images are in memory; stack their frames as "
+                "channels yourself, and hide the latest with pretext bands and tasks.bands.groups"
+            )
         source = open_source(data, "train", config.watch_labels, config.max_pixels)
     training.pretrain(config, resume=resume, overwrite=overwrite, source=source, callback=callback)
     return Backfold.load(config.out)

@@ -1,11 +1,16 @@
 """Clips: which frames become one image's channels, and in which order."""
 
+import shutil
+
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
 import backfold
+from backfold.cli.main import main
 from backfold.data.clips import ClipSource
 from backfold.data.open import open_source
 from backfold.data.source import NoTestSplit
@@ -58,6 +63,52 @@ def test_grey_frames_join_coloured_ones_and_unequal_sizes_are_broken(tmp_path):
     frame(9, size=8).save(tmp_path / "a" / "00.png")
     with pytest.raises(BrokenImage, match="16x16, 8x8 pixels"):
         ClipSource(tmp_path, 2).read(0)
+
+
+def test_all_clips_have_the_channels_of_the_first_ones(tmp_path):
+    write(tmp_path / "a", [7, 8], mode="RGB")
+    write(tmp_path / "b", [1, 2])
+    source = ClipSource(tmp_path, 2)
+    assert source.read(1)[:, 0, 0].tolist() == [2, 2, 2, 1, 1, 1]
+
+
+def test_frames_beside_sub_folders_are_one_clip(tmp_path):
+    write(tmp_path / "walk", [1], "a{}.png")
+    write(tmp_path / "walk" / "m", [9])
+    write(tmp_path / "walk", [2], "n{}.png")
+    source = ClipSource(tmp_path, 2)
+    assert [values(source, index) for index in range(len(source))] == [[2, 1]]
+
+
+def test_jpeg_and_png_frames_of_one_size_fit(tmp_path):
+    write(tmp_path / "a", [10], "0.jpg", size=64)
+    write(tmp_path / "a", [20], "1.png", size=64)
+    assert ClipSource(tmp_path, 2).read(0, min_side=SIZE).shape == (2, 64, 64)
+
+
+def test_classes_are_folders_above_those_of_clips(tmp_path):
+    write(tmp_path / "x" / "a", [1, 2])
+    write(tmp_path / "y" / "a", [3, 4, 5, 6])
+    labelled = ClipSource(tmp_path, 2, labelled=True)
+    assert labelled.class_names == ("x", "y")
+    assert labelled.labels.tolist() == [0, 1, 1]
+    assert ClipSource(tmp_path, 2).labels is None
+    assert ClipSource(tmp_path / "y", 2, labelled=True).labels is None
+
+
+def test_pages_keep_their_bits_and_large_ones_are_broken(tmp_path):
+    pages = np.array([[0, 0, 0], [65535, 13107, 0]], dtype=np.uint16)
+    frames = np.broadcast_to(pages[:, None, None], (2, SIZE, SIZE, 3))
+    with tifffile.TiffWriter(tmp_path / "clip.tif") as file:
+        for page in frames:
+            file.write(page, photometric="rgb", contiguous=False)
+    found = ClipSource(tmp_path, 2).read(0)[:, 0, 0]
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.2, 0.0, 0.0, 0.0, 0.0]))
+    with tifffile.TiffWriter(tmp_path / "clip.tif") as file:
+        for side in (4, SIZE):
+            file.write(np.zeros((side, side), dtype=np.uint8), contiguous=False)
+    with pytest.raises(BrokenImage, match="pixels"):
+        ClipSource(tmp_path, 2, max_pixels=100).read(0)
 
 
 def test_sixteen_bits_stay(tmp_path):
@@ -126,5 +177,33 @@ def test_frames_that_do_not_divide_the_channels_are_refused(moving, tmp_path):
     settings = {"data": moving, "out": tmp_path / "run", "pretext": "frames", "image_size": SIZE}
     with pytest.raises(UserError, match="frames None and images of 3 channel"):
         backfold.pretrain(**settings, channels=3)
-    with pytest.raises(UserError, match="frames 2 and images of 3 channel"):
+    with pytest.raises(UserError, match="channels is 3 and frames 2"):
         backfold.pretrain(**settings, frames=2, channels=3)
+    with pytest.raises(UserError, match="images are in memory"):
+        backfold.pretrain(**settings | {"data": torch.zeros(20, 3, SIZE, SIZE)}, frames=3)
+
+
+def test_every_verb_takes_a_run_on_clips(moving, tmp_path, monkeypatch):
+    for name in ("good", "bad"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    for clip in sorted(moving.iterdir()):
+        name = "good" if int(clip.name) % 3 else "bad"
+        shutil.copytree(clip, tmp_path / "data" / name / clip.name)
+    run = backfold.pretrain(
+        data=moving, frames=2, pretext="frames", energy="dense", out=tmp_path / "run",
+        backbone="vit_tiny_patch16_224", image_size=SIZE, epochs=1, batch_size=4, num_workers=0,
+        backbone_options={"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 1},
+        accelerator="cpu",
+    )  # fmt: skip
+    assert run.run.channels == 2
+    given = [f"--checkpoint={run.path}", f"--data={tmp_path / 'data'}", "--accelerator=cpu"]
+    monkeypatch.chdir(tmp_path)
+    assert main(["embed", *given]) == 0
+    assert main(["score", *given, "--good=good", f"--usual={moving}"]) == 0
+    assert len(parquet.read_table("scores.parquet")) == 20
+    rows = backfold.evaluate(
+        run, data=tmp_path / "data", protocols=["knn", "restoration", "energy"], labels="all",
+        num_steps=[1], far=moving, accelerator="cpu", num_workers=0,
+    )  # fmt: skip
+    assert {"knn", "restoration", "energy"} == {row.protocol for row in rows}
+    assert any(row.case.startswith("frames") for row in rows)

@@ -11,6 +11,7 @@ import pytest
 from fake_run import FACTS, all_rows, entry, health, page_of, text, with_class, write_run
 
 from backfold.errors import UserError
+from backfold.evaluation.evaluate import PROTOCOLS
 from backfold.evaluation.results import ABOUT, Row, write_rows
 from backfold.reporting.report import write_report
 
@@ -39,6 +40,10 @@ def html(whole):
 def sections(page) -> dict:
     parts = ((part.find("h2"), part) for part in page.iter("section"))
     return {text(heading): part for heading, part in parts if heading is not None}
+
+
+def test_every_protocol_has_its_words():
+    assert list(ABOUT) == list(PROTOCOLS)
 
 
 def test_a_whole_run_has_every_section_with_its_words_pictures_and_notes(whole, html):

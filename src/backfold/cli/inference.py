@@ -212,7 +212,7 @@ def _finder(settings: ScoreSettings, run: Pretrained) -> DefectFinder | None:
 def _good(settings: ScoreSettings, run: Pretrained) -> NDArray[np.bool_]:
     """By image, whether it is of the class that is without defects."""
     data = run.config.data if settings.data is None else settings.data
-    source = open_source(data, settings.split, labelled=True, max_pixels=run.config.max_pixels)
+    source = open_source(data, settings.split, True, run.config.max_pixels, run.config.frames)
     names = source.class_names
     if settings.good not in names:
         raise UserError(

@@ -1,26 +1,37 @@
 """Clips: consecutive frames stacked as the channels of one image."""
 
 import io
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+import tifffile
 import torch
 from PIL import Image
+from tifffile import PHOTOMETRIC
 from torch import Tensor
 
 from backfold.data.decode import (
     MAX_PIXELS,
+    TIFF_MAGIC,
     as_float,
+    check_pages,
     check_size,
     decode,
     decode_pillow,
+    in_range,
     to_channels,
+    to_tensor,
 )
 from backfold.data.files import IMAGE_SUFFIXES, find_files, read_file
 from backfold.data.source import ImageSource, Labels
 from backfold.errors import BrokenImage, UserError
 
-ANIMATED = (".gif", ".tif", ".tiff")  # whose pages may be frames
+PAGED = (".gif", ".tif", ".tiff")  # whose pages may be frames
+LOOKED_AT = 16  # images that say how many channels frames have
+
+Frame = tuple[str, int | None]  # a file, and the page of it; None: the file is one image
 
 
 class ClipSource(ImageSource):
@@ -28,66 +39,78 @@ class ClipSource(ImageSource):
 
     A clip is the image files of one folder in the order of their names, or one GIF or TIFF file of
     several pages. It gives as many images as fit into it one after the other: no two share a frame.
+    Frames are brought to the most channels that some of them have. Labels are the first-level
+    sub-folders' names, if all clips lie in such (a clip's own folder is none) and at least two hold
+    any.
 
     Args:
         folder: with clips at any depth; hidden files and folders are left out.
         frames: of each image, 2 or more.
+        labelled: read the labels, if there are any.
         max_pixels: larger frames are broken.
 
     Raises:
         UserError: no clip is long enough.
     """
 
-    labels: Labels | None = None
-    class_names: tuple[str, ...] = ()
-
-    def __init__(self, folder: Path, frames: int, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self, folder: Path, frames: int, labelled: bool = False, max_pixels: int = MAX_PIXELS
+    ) -> None:
         self.name, self._folder, self._max_pixels = f"{folder}, {frames} frames", folder, max_pixels
-        # Of each image its frames, earliest first: files, and pages of them (None: all there is).
-        self._images: list[list[tuple[str, int | None]]] = []
-        found = find_files(folder, (*IMAGE_SUFFIXES, ".gif"))
-        for _, files in groupby(found, key=lambda path: Path(path).parent):
-            single: list[tuple[str, int | None]] = []
-            for path in files:
-                count = _pages(folder / path)
-                if count > 1:
-                    self._add([(path, page) for page in range(count)], frames)
-                else:
-                    single.append((path, None))
-            self._add(single, frames)
+        self._images: list[Sequence[Frame]] = []  # of each its frames, earliest first
+        classes: list[str] = []
+        for clip in _clips(folder):
+            starts = range(0, len(clip) - frames + 1, frames)
+            self._images += [clip[start : start + frames] for start in starts]
+            path, page = clip[0]
+            within = path.split("/")[: -1 if page is not None else -2]
+            classes += [within[0] if within else ""] * len(starts)
         if not self._images:
             raise UserError(
                 f"{folder} holds no clip of {frames} frames; give a folder for each clip with its "
                 "frames as image files, or GIF or TIFF files of several pages; or fewer --frames"
             )
-
-    def _add(self, clip: list[tuple[str, int | None]], frames: int) -> None:
-        starts = range(0, len(clip) - frames + 1, frames)
-        self._images += [clip[start : start + frames] for start in starts]
+        self.labels: Labels | None = None
+        self.class_names: tuple[str, ...] = ()
+        if labelled and "" not in classes and len(set(classes)) > 1:
+            self.class_names = tuple(sorted(set(classes)))
+            self.labels = np.array([self.class_names.index(name) for name in classes])
+        step = -(-len(self._images) // LOOKED_AT)
+        self._channels = max(map(self._count_channels, self._images[::step]))
 
     def __len__(self) -> int:
         return len(self._images)
 
+    def _count_channels(self, image: Sequence[Frame]) -> int:
+        try:
+            return max(len(self._frame(path, page, None)) for path, page in image)
+        except BrokenImage:  # counted when it is read
+            return 1
+
     def read(self, index: int, min_side: int | None = None) -> Tensor:
         """(frames * channels, height, width), uint8 or float32; see `ImageSource.read`."""
-        frames = [self._frame(path, page, min_side) for path, page in self._images[index][::-1]]
+        latest_first = self._images[index][::-1]
+        frames = [self._frame(path, page, min_side) for path, page in latest_first]
+        if len({frame.shape[1:] for frame in frames}) > 1:  # JPEG alone comes at half its size
+            frames = [self._frame(path, page, None) for path, page in latest_first]
         if len({frame.shape[1:] for frame in frames}) > 1:
             sizes = ", ".join(f"{frame.shape[1]}x{frame.shape[2]}" for frame in frames)
             raise BrokenImage(f"its frames are of {sizes} pixels; make them alike")
-        channels = max(len(frame) for frame in frames)
         if any(frame.is_floating_point() for frame in frames):
             frames = [as_float(frame) for frame in frames]
         try:
-            return torch.cat([to_channels(frame, channels) for frame in frames])
+            return torch.cat([to_channels(frame, self._channels) for frame in frames])
         except UserError as error:
-            raise BrokenImage(str(error)) from error
+            raise BrokenImage(f"its frames differ: {error}") from error
 
     def _frame(self, path: str, page: int | None, min_side: int | None) -> Tensor:
         content = read_file(self._folder / path)
         if page is None:
             return decode(content, min_side, self._max_pixels)
         try:
-            with Image.open(io.BytesIO(content), formats=("GIF", "TIFF")) as image:
+            if content.startswith(TIFF_MAGIC):
+                return self._tiff_page(content, page)
+            with Image.open(io.BytesIO(content), formats=("GIF",)) as image:
                 check_size((image.height, image.width, 1), self._max_pixels)
                 image.seek(page)
                 return decode_pillow(image).image
@@ -96,18 +119,53 @@ class ClipSource(ImageSource):
         except Exception as error:  # as in `decode`: whatever damaged bytes lead decoders to
             raise BrokenImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
+    def _tiff_page(self, content: bytes, number: int) -> Tensor:
+        with tifffile.TiffFile(io.BytesIO(content), _multifile=False) as file:
+            page = file.pages[number]
+            assert isinstance(page, tifffile.TiffPage)
+            plain = page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB)
+            if not plain or page.extrasamples or page.axes not in ("YX", "YXS", "SYX"):
+                raise BrokenImage("a page that is neither grey nor RGB; store frames so")
+            shape = page.imagelength, page.imagewidth, page.samplesperpixel
+            check_size(shape, self._max_pixels)
+            array = np.asarray(page.asarray(maxworkers=1))
+            array = np.moveaxis(array, 0, -1) if page.axes == "SYX" else array
+            return to_tensor(in_range(array.reshape(shape), page.bitspersample))
+
     def describe(self, index: int) -> str:
         """The path of the earliest frame, and its page."""
         path, page = self._images[index][0]
         return f"{self._folder / path}" + (f" page {page}" if page is not None else "")
 
 
+def _clips(folder: Path) -> list[list[Frame]]:
+    """Every file of several pages, and the other files of every folder."""
+    found = find_files(folder, (*IMAGE_SUFFIXES, ".gif"))
+    found.sort(key=lambda path: (Path(path).parent.as_posix(), Path(path).name))
+    clips: list[list[Frame]] = []
+    for _, files in groupby(found, key=lambda path: Path(path).parent):
+        single: list[Frame] = []
+        for path in files:
+            count = _pages(folder / path)
+            if count > 1:
+                clips.append([(path, page) for page in range(count)])
+            else:
+                single.append((path, None))
+        clips += [single] if single else []
+    return clips
+
+
 def _pages(path: Path) -> int:
-    """How many there are; 1 of what is no animation or can't be read."""
-    if path.suffix.lower() not in ANIMATED:
+    """How many there are; 1 of what has none or can't be read."""
+    if path.suffix.lower() not in PAGED:
         return 1
     try:
-        with Image.open(path, formats=("GIF", "TIFF")) as image:
+        content = read_file(path)
+        if content.startswith(TIFF_MAGIC):
+            check_pages(content)
+            with tifffile.TiffFile(io.BytesIO(content), _multifile=False) as file:
+                return len(file.pages)
+        with Image.open(io.BytesIO(content), formats=("GIF",)) as image:
             return int(getattr(image, "n_frames", 1))
     except Exception:  # counted as broken when it is read
         return 1

@@ -152,7 +152,7 @@ def decode_pillow(image: Image.Image) -> Decoded:
 
 def _decode_tiff(content: bytes, max_pixels: int) -> Decoded | None:
     """What Pillow would lose bits or channels of; None where it loses nothing."""
-    _check_pages(content)
+    check_pages(content)
     # Another file that the metadata name is never opened.
     with tifffile.TiffFile(io.BytesIO(content), _multifile=False) as file:
         series = file.series[0]
@@ -197,7 +197,7 @@ def _decode_tiff(content: bytes, max_pixels: int) -> Decoded | None:
         return _upright(array, orientation, "TIFF", str(series.dtype), conversions)
 
 
-def _check_pages(content: bytes) -> None:
+def check_pages(content: bytes) -> None:
     """Refuse a chain of pages that leads back, which tifffile would follow for minutes."""
     order = "<" if content.startswith(b"II") else ">"
     big = content[2:4] in (b"+\0", b"\0+")

@@ -102,7 +102,7 @@ def open_source(
         found = _split_folders(path)
         if split == "test" and not found:
             raise _no_test_split(path)
-        return ClipSource(found[split] if found else path, frames, max_pixels)
+        return ClipSource(found[split] if found else path, frames, *options)
     if path.is_dir():
         return _open_folder(path, split, options)
     if path.is_file():

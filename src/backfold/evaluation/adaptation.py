@@ -84,16 +84,12 @@ def adaptation(given: "Evaluation") -> list[Row]:
     energy = run.energy.to(given.device).eval()
     restorer = Restorer(energy, classifier, given.statistics, given.device)
     sizes = [share * run.config.step_size for share in STEP_SIZES]
-    ways = {
-        RESTORED: [Way(*each) for each in product(NUM_STEPS, sizes, GUIDES)],
-        FEATURES: [
-            Way(*each, block)
-            for each in product(NUM_STEPS, MOVES, (0.0,))
-            for block in middle_blocks(classifier.backbone)
-        ],
-        ENTROPY: [Way(rate=rate) for rate in RATES],
-    }
-    ways[IMPLAUSIBLE] = ways[RESTORED]
+    restored = [Way(*each) for each in product(NUM_STEPS, sizes, GUIDES)]
+    ways = {RESTORED: restored, IMPLAUSIBLE: restored}
+    if blocks := middle_blocks(classifier, classified[0][0][:1].to(given.device)):
+        moves = product(NUM_STEPS, MOVES, (0.0,), blocks)
+        ways[FEATURES] = [Way(*each) for each in moves]
+    ways[ENTROPY] = [Way(rate=rate) for rate in RATES]
     choices = choose(restorer, *classified[0], ways, seed=seed)
     for contender, choice in choices.items():
         LOGGER.info(f"adaptation, {contender}: {choice}")
@@ -196,10 +192,21 @@ def settled(result: RestorationResult, num_steps: int) -> Tensor:
     return result.trajectory[last, torch.arange(len(last), device=last.device)]
 
 
-def middle_blocks(backbone: nn.Module) -> list[int]:
-    """Behind how many blocks features may descend: half of them, and all but one."""
-    count = len(_blocks(backbone))
-    return sorted({count // 2, count - 1} - {0, -1})
+def middle_blocks(classifier: Any, batch: Tensor) -> list[int]:
+    """Behind how many blocks features may descend: half of them, and all but one.
+
+    Fewer, or none, where a backbone has no blocks or one that gives more than a tensor.
+    """
+    blocks, seen = _blocks(classifier.backbone), list[object]()
+    found = []
+    for number in sorted({len(blocks) // 2, len(blocks) - 1} - {0, -1}):
+        seen.clear()
+        hook = blocks[number - 1].register_forward_hook(lambda _, __, out: seen.append(out))
+        with hook, eval_mode(classifier), torch.no_grad():
+            classifier(batch)
+        if len(seen) == 1 and isinstance(seen[0], Tensor):
+            found.append(number)
+    return found
 
 
 def _blocks(backbone: nn.Module) -> list[nn.Module]:
@@ -241,7 +248,10 @@ def by_entropy(classifier: Any, images: Tensor, rate: float) -> Tensor:
         norm.train()
     weights = [weight.requires_grad_() for norm in norms for weight in norm.parameters()]
     optimizer, predicted = torch.optim.Adam(weights, lr=rate), []
-    for batch in images.split(ENTROPY_BATCH):
+    # Images may come class by class, and batches of one class alone would mislead it.
+    order = torch.randperm(len(images), generator=Generator().manual_seed(0))
+    for chosen in order.tensor_split(math.ceil(len(images) / ENTROPY_BATCH)):
+        batch = images[chosen.to(images.device)]
         with torch.enable_grad():
             logits = adapted(batch)
             entropy = -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1).mean()
@@ -249,7 +259,7 @@ def by_entropy(classifier: Any, images: Tensor, rate: float) -> Tensor:
         entropy.backward()
         optimizer.step()
         predicted.append(logits.argmax(dim=1).cpu())
-    return torch.cat(predicted)
+    return torch.cat(predicted)[order.argsort()]
 
 
 def choose(

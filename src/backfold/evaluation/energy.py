@@ -70,10 +70,11 @@ def energy(given: "Evaluation") -> list[Row]:
             rows += _rows(severity_case(name, severity), usual, strange, settings.seed, paired=True)
     for kind, data in (("near", settings.near), ("far", settings.far)):
         if data is not None:
+            options = (False, given.subject.max_pixels, config.frames)
             try:
-                source = open_source(data, "test", max_pixels=given.subject.max_pixels)
+                source = open_source(data, "test", *options)
             except NoTestSplit:
-                source = open_source(data, "train", max_pixels=given.subject.max_pixels)
+                source = open_source(data, "train", *options)
             found = Images(source, given.subject, given.num_workers)
             images, _ = found.load(settings.test_images, settings.seed)
             strange, _ = scorer(images)

@@ -1,6 +1,7 @@
 """Judging a backbone: one verb, one row, and the protocols by name.
 
-A protocol is a function of an `Evaluation` that returns rows, and one entry of `PROTOCOLS`.
+A protocol is a function of an `Evaluation` that returns rows, one entry of `PROTOCOLS`, and one of
+`backfold.evaluation.results.ABOUT`.
 """
 
 import contextlib
@@ -366,9 +367,11 @@ def _refuse(names: Sequence[str], evaluation: Evaluation) -> None:
     if "masks" in needs:
         open_masks(evaluation)
     if "energy" in names:
+        subject = evaluation.subject
+        frames = None if subject.run is None else subject.run.config.frames
         for data in (evaluation.settings.near, evaluation.settings.far):
             if data is not None:
-                open_source(data, "train", max_pixels=evaluation.subject.max_pixels)
+                open_source(data, "train", False, subject.max_pixels, frames)
 
 
 def _without_effect(settings: EvaluateSettings, names: Sequence[str]) -> list[str]:

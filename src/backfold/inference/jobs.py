@@ -91,6 +91,7 @@ class ScoringJob:
         """As `EmbeddingJob.facts`."""
         return {
             "job": "score",
+            "columns": "misplaced, too",  # parts of older jobs have fewer
             "tasks": {name: repr(task) for name, task in self.tasks.items()},
             "num_steps": self.num_steps,
             "step_size": self.step_size,
@@ -115,7 +116,9 @@ class ScoringJob:
                 case HiddenPatches(tasks=(Sorting(),)):
                     side = task.masking.mask_patch_size
             if side:
-                columns["misplaced"] = 1 - patches_placed_right(restored, clean.cpu(), side)
+                pairs = zip(restored.split(1), clean.cpu().split(1), strict=True)
+                right = [patches_placed_right(*pair, side) for pair in pairs]  # for the memory
+                columns["misplaced"] = 1 - torch.cat(right)
         if self.finder is not None:
             scores, maps = self.finder(clean)
             columns |= scores

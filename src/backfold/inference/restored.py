@@ -97,6 +97,12 @@ def new_images(
             "samples need one of --energy dense --pretext denoising, best with "
             "--tasks.denoising.max_noise_std 3"
         )
+    denoising = config.tasks.denoising
+    if denoising.octaves > 1:
+        raise UserError(
+            f"the run removed noise of {denoising.octaves} octaves, and samples start from noise "
+            "of single pixels; pretrain with --tasks.denoising.octaves 1"
+        )
     if count < 1 or levels < 2 or not 0 <= fresh_noise <= 1:
         raise UserError(
             f"count is {count}, levels {levels} and fresh_noise {fresh_noise:g}; give 1 or more, 2 "
@@ -106,7 +112,8 @@ def new_images(
     noise = torch.randn(
         (count, run.channels, *run.image_size), generator=generator, device=device
     )  # fmt: skip
-    falling = noise_levels(levels, config.tasks.denoising.max_noise_std, SMALLEST_NOISE)
+    largest = denoising.max_noise_std
+    falling = noise_levels(levels, largest, min(SMALLEST_NOISE, largest / 10))
     images = sample(run.energy, noise, falling, config.step_size, fresh_noise, generator)
     if not images.isfinite().all():
         raise UserError("samples are not finite; train longer, or give more --levels")

@@ -233,6 +233,11 @@ class PretrainConfig:
                 raise UserError(f"{name} is {getattr(self, name):g}; give a positive number")
         if self.frames is not None and self.frames < 2:
             raise UserError(f"frames is {self.frames}; give 2 or more, or leave it out")
+        if self.frames is not None and self.channels is not None and self.channels % self.frames:
+            raise UserError(
+                f"channels is {self.channels} and frames {self.frames}; give channels that all "
+                "frames together have, or leave them out"
+            )
         for name in COUNTS:
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:

@@ -97,7 +97,7 @@ def pretrain(
         try:
             # What can be refused is refused before the folder is touched.
             run.check_available(config.out, resume=resume, overwrite=overwrite)
-            build_tasks(config, config.channels or 3)
+            build_tasks(config, config.channels or 3 * (config.frames or 1))
             log.check_loggers(config.loggers)
             with log.log_to(None, console) as messages, request.at_once(), memory_advice():
                 made = Run(config, command, resume, source)
