@@ -3,10 +3,14 @@
 import importlib
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
+from backfold.data import loading
+from backfold.data.augmentation import Augmentation
 from backfold.data.open import EMBEDDED, open_source
 from backfold.data.source import SubsetSource
 from backfold.errors import UserError
@@ -18,6 +22,7 @@ from backfold.training.images import open_images
 pytest.importorskip("transformers")
 pytest.importorskip("lightly")
 from race import contest, race
+from race.crops import DeviceCrops, crops
 
 
 @pytest.fixture
@@ -110,3 +115,40 @@ def test_the_table_is_of_each_method_over_seeds(tmp_path, settings, monkeypatch)
     bent = [row | {"method": swapped[row["method"]]} for row in found]
     assert race.summary(bent)["untrained"] == race.summary(found)["MAE (transformers), 100 epochs"]
     assert (tmp_path / "race.svg").read_text().count("MAE") == 1
+
+
+def test_crops_on_a_device_are_boxes_of_the_image_enlarged():
+    """Each is found among all boxes that torch enlarges, none smaller than the area allowed."""
+    side, least = 6, 0.3
+    image = torch.randint(0, 256, (1, 1, side, side), generator=torch.Generator().manual_seed(0))
+    image = image.to(torch.uint8)
+    boxes, areas = [], []
+    for top, left in product(range(side), repeat=2):
+        for height, width in product(range(1, side - top + 1), range(1, side - left + 1)):
+            part = image[..., top : top + height, left : left + width]
+            enlarged = interpolate(part, (side, side), mode="bilinear", antialias=True)
+            boxes += [enlarged, enlarged.flip(3)]
+            areas += 2 * [height * width / side**2]
+    many = image.expand(300, -1, -1, -1)
+    found = crops(many, side, least, torch.Generator().manual_seed(1))
+    distances = (found.int()[:, None, 0] - torch.cat(boxes).int()[None, :, 0]).abs().amax((2, 3))
+    nearest, which = distances.min(dim=1)
+    assert nearest.max() <= 1  # rounding
+    drawn = torch.tensor(areas)[which]
+    assert drawn.min() >= least - 0.12  # sides are whole pixels
+    assert float(drawn.mean()) == pytest.approx((1 + least) / 2, abs=0.06)
+    assert 0.4 < float((which % 2).double().mean()) < 0.6  # mirrored
+
+
+def test_a_run_takes_crops_from_the_device(images, settings, monkeypatch):
+    monkeypatch.setattr(loading, "BatchDataset", DeviceCrops)
+    batches = [
+        next(iter(loading.training_loader(images.training, (28, 28), 1, Augmentation(), 16, *rest)))
+        for rest in ((0, 0, 3), (0, 1, 3), (0, 0, 3))
+    ]
+    assert batches[0].images.shape == (16, 1, 28, 28)
+    assert torch.equal(batches[0].images, batches[2].images)
+    assert not torch.equal(batches[0].indices, batches[1].indices)
+    first = loading.stack_images([images.training.read(int(at)) for at in batches[0].indices])
+    assert not torch.equal(batches[0].images, first)
+    assert trained("mae", images, settings) is not None

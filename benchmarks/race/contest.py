@@ -83,7 +83,8 @@ def fit(method: str, model: nn.Module, images: Images, settings: PretrainConfig)
     )  # fmt: skip
     mixed, saved = settings.precision == "bf16-mixed", time.monotonic()
     # As ours is where that pays; a CPU's short runs do not earn the time that compiling takes.
-    forward = torch.compile(model) if device.type == "cuda" else model
+    compiled = device.type == "cuda" and settings.compile is not False
+    forward = torch.compile(model) if compiled else model
     for step, batch in enumerate(loader, done + 1):
         for seed in (torch.manual_seed, np.random.seed, random.seed):
             seed(settings.seed * 1_000_003 + step)  # a resumed run draws what an unbroken one does

@@ -5,8 +5,13 @@
 Every method is trained with each learning rate from the first seed, and judged by linear probes on
 validation images ("layers"). With its best rate it is then trained from every seed and judged on
 the test images, once. Each cell leaves a file of JSON lines; what is there is not done again, and a
-training that was cut goes on. Writes race.md and race.svg of all test rows in `--out`, of shorter
-schedules, too. Needs `pip install backfold[benchmarks]`.
+training that was cut goes on. Small models wait for the host of a GPU (37 ms a step of any batch on
+one H200, whatever ran beside it): start many races beside each other, each with other --methods or
+--seeds, best under `nvidia-cuda-mps-control -d`, with `--crops-on-device --compile false` and large
+batches (15 at once compiled nothing in 90 s on 16 cores).
+
+Writes race.md and race.svg of all test rows in `--out`, of shorter schedules, too. Needs `pip
+install backfold[benchmarks]`.
 """
 
 import argparse
@@ -27,6 +32,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import backfold
+from backfold.data import loading
 from backfold.data.augmentation import Augmentation
 from backfold.data.open import open_source
 from backfold.data.source import ImageSource
@@ -47,6 +53,7 @@ from backfold.training.run import RunFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from race.contest import start
+from race.crops import DeviceCrops
 from step_cost.page import svg
 from step_cost.tables import grouped, markdown_table
 
@@ -250,11 +257,15 @@ def main() -> None:
         "--crop", type=float, default=Augmentation().crop_scale[0],
         help="smallest area of a crop, as a share of the image",
     )  # fmt: skip
+    parser.add_argument("--crops-on-device", action="store_true", help="of uint8 square images")
+    parser.add_argument("--compile", choices=["auto", "false"], default="auto")
     parser.add_argument("--labelled", type=int, help="training images to judge with; none: all")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "race")
     options = parser.parse_args()
     device = choose_device(options.device).type
+    if options.crops_on_device:
+        loading.BatchDataset = DeviceCrops  # type: ignore[misc]
     # Of all contenders: timm's usual start is too quiet for short runs.
     shape: dict[str, Any] = {"patch_size": options.patch, "weight_init": "jax"}
     shape |= {"depth": options.depth} if options.depth else {}
@@ -264,7 +275,9 @@ def main() -> None:
         data=options.data, backbone=options.backbone, image_size=options.image_size,
         backbone_options=shape, epochs=options.epochs, watch_every=options.epochs / 10,
         batch_size=options.batch, accelerator=device, devices=1,
-        num_workers=None if device == "cuda" else 0,  # no core is left for one
+        # No core is left for one, or nothing is loaded.
+        num_workers=None if device == "cuda" and not options.crops_on_device else 0,
+        compile="auto" if options.compile == "auto" else False,
         precision="bf16-mixed" if device == "cuda" else "32-true",
         tasks=TaskSettings(masking=Masking(mask_patch_size=options.patch)),
         optimizer=OptimizerSettings(), augmentation=Augmentation(crop_scale=(options.crop, 1.0)),
