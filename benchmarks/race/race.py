@@ -227,14 +227,15 @@ def write_table(rows: Sequence[dict[str, Any]], out: Path) -> None:
         lines.append([line, ", ".join(sorted(rates)), str(count), *texts])
     header = ["accuracy (%)", "learning rate", "seeds", *cases]
     write_atomically(out / "race.md", (markdown_table(header, lines) + "\n").encode())
-    figure = Figure(figsize=(3.4 * len(cases), 0.4 * len(found) + 1.2), layout="constrained")
-    for case, axis in zip(cases, figure.subplots(1, len(cases), squeeze=False)[0], strict=True):
+    figure = Figure(figsize=(2.6 * len(cases) + 3, 0.4 * len(found) + 1.2), layout="constrained")
+    axes = figure.subplots(1, len(cases), squeeze=False, sharey=True)[0]
+    for case, axis in zip(cases, axes, strict=True):
         bars = {line: cells[case] for line, cells in found.items() if case in cells}
         means, deviations, _ = zip(*bars.values(), strict=True)
         axis.barh(list(bars), means, xerr=deviations)
-        axis.invert_yaxis()
         axis.set_title(case, fontsize=9)
         axis.set_xlabel(ACCURACY)
+    axes[0].invert_yaxis()
     write_atomically(out / "race.svg", svg(figure))
 
 

@@ -64,6 +64,9 @@ def restoration(given: "Evaluation") -> list[Row]:
     for name, levels in tasks.items():
         for severity, task in zip(SEVERITIES, levels, strict=True):
             found: dict[tuple[str, str], list[float]] = {}
+            judged = task
+            if isinstance(task, pretext.Sorting) and config.energy == "conditional":
+                judged = replace(task, sorting_patch_size=config.tasks.masking.mask_patch_size)
             for clean, generator in seeded_batches(given, images):
                 corruption = used_task(task, run.config)(clean, generator)
                 path = restore(
@@ -77,7 +80,7 @@ def restoration(given: "Evaluation") -> list[Row]:
                     for steps in settings.num_steps
                 } | classical_restorations(task, corruption)
                 for contender, restored in contenders.items():
-                    measured = _measures(task, corruption, restored, clean, run.statistics)
+                    measured = _measures(judged, corruption, restored, clean, run.statistics)
                     for metric, values in measured.items():
                         found.setdefault((contender, metric), []).extend(values.double().tolist())
             case = severity_case(name, severity)
