@@ -27,7 +27,9 @@ from backfold.training.config import task_names
 from backfold.training.run import Pretrained
 
 FRAME_MILLISECONDS = 500
-SMALLEST_NOISE = 0.02  # deviations of the data, the last noise level of samples
+# The energy is not told how much noise is left, and takes little of it for content: samples leave the
+# lowest levels out, and end with whole steps (measured: docs/method.md).
+SMALLEST_NOISE, LAST_STEPS = 1 / 3, 2  # as a share of the largest
 
 
 class RestoredImage(NamedTuple):
@@ -112,9 +114,10 @@ def new_images(
     noise = torch.randn(
         (count, run.channels, *run.image_size), generator=generator, device=device
     )  # fmt: skip
-    largest = denoising.max_noise_std
-    falling = noise_levels(levels, largest, min(SMALLEST_NOISE, largest / 10))
-    images = sample(run.energy, noise, falling, config.step_size, fresh_noise, generator)
+    largest, size = denoising.max_noise_std, config.step_size
+    falling = noise_levels(levels, largest, largest * SMALLEST_NOISE)
+    images = sample(run.energy, noise, falling, size, fresh_noise, generator)
+    images = restore(run.energy, images, LAST_STEPS, size).restored
     if not images.isfinite().all():
         raise UserError("samples are not finite; train longer, or give more --levels")
     return images
