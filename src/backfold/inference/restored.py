@@ -27,8 +27,8 @@ from backfold.training.config import task_names
 from backfold.training.run import Pretrained
 
 FRAME_MILLISECONDS = 500
-# The energy is not told how much noise is left, and takes little of it for content: samples leave the
-# lowest levels out, and end with whole steps (measured: docs/method.md).
+# The energy is not told how much noise is left, and takes little of it for content: samples leave
+# the lowest levels out, and end with whole steps (measured: docs/method.md).
 SMALLEST_NOISE, LAST_STEPS = 1 / 3, 2  # as a share of the largest
 
 
