@@ -5,6 +5,7 @@ import os
 import pytest
 
 from backfold.data.open import open_source
+from backfold.data.source import stratified_split
 from backfold.training import images
 from backfold.training.pretrain import pretrain
 from backfold.training.run import RunFolder
@@ -36,7 +37,7 @@ class Deadly:
 def test_a_run_starts_and_ends_beside_an_image_that_crashes(tiny, quiet, monkeypatch):
     config = tiny(num_workers=1, prefetch=1, channels=1, max_broken_share=0.5)
     whole = open_source(config.data, "train")
-    _, held_out = images.stratified_split(len(whole), 8 / len(whole), config.seed)
+    _, held_out = stratified_split(len(whole), 8 / len(whole), config.seed)
     crash = int(held_out[0])
     monkeypatch.setattr(images, "open_source", lambda *_: Deadly(whole, [crash]))
     pretrain(config, console=quiet)
