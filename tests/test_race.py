@@ -110,11 +110,21 @@ def test_the_table_is_of_each_method_over_seeds(tmp_path, settings, monkeypatch)
     race.write_table(found, tmp_path)
     text = (tmp_path / "race.md").read_text()
     assert "| untrained | 0.001 | 2 | 21.0 ± 1.4 |" in text
-    assert "| MAE (transformers), 100 epochs | 0.001 | 2 | 32.0 ± 2.8 |" in text
+    assert "| MAE (transformers), 100 epochs, batches of 16 | 0.001 | 2 | 32.0 ± 2.8 |" in text
     swapped = {"untrained": "mae", "mae": "untrained"}
     bent = [row | {"method": swapped[row["method"]]} for row in found]
     assert race.summary(bent)["untrained"] == race.summary(found)["MAE (transformers), 100 epochs"]
     assert (tmp_path / "race.svg").read_text().count("MAE") == 1
+
+
+def test_runs_of_other_crops_or_batches_are_told_apart():
+    cells = [race.Cell("mae", 0, 1e-3, 9.0, race.TEST, *own) for own in ((), (0.5,), (0.2, 512))]
+    assert len({cell.run for cell in cells}) == len({cell.file for cell in cells}) == 3
+    titles = [race.title({**cell._asdict(), "contender": race.PRETRAINED}) for cell in cells]
+    older = {"method": "mae", "epochs": 9.0, "contender": race.PRETRAINED}
+    assert titles == [
+        race.title(older), f"{titles[0]}, crops from 0.5", f"{titles[0]}, batches of 512"
+    ]  # fmt: skip
 
 
 def test_crops_on_a_device_are_boxes_of_the_image_enlarged():

@@ -86,12 +86,14 @@ class Cell(NamedTuple):
     epochs: float  # of the schedule
     part: str
     crop: float = Augmentation().crop_scale[0]  # smallest area of a crop, as a share
+    batch: int = 64
 
     @property
     def run(self) -> str:
         """The name of its training, which both parts share."""
-        crop = "" if self.crop == Augmentation().crop_scale[0] else f"-crop{self.crop:g}"
-        return f"{self.method}-rate{self.rate:g}-seed{self.seed}-epochs{self.epochs:g}{crop}"
+        other = "" if self.crop == Augmentation().crop_scale[0] else f"-crop{self.crop:g}"
+        other += "" if self.batch == Cell._field_defaults["batch"] else f"-batch{self.batch}"
+        return f"{self.method}-rate{self.rate:g}-seed{self.seed}-epochs{self.epochs:g}{other}"
 
     @property
     def file(self) -> str:
@@ -170,15 +172,16 @@ def race(
     """
     data = decoded(open_source(common.data, "train"))
     common = replace(common, channels=len(data[0][0]))
-    rows, epochs, crop = [], common.epochs, common.augmentation.crop_scale[0]
+    rows, epochs = [], common.epochs
+    own = (common.augmentation.crop_scale[0], common.batch_size)
     for method in methods:
         rate = rates[0]
         if method != "untrained" and len(rates) > 1:
-            cells = [Cell(method, seeds[0], rate, epochs, VALIDATION, crop) for rate in rates]
+            cells = [Cell(method, seeds[0], rate, epochs, VALIDATION, *own) for rate in rates]
             judged = [judge(cell, common, data, out, labelled) for cell in cells]
             rate = best_rate(list(chain.from_iterable(judged)))
         for seed in seeds:
-            cell = Cell(method, seed, rate, epochs, TEST, crop)
+            cell = Cell(method, seed, rate, epochs, TEST, *own)
             rows += judge(cell, common, data, out, labelled)
     return rows
 
@@ -189,9 +192,11 @@ def title(row: dict[str, Any]) -> str:
         return str(row["contender"])
     if row["method"] == "untrained":
         return TITLES["untrained"]
-    usual = Augmentation().crop_scale[0]
-    crop = "" if row.get("crop", usual) == usual else f", crops from {row['crop']:g}"
-    return f"{TITLES[row['method']]}, {row['epochs']:g} epochs{crop}"
+    defaults = Cell._field_defaults  # of what older rows do not say
+    crop, batch = (row.get(name, defaults[name]) for name in ("crop", "batch"))
+    other = "" if crop == defaults["crop"] else f", crops from {crop:g}"
+    other += "" if batch == defaults["batch"] else f", batches of {batch}"
+    return f"{TITLES[row['method']]}, {row['epochs']:g} epochs{other}"
 
 
 def summary(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float, int]]]:

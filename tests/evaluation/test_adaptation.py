@@ -199,6 +199,30 @@ def test_blocks_that_give_more_than_a_tensor_are_passed_over():
     assert module.middle_blocks(toy, images) == []
 
 
+class Recording(Blocks):
+    """Keeps the entropy of what it said, its copies' too."""
+
+    said = []  # noqa: RUF012 - shared with copies on purpose
+
+    def forward(self, images):
+        logits = super().forward(images)
+        with torch.no_grad():
+            self.said.append(torch.distributions.Categorical(logits=logits).entropy().mean())
+        return logits
+
+
+def test_entropy_falls_while_norms_adapt():
+    toy, images = Recording(nn.LayerNorm(3)).eval(), coloured(2000)[0]
+    Recording.said.clear()
+    module.by_entropy(toy, images, 0.03)
+    first, *_, last = Recording.said
+    assert last < 0.8 * first
+    Recording.said.clear()
+    module.by_entropy(toy, images, 0.0)
+    first, *_, last = Recording.said
+    assert last == pytest.approx(float(first), rel=0.1)
+
+
 @pytest.mark.parametrize("norm", [nn.LayerNorm(3), nn.BatchNorm1d(3)])
 def test_norms_adapt_by_entropy_and_the_classifier_stays(norm):
     toy = Blocks(norm).eval()

@@ -56,13 +56,8 @@ RESUMES = "`backfold pretrain --resume --out RUN` goes on"
 AGAIN = "the same command goes on"
 DEMO = frozenset({"config", "mixture", "strategy"})
 PRETRAIN = DEMO | {"recipe", "resume", "overwrite"}
-OF_RUNS = (
-    "restore",
-    "sample",
-    "export",
-    "embed",
-    "score",
-)  # evaluate takes other people's backbones too
+# Evaluate takes other people's backbones too.
+OF_RUNS = ("restore", "sample", "export", "embed", "score")
 COMMANDS = {
     "pretrain": Command(
         "pretrain a backbone on unlabelled images",
