@@ -1,7 +1,7 @@
 """What most commands do, as functions of their settings."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -192,23 +192,18 @@ def run_restore(settings: RestoreSettings) -> None:
         run, names, clean, task, settings.out, num_steps=settings.num_steps, step_size=step_size,
         seed=settings.seed,
     )  # fmt: skip
-    table = Table("image", title=f"{name}: corrupted -> restored")
-    for heading in ("PSNR (dB)", "SSIM", "energy", "if clean"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    troubled = any(image.diverged for image in images)
-    if troubled:
-        table.add_column("status")
-    for image in images:
-        status = "diverged: lower --step-size" if image.diverged else "ok"
-        table.add_row(
-            image.name,
+    cells = [
+        (
+            image.name + (" (diverged: lower --step-size)" if image.diverged else ""),
             "{:.2f} -> {:.2f}".format(*image.psnr_db),
             "{:.3f} -> {:.3f}".format(*image.ssim),
             "{:.4g} -> {:.4g}".format(*image.energies),
             f"{image.clean_energy:.4g}",
-            *([status] if troubled else []),
         )
-    Console().print(table)
+        for image in images
+    ]
+    headings = ("image", "PSNR (dB)", "SSIM", "energy", "if clean")
+    print_table(f"{name}: corrupted -> restored", headings, cells)
     print(f"pictures: {settings.out}")
 
 
@@ -276,22 +271,26 @@ def print_verdict(rows: Sequence[Row]) -> None:
 
 def print_tables(rows: Sequence[Row]) -> None:
     """A table for each protocol and metric, and under it what was chosen."""
-    console = Console()
     ordered = sorted(rows, key=lambda row: list(ABOUT).index(row.protocol))
     for protocol, members in groupby(ordered, lambda row: row.protocol):
         found = list(members)
         for content in tables_of(found, SHOWN_SEVERITY):
             title = f"{ABOUT[protocol].title}: {content.caption}"
-            table = Table(content.headings[0], title=title)
-            for heading in content.headings[1:]:
-                table.add_column(heading, justify="right")
-            for cells in content.rows:
-                table.add_row(*cells)
-            console.print(table)
+            print_table(title, content.headings, content.rows)
         for row in found:
             if row.note:
                 line = f"  {row.contender}, {row.case}: {row.note}"
-                console.print(line, style="dim", soft_wrap=True)
+                Console().print(line, style="dim", soft_wrap=True)
+
+
+def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Numbers stand on the right, names on the left."""
+    table = Table(headings[0], title=title)
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right")
+    for cells in rows:
+        table.add_row(*cells)
+    Console().print(table)
 
 
 def run_stats(settings: StatsSettings) -> None:

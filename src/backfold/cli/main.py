@@ -47,55 +47,45 @@ class Command(NamedTuple):
 
     description: str
     settings: str
-    go_on: str = "run it again"  # after an interruption
     positional: tuple[str, str] | None = None  # a field that is given without a name, and its help
-    options: frozenset[str] = frozenset()  # further ones than the settings
 
 
-RESUMES = "`backfold pretrain --resume --out RUN` goes on"
-AGAIN = "the same command goes on"
-DEMO = frozenset({"config", "mixture", "strategy"})
-PRETRAIN = DEMO | {"recipe", "resume", "overwrite"}
-# Evaluate takes other people's backbones too.
-OF_RUNS = ("restore", "sample", "export", "embed", "score")
+IMAGES = ("images", "image files; none takes a few of the run's own data")
 COMMANDS = {
     "pretrain": Command(
-        "pretrain a backbone on unlabelled images",
-        "training.config.PretrainConfig",
-        RESUMES,
-        options=PRETRAIN,
+        "pretrain a backbone on unlabelled images", "training.config.PretrainConfig"
     ),
     "evaluate": Command(
         "measure a backbone and its energy", "evaluation.evaluate.EvaluateSettings"
     ),
-    "restore": Command(
-        "corrupt and restore image files",
-        "cli.commands.RestoreSettings",
-        positional=("images", "image files; none takes a few of the run's own data"),
-    ),
-    "sample": Command(
-        "draw new images from a run that removes noise", "cli.commands.SampleSettings"
-    ),
+    "restore": Command("corrupt and restore image files", "cli.commands.RestoreSettings", IMAGES),
+    "sample": Command("draw images from a run that removes noise", "cli.commands.SampleSettings"),
     "report": Command(
-        "write one HTML file on a run",
-        "cli.commands.ReportSettings",
-        positional=("run", "a run's folder"),
+        "write one HTML file on a run", "cli.commands.ReportSettings", ("run", "a run's folder")
     ),
     "demo": Command(
         "pretrain, evaluate and report on the embedded images, in minutes",
         "training.config.PretrainConfig",
-        RESUMES,
-        options=DEMO,
     ),
     "export": Command(
         "write a backbone for timm, Hugging Face, ONNX", "cli.commands.ExportSettings"
     ),
-    "embed": Command("write a vector for every image", "cli.inference.EmbedSettings", AGAIN),
-    "score": Command(
-        "write energy and restoration error of every image", "cli.inference.ScoreSettings", AGAIN
-    ),
+    "embed": Command("write a vector for every image", "cli.inference.EmbedSettings"),
+    "score": Command("write how strange every image is, and where", "cli.inference.ScoreSettings"),
     "stats": Command("say what a data set looks like", "cli.commands.StatsSettings"),
 }
+# Further options than their settings.
+OPTIONS = {
+    "pretrain": {"config", "mixture", "strategy", "recipe", "resume", "overwrite"},
+    "demo": {"config", "mixture", "strategy"},
+}
+# After an interruption.
+GO_ON = {
+    **dict.fromkeys(OPTIONS, "`backfold pretrain --resume --out RUN` goes on"),
+    **dict.fromkeys(("embed", "score"), "the same command goes on"),
+}
+# Evaluate takes other people's backbones too.
+OF_RUNS = ("restore", "sample", "export", "embed", "score")
 OVERVIEW = "\n".join(
     [
         "usage: backfold COMMAND [OPTIONS]",
@@ -149,8 +139,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _fail(UserError("out of memory; give fewer images at once, or --accelerator cpu"))
     except KeyboardInterrupt:
-        hint = COMMANDS[command].go_on if command else "run it again"
-        print(f"backfold: interrupted; {hint}", file=sys.stderr)
+        print(f"backfold: interrupted; {GO_ON.get(command, 'run it again')}", file=sys.stderr)
         return 130
     return 0
 
@@ -186,7 +175,7 @@ def _run(argv: list[str]) -> None:
             option, equals, value = argument[2:].partition("=")
             options[option] = value if equals else following
     _refuse_early(name, options)
-    if COMMANDS[name].options:
+    if name in OPTIONS:
         arguments = [*_base_config(name, options), *arguments, *_mixture(options)]
     parser, settings = build_parser(name), _settings(name)
     given = parser.instantiate(parser.parse_args(arguments))
@@ -216,9 +205,9 @@ def build_parser(name: str, *, usual: bool = False) -> Parser:
     command, settings = COMMANDS[name], _settings(name)
     parser = Parser(prog=f"backfold {name}", exit_on_error=False, description=command.description)
     names = {field.name for field in dataclasses.fields(settings)}
-    if command.options:
+    if name in OPTIONS:
         parser.add_argument("--config", action="config", help="YAML file; flags override it")
-        if "recipe" in command.options:
+        if "recipe" in OPTIONS[name]:
             recipes = f"shipped YAML: {', '.join(recipe_names())}"
             parser.add_argument("--recipe", type=str | None, default=None, help=recipes)
             parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -235,7 +224,7 @@ def build_parser(name: str, *, usual: bool = False) -> Parser:
         default = getattr(settings, field, [])
         nargs = "?" if default else "*"
         parser.add_argument(field, type=Path, nargs=nargs, default=default, help=text)
-    if usual and command.options:
+    if usual and name in OPTIONS:
         for group in parser._action_groups:
             for action in group._group_actions:
                 if action.dest not in USUAL:
@@ -308,7 +297,7 @@ def _refuse_early(name: str, options: Mapping[str, str]) -> None:
     Raises:
         UserError: either of them.
     """
-    known = {*_field_names(COMMANDS[name].settings), *COMMANDS[name].options, "print_config"}
+    known = _field_names(COMMANDS[name].settings) | OPTIONS.get(name, set()) | {"print_config"}
     for option in sorted(options):
         if option.split(".")[0] not in known:
             nearest = difflib.get_close_matches(option, known, n=1)
