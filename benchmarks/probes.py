@@ -66,7 +66,7 @@ def measure(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 def linear(data: Sequence[Embedded]) -> dict[str, Any]:
     (x, y), (test_x, test_y), (held_x, held_y) = data
-    fits = linear_probes(x, y, REGULARISATIONS, device="cpu", seed=SEED)
+    fits = linear_probes(x, y, REGULARISATIONS, device="cpu")
     path, cost = measure(lambda: list(fits))
     losses = [probe.log_loss(held_x, held_y) for probe in path]
     right = [float((probe.predict(test_x) == test_y).double().mean()) for probe in path]

@@ -209,12 +209,3 @@ def test_what_a_protocol_cannot_use_is_refused_before_anything_is_written(
     assert snapshot(run_folder) == before
     refused(["evaluate", "--checkpoint=no_such_thing"], "no_such_thing is no run's folder")
     refused(["evaluate", "--checkpoint=test_vit", "--protocols=energy"], "a backbone alone")
-
-
-def test_settings_that_nothing_uses_are_named(run_folder, data, capsys):
-    assert evaluate(run_folder, "knn", f"--data={data}", "--near=anything") == 0
-    log = " ".join(capsys.readouterr().err.split())
-    assert "near has no effect on knn" in log
-    assert "finetuning has no effect on knn" in log
-    assert "labels has no effect" not in log
-    assert "seed has no effect" not in log

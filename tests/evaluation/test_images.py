@@ -7,7 +7,7 @@ from toys import ArraySource
 
 from backfold.data.open import open_source
 from backfold.errors import UserError
-from backfold.evaluation.evaluate import SEEN, open_parts
+from backfold.evaluation.evaluate import SEEN, EvaluateSettings, open_parts
 from backfold.evaluation.images import Images, Parts
 from backfold.evaluation.subject import Subject
 from backfold.training.config import PretrainConfig
@@ -30,6 +30,10 @@ def noise(folder, count=40, seed=0):
     return torch.from_numpy(images)
 
 
+def parts_of(data, judged, **settings):
+    return open_parts(EvaluateSettings(data=data, **settings), judged)
+
+
 def pixels(source):
     return [source.read(place).numpy().tobytes() for place in range(len(source))]
 
@@ -48,7 +52,7 @@ def test_a_test_split_of_their_own_is_taken(tmp_path):
     noise(tmp_path / "test", seed=1)
     for judged in (subject(), subject(tmp_path)):
         expected = (open_source(tmp_path, split) for split in ("train", "test"))
-        check(open_parts(tmp_path, judged), *expected)
+        check(parts_of(tmp_path, judged), *expected)
 
 
 def test_what_a_run_held_out_is_the_test_part_of_its_own_data(tmp_path):
@@ -56,26 +60,26 @@ def test_what_a_run_held_out_is_the_test_part_of_its_own_data(tmp_path):
     for given, watch_labels in ((None, True), (str(tmp_path), False)):
         judged = subject(tmp_path, held_out=3, watch_labels=watch_labels, seed=3)
         trained = open_images(judged.run.config)
-        check(open_parts(given, judged, seed=5), trained.training, trained.held_out)
+        check(parts_of(given, judged, seed=5), trained.training, trained.held_out)
 
 
 def test_a_fifth_of_other_data_is_set_apart(tmp_path):
     noise(tmp_path, 49)
-    parts = open_parts(tmp_path, subject(tmp_path.parent / "own"), seed=1)
+    parts = parts_of(tmp_path, subject(tmp_path.parent / "own"), seed=1)
     assert (len(parts.train), len(parts.test), len(parts.validation)) == (39, 10, 8)
-    check(open_parts(tmp_path, subject(), seed=1), parts.train.source, parts.test.source)
-    other = open_parts(tmp_path, subject(), seed=2)
+    check(parts_of(tmp_path, subject(), seed=1), parts.train.source, parts.test.source)
+    other = parts_of(tmp_path, subject(), seed=2)
     assert pixels(other.test.source) != pixels(parts.test.source)
     for limit in (25, 38, 50):  # 25 of 39 as a share, times 39, is a little more than 25
-        assert len(open_parts(tmp_path, subject(), limit=limit).train) == min(39, limit)
+        assert len(parts_of(tmp_path, subject(), train_images=limit).train) == min(39, limit)
 
 
 def test_folders_within_each_other_have_a_caveat(tmp_path, caplog):
     noise(tmp_path)
     for run, given in (("", "a"), ("a", "")):
-        assert open_parts(tmp_path / given, subject(tmp_path / run)).caveat == SEEN
+        assert parts_of(tmp_path / given, subject(tmp_path / run)).caveat == SEEN
         assert SEEN in caplog.messages[-1]
-    assert open_parts(tmp_path / "b", subject(tmp_path / "a")).caveat == ""
+    assert parts_of(tmp_path / "b", subject(tmp_path / "a")).caveat == ""
 
 
 @pytest.mark.parametrize("count", [7, 0.01, 0.1])
@@ -107,7 +111,7 @@ def test_broken_files_are_replaced_label_and_all(tmp_path):
     truth = noise(tmp_path, 20)[stands_in]
     (tmp_path / "a" / "09.npy").write_bytes(b"torn")
     given = Images(open_source(tmp_path, "train", labelled=True), subject())
-    asked = [[8, 9], [19, 0, 10, 9], [8]]
+    asked = [torch.tensor(each) for each in ([8, 9], [19, 0, 10, 9], [8])]
     for wanted, found in zip(asked, given.batches(asked), strict=True):
         torch.testing.assert_close(found, (truth[wanted], stands_in[wanted]), rtol=0, atol=0)
     assert torch.equal(given.labels, (stands_in >= 10).long())

@@ -18,18 +18,11 @@ import torch
 from torch import nn
 
 from backfold.batch_norm import batch_norms, measure_batch_norm
+from backfold.data import source as sources
 from backfold.data.files import IN_MEMORY
-from backfold.data.formats import MapDataset
 from backfold.data.loading import default_workers
 from backfold.data.open import open_source
-from backfold.data.source import (
-    ImageSource,
-    Labels,
-    NoTestSplit,
-    SubsetSource,
-    split_held_out,
-    stratified_split,
-)
+from backfold.data.source import ImageSource, SubsetSource
 from backfold.data.statistics import ChannelStatistics, measure_statistics
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
@@ -40,19 +33,17 @@ from backfold.evaluation.finetune import LEARNING_RATE_FACTORS, FineTuning, fine
 from backfold.evaluation.frozen import FrozenVectors, knn, layers, linear
 from backfold.evaluation.images import Images, Parts
 from backfold.evaluation.restoration import restoration
-from backfold.evaluation.results import RANDOM, Row, data_name, merge_rows, read_rows, write_rows
+from backfold.evaluation.results import RANDOM, Row, add_rows, data_name
 from backfold.evaluation.segmentation import SegmentationSettings, open_masks, segmentation
 from backfold.evaluation.subject import Subject, open_subject
 from backfold.files import write_atomically
-from backfold.training.config import NOT_DENSE, PretrainConfig, parse_image_size
+from backfold.training.config import NOT_DENSE, parse_image_size
 from backfold.training.devices import choose_device
 from backfold.training.run import DEMO_RUN, RunFolder
 
 LOGGER = logging.getLogger("backfold")
 BATCH_NORM_IMAGES = 256
-Split = tuple[Labels, Labels]
-TEST_SHARE, FEW_TEST_IMAGES = 0.2, 200
-VALIDATION_SHARE, MOST_VALIDATION = 0.2, 10_000
+TEST_SHARE, VALIDATION_SHARE, MOST_VALIDATION = 0.2, 0.2, 10_000
 SEEN = "test images may be among those that were pretrained on"
 UNKNOWN = "the run's images were in memory: test images may be among them"
 
@@ -123,22 +114,19 @@ class EvaluateSettings:
     def protocol_names(self) -> list[str]:
         """The protocols asked for, each once; an unknown one, or none, raises a `UserError`."""
         names = _listed(self.protocols)
-        unknown = [name for name in names if name not in PROTOCOLS]
-        if unknown or not names:
-            raise UserError(
-                f"unknown protocol {', '.join(unknown) or self.protocols!r}; choose from "
-                f"{', '.join(PROTOCOLS)}"
-            )
+        for name in names:
+            if name not in PROTOCOLS:
+                raise UserError(f"unknown protocol {name!r}; choose from {', '.join(PROTOCOLS)}")
         return names
 
     def label_counts(self) -> list[int | float | None]:
         """Labels a class; floats are the share of each class; None is all."""
-        return [_count(text) for text in _listed(self.labels) or [""]]
+        return [_count(text) for text in _listed(self.labels)]
 
 
 def _listed(given: str | Sequence[object]) -> list[str]:
     parts = given.split(",") if isinstance(given, str) else map(str, given)
-    return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
+    return list(dict.fromkeys(part.strip() for part in parts if part.strip())) or [""]
 
 
 def _count(text: str) -> int | float | None:
@@ -165,8 +153,7 @@ class Evaluation:
     @cached_property
     def parts(self) -> Parts:
         """The images, with labels if they have any; see `open_parts`."""
-        own, workers = self.settings, self.num_workers
-        return open_parts(own.data, self.subject, own.seed, workers, own.train_images)
+        return open_parts(self.settings, self.subject, self.num_workers)
 
     @cached_property
     def frozen(self) -> FrozenVectors:
@@ -192,24 +179,17 @@ class Evaluation:
         return made
 
 
-def open_parts(
-    data: str | Path | MapDataset | None,
-    subject: Subject,
-    seed: int = 0,
-    num_workers: int = 0,
-    limit: int | None = None,
-) -> Parts:
-    """The data, split; None takes the run's own, else the embedded sample.
+def open_parts(settings: EvaluateSettings, subject: Subject, num_workers: int = 0) -> Parts:
+    """The data, or else the run's own, or the embedded sample, split.
 
     Without a test split of their own, the test part of a run's own data is what the run held out,
     and a fifth of other data. A fifth of the training part, 10,000 images at most, is for choices.
-    ``data`` None takes the run's own, else the embedded sample; ``limit`` None all training images.
     """
-    run = subject.run
+    run, seed, limit = subject.run, settings.seed, settings.train_images
     own = None if run is None else run.config.data
-    chosen = own if data is None else data
-    options = (True, subject.max_pixels, None if run is None else run.config.frames)
-    train = open_source(chosen, "train", *options)
+    chosen = own if settings.data is None else settings.data
+    reading = subject.max_pixels, None if run is None else run.config.frames
+    train = open_source(chosen, "train", True, *reading)
     whole, pretrained = (
         Path(each).resolve() if isinstance(each, (str, Path)) else None for each in (chosen, own)
     )
@@ -221,13 +201,15 @@ def open_parts(
     if str(own).endswith(IN_MEMORY):
         caveat = UNKNOWN
     try:
-        test = open_source(chosen, "test", *options)
-    except NoTestSplit:
-        if run is not None and (data is None or (whole and whole == pretrained)):
-            learned, tested = _held_out(run.config)
+        test = open_source(chosen, "test", True, *reading)
+    except sources.NoTestSplit:
+        if run and whole and whole == pretrained:
+            config = run.config
+            trained_on = open_source(own, "train", config.watch_labels, *reading)
+            learned, tested = sources.split_held_out(trained_on, config.held_out, config.seed)
         else:
-            LOGGER.info(f"{train.name} has no test split: {TEST_SHARE:.0%} of it is set apart")
             learned, tested = _split(train, TEST_SHARE, seed)
+        LOGGER.warning(f"{train.name} has no test split: {len(tested)} of its images are the test")
         train, test = SubsetSource(train, learned), SubsetSource(train, tested)
     if caveat:
         LOGGER.warning("%s: give data with a test split of their own", caveat)
@@ -240,25 +222,12 @@ def open_parts(
     return Parts(learned_from, tested_on, fit, validation, caveat)
 
 
-def _held_out(config: PretrainConfig) -> Split:
-    """Places of the images that the run was trained on, and of those that it held out."""
-    options = (config.watch_labels, config.max_pixels, config.frames)
-    own = open_source(config.data, "train", *options)
-    training, held_out = split_held_out(own, config.held_out, config.seed)
-    if len(held_out) < FEW_TEST_IMAGES:
-        LOGGER.warning(
-            f"the test part is the {len(held_out)} images that the run held out; give data with a "
-            "test split for numbers that are surer"
-        )
-    return training, held_out
-
-
-def _split(source: ImageSource, share: float, seed: int) -> Split:
+def _split(source: ImageSource, share: float, seed: int) -> tuple[sources.Labels, sources.Labels]:
     """Places of the larger and the smaller part, of each class alike where that can be."""
     with contextlib.suppress(UserError):  # fewer images in the part than classes
         if source.labels is not None:
-            return stratified_split(source.labels, share, seed)
-    return stratified_split(len(source), share, seed)
+            return sources.stratified_split(source.labels, share, seed)
+    return sources.stratified_split(len(source), share, seed)
 
 
 class Protocol(NamedTuple):
@@ -266,7 +235,6 @@ class Protocol(NamedTuple):
 
     run: Callable[[Evaluation], list[Row]]
     needs: Literal["labels", "masks", "energy", "energy and labels"]  # only runs have an energy
-    uses: tuple[str, ...]  # settings that not every protocol uses
 
 
 def lowshot(given: Evaluation) -> list[Row]:
@@ -276,21 +244,17 @@ def lowshot(given: Evaluation) -> list[Row]:
     return [*linear(few), *finetune(few)]
 
 
-TUNING = ("finetuning", "rate_factors", "train_images")
-FROZEN = ("embedding", "draws", "train_images")
 PROTOCOLS: Mapping[str, Protocol] = {
-    "knn": Protocol(knn, "labels", (*FROZEN, "labels")),
-    "linear": Protocol(linear, "labels", (*FROZEN, "labels")),
-    "layers": Protocol(layers, "labels", ("embedding", "train_images")),
-    "attentive": Protocol(attentive, "labels", ("labels", "draws", "train_images")),
-    "finetune": Protocol(finetune, "labels", (*TUNING, "labels", "draws")),
-    "lowshot": Protocol(lowshot, "labels", (*TUNING, *FROZEN)),
-    "segmentation": Protocol(segmentation, "masks", ("segmentation",)),
-    "energy": Protocol(
-        energy, "energy", ("embedding", "near", "far", "test_images", "train_images")
-    ),
-    "restoration": Protocol(restoration, "energy", ("num_steps", "test_images")),
-    "adaptation": Protocol(adaptation, "energy and labels", (*TUNING, "test_images")),
+    "knn": Protocol(knn, "labels"),
+    "linear": Protocol(linear, "labels"),
+    "layers": Protocol(layers, "labels"),
+    "attentive": Protocol(attentive, "labels"),
+    "finetune": Protocol(finetune, "labels"),
+    "lowshot": Protocol(lowshot, "labels"),
+    "segmentation": Protocol(segmentation, "masks"),
+    "energy": Protocol(energy, "energy"),
+    "restoration": Protocol(restoration, "energy"),
+    "adaptation": Protocol(adaptation, "energy and labels"),
 }
 
 
@@ -311,75 +275,57 @@ def evaluate(subject: str | Path | Run | nn.Module, **settings: Any) -> list[Row
         UserError: an unknown protocol, data that one of them can't use, or what it raises.
     """
     given = subject if isinstance(subject, (str, Path, nn.Module)) else subject.path
-    return [row for rows in evaluate_each(EvaluateSettings(**settings), given) for row in rows]
+    found = evaluate_each(EvaluateSettings(**{**settings, "checkpoint": given}))
+    return [row for rows in found for row in rows]
 
 
-def evaluate_each(
-    settings: EvaluateSettings, given: str | Path | nn.Module | None = None
-) -> Iterator[list[Row]]:
+def evaluate_each(settings: EvaluateSettings) -> Iterator[list[Row]]:
     """The rows of one protocol after another, written as they are found; see `evaluate`."""
     names = settings.protocol_names()
     device = choose_device(settings.accelerator)
     subject = open_subject(
-        settings.checkpoint if given is None else given,
+        settings.checkpoint,
         weights=settings.weights,
         image_size=parse_image_size(settings.image_size),
         channels=settings.channels,
         seed=settings.seed,
     )
-    evaluation = Evaluation(settings, subject, device)
+    evaluation, run = Evaluation(settings, subject, device), subject.run
     _refuse(names, evaluation)
-    run = subject.run
-    if (
-        run is not None
-        and run.config.energy == "conditional"
-        and {"energy", "adaptation"} & {*names}
-    ):
+    if run and run.config.energy == "conditional" and {"energy", "adaptation"} & {*names}:
         LOGGER.warning(NOT_DENSE)
-    for name in _without_effect(settings, names):
-        LOGGER.warning(f"{name} has no effect on {', '.join(names)}")
-    folder = subject.folder if settings.out is None else Path(settings.out)
-    if folder is None:
-        LOGGER.info(
-            "no rows are written: %s lies in no run's folder, and no out is given", subject.name
-        )
+    out = subject.folder if settings.out is None else Path(settings.out)
+    if out is None:
+        LOGGER.info(f"no rows are written: {subject.name} lies in no run's folder; give out")
     for name in names:
         LOGGER.info("evaluating: %s", name)
         rows = [_signed(row, evaluation) for row in PROTOCOLS[name].run(evaluation)]
-        if folder is not None:
-            _write(RunFolder(folder), rows, evaluation.pictures)
+        if out is not None:
+            add_rows(RunFolder(out).evaluation, rows)
+            for picture, content in evaluation.pictures.items():
+                write_atomically(RunFolder(out).pictures / picture, content)
         yield rows
 
 
 def _refuse(names: Sequence[str], evaluation: Evaluation) -> None:
     """Say what is missing before anything is computed."""
-    needs = {PROTOCOLS[name].needs for name in names}
-    if evaluation.subject.run is None and needs & {"energy", "energy and labels"}:
-        asked = [name for name in names if "energy" in PROTOCOLS[name].needs]
+    settings, subject = evaluation.settings, evaluation.subject
+    needs = {name: PROTOCOLS[name].needs for name in names}
+    if asked := [name for name in names if "energy" in needs[name] and subject.run is None]:
         raise UserError(
-            f"{', '.join(asked)} measures an energy, and {evaluation.subject.name} is a backbone "
-            "alone; give a run's folder"
+            f"{', '.join(asked)} measures an energy, and {subject.name} is a backbone alone; give "
+            "a run's folder"
         )
-    if needs - {"masks"}:
-        parts = evaluation.parts
-        if needs & {"labels", "energy and labels"}:
-            _ = parts.train.labels, parts.test.labels  # raise where there are none
-    if "masks" in needs:
+    if {*needs.values()} - {"masks"}:
+        _ = evaluation.parts
+    if any("labels" in each for each in needs.values()):
+        _ = evaluation.parts.train.labels, evaluation.parts.test.labels
+    if "masks" in needs.values():
         open_masks(evaluation)
-    if "energy" in names:
-        subject = evaluation.subject
-        frames = None if subject.run is None else subject.run.config.frames
-        for data in (evaluation.settings.near, evaluation.settings.far):
+    if "energy" in names and subject.run is not None:
+        for data in (settings.near, settings.far):
             if data is not None:
-                open_source(data, "train", False, subject.max_pixels, frames)
-
-
-def _without_effect(settings: EvaluateSettings, names: Sequence[str]) -> list[str]:
-    """Names of settings that were changed, and that none of these protocols uses."""
-    of_some = {used for protocol in PROTOCOLS.values() for used in protocol.uses}
-    used = {used for name in names for used in PROTOCOLS[name].uses}
-    chosen, default = vars(settings), vars(EvaluateSettings())
-    return [name for name in chosen if name in of_some - used and chosen[name] != default[name]]
+                open_source(data, "train", False, subject.max_pixels, subject.run.config.frames)
 
 
 def _signed(row: Row, evaluation: Evaluation) -> Row:
@@ -392,15 +338,3 @@ def _signed(row: Row, evaluation: Evaluation) -> Row:
         caveat = evaluation.parts.caveat
     note = "; ".join(filter(None, (row.note, caveat)))
     return replace(row, data=data_name(data), step=run.step if run else None, note=note)
-
-
-def _write(folder: RunFolder, rows: Sequence[Row], pictures: Mapping[str, bytes]) -> None:
-    before: list[Row] = []
-    if folder.evaluation.exists():
-        try:
-            before = read_rows(folder.evaluation)
-        except UserError as error:
-            LOGGER.warning(f"{error}: it is replaced")
-    write_rows(folder.evaluation, merge_rows(before, rows))
-    for name, content in pictures.items():
-        write_atomically(folder.pictures / name, content)

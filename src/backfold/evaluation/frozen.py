@@ -5,7 +5,7 @@ each protocol and number of labels the candidate is chosen on validation images,
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,6 @@ LARGEST_SIDE, THUMBNAIL = 32, 8
 METRIC = "validation accuracy (%)"
 
 Pair = tuple[str, str]  # contender, candidate
-Embed = Callable[[Tensor], Mapping[str, Tensor]]
 # Candidate, regularisation (0: none), and every candidate's accuracy on validation images, 0 to 1.
 Choice = tuple[str, float, dict[str, float]]
 
@@ -46,15 +45,14 @@ class FrozenVectors:
         self._known: dict[Pair, tuple[Tensor, Tensor]] = {}
         self._test: dict[Pair, Tensor] = {}
         self.choices: dict[tuple[str, str, str], Choice] = {}  # by `_choose`, for other protocols
-        self.contenders: dict[str, Embed] = {}  # normalised images -> vectors by candidate
+        self.contenders: dict[str, Embedder | PixelVectors] = {}
         first, _ = given.parts.train.load(COMPONENTS_ON, given.settings.seed)
         first, width = given.statistics.normalize(first.to(given.device)), 1
         for name, backbone in given.backbones.items():
-            embedder = Embedder(backbone, first[:2])
+            self.contenders[name] = embedder = Embedder(backbone, first[:2])
             width = max(width, embedder(first[:2])[EmbeddingChoice()].shape[1])
-            self.contenders[name] = partial(_by_name, embedder)
         self.contenders[PIXELS] = PixelVectors(first, width, given.settings.seed)
-        self._names = {name: list(embed(first[:2])) for name, embed in self.contenders.items()}
+        self._names = {name: list(self._vectors(name, first[:2])) for name in self.contenders}
 
     def train(self, contender: str, candidate: str, places: Tensor) -> Tensor:
         """(places, features): the training images' vectors; see `prepare`."""
@@ -97,6 +95,10 @@ class FrozenVectors:
             )
         return [str(asked)]
 
+    def _vectors(self, contender: str, images: Tensor) -> dict[str, Tensor]:
+        """(batch, features) by candidate, of normalised images."""
+        return {str(choice): rows for choice, rows in self.contenders[contender](images).items()}
+
     @torch.inference_mode()
     def _embed(
         self, images: data.Images, wanted: Iterable[Pair], places: Tensor
@@ -109,7 +111,7 @@ class FrozenVectors:
         start = 0
         for batch, _ in data.normalised(self._given, images, places):
             for name, candidates in chosen.items():
-                vectors = self.contenders[name](batch)
+                vectors = self._vectors(name, batch)
                 total = sum(vectors[each].shape[1] for each in candidates)
                 for candidate in candidates:
                     rows, pair = vectors[candidate], (name, candidate)
@@ -118,10 +120,6 @@ class FrozenVectors:
                     stores[pair][start : start + len(rows)] = rows.to("cpu")
             start += len(batch)
         return stores
-
-
-def _by_name(embedder: Embedder, images: Tensor) -> dict[str, Tensor]:
-    return {str(choice): rows for choice, rows in embedder(images).items()}
 
 
 def _new_store(count: int, width: int, total_width: int) -> Tensor:
@@ -168,16 +166,6 @@ def _at_most(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
-def knn(given: "Evaluation") -> list[Row]:
-    """Nearest neighbours, with all labels and with few."""
-    return _rows(given, "knn")
-
-
-def linear(given: "Evaluation") -> list[Row]:
-    """Linear probes, with all labels and with few."""
-    return _rows(given, "linear")
-
-
 def layers(given: "Evaluation") -> list[Row]:
     """Linear probes of every candidate, on the validation images."""
     case, fit = data.label_case(None), [given.parts.fit]
@@ -188,7 +176,8 @@ def layers(given: "Evaluation") -> list[Row]:
     ]
 
 
-def _rows(given: "Evaluation", protocol: str) -> list[Row]:
+def _rows(protocol: str, given: "Evaluation") -> list[Row]:
+    """Accuracies with all labels and with few."""
     frozen, labels = given.frozen, given.parts.train.labels
 
     def learn(name: str, case: str, draws: data.Places, learned: data.Places) -> data.Learned:
@@ -209,6 +198,9 @@ def _rows(given: "Evaluation", protocol: str) -> list[Row]:
     return data.rows_by_labels(given, protocol, frozen.contenders, learn)
 
 
+knn, linear = partial(_rows, "knn"), partial(_rows, "linear")
+
+
 def _choose(
     given: "Evaluation", protocol: str, name: str, case: str, draws: Sequence[Tensor]
 ) -> Choice:
@@ -225,37 +217,38 @@ def _choose(
     if len(draws) == 1 or sum(map(len, draws)) > MOST_CHOSEN_ON:
         sets = [data.some(draws[0], CHOSEN_ON, seed)]
     frozen.prepare([(each, "") for each in frozen.contenders], [*sets, validation])
-    found = {
-        candidate: _validated(given, protocol, (name, candidate), sets, validation)
-        for candidate in frozen.candidates(name)
-    }
+    validated = partial(_validated, given, protocol, name, validation=validation)
+    found = {each: validated(each, sets) for each in frozen.candidates(name)}
     scores = {candidate: score for candidate, (score, _) in found.items()}
     if protocol == "linear" and len(sets[0]) < len(draws[0]):
         # Longer vectors need more images: the best of each length again, with all of these.
         rising = sorted(scores, key=scores.__getitem__)
         finalists = {frozen.train(name, each, validation).shape[1]: each for each in rising}
         frozen.prepare([(name, each) for each in finalists.values()], [draws[0], validation])
-        found = {
-            each: _validated(given, protocol, (name, each), draws[:1], validation)
-            for each in finalists.values()
-        }
+        found = {each: validated(each, draws[:1]) for each in finalists.values()}
     best = max(found, key=lambda candidate: found[candidate][0])
     frozen.choices[key] = (best, found[best][1], scores)
     return frozen.choices[key]
 
 
 def _validated(
-    given: "Evaluation", protocol: str, pair: Pair, sets: Sequence[Tensor], validation: Tensor
+    given: "Evaluation",
+    protocol: str,
+    name: str,
+    candidate: str,
+    sets: Sequence[Tensor],
+    validation: Tensor,
 ) -> tuple[float, float]:
     """Accuracy, 0 to 1, over these sets of places to learn from, and the best regularisation.
 
     From the strongest penalty on, for each set until a weaker one does worse.
     """
-    held, truth = given.frozen.train(*pair, validation), given.parts.train.labels[validation]
+    vectors, labels = partial(given.frozen.train, name, candidate), given.parts.train.labels
+    held, truth = vectors(validation), labels[validation]
     path = REGULARISATION_GRID if protocol == "linear" else (0.0,)
     losses, right = np.full((len(sets), len(path)), np.inf), np.zeros((len(sets), len(path)))
     for row, places in enumerate(sets):
-        learned = given.frozen.train(*pair, places), given.parts.train.labels[places]
+        learned = vectors(places), labels[places]
         if protocol == "knn":
             predicted = knn_predictions(*learned, held, device=given.device)
             losses[row], right[row] = 0, (predicted == truth).double().mean()

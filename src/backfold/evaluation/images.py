@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backfold.data import source as sources
 from backfold.data.decode import as_float
 from backfold.data.loading import guarded_batches
-from backfold.data.source import ImageSource
+from backfold.data.source import BrokenFiles, ImageSource
 from backfold.errors import UserError
 from backfold.evaluation.results import Row, accuracy_rows
 
@@ -39,7 +38,7 @@ class Images:
     def __init__(self, source: ImageSource, subject: "Subject", num_workers: int = 0) -> None:
         self.source, self._subject, self._num_workers = source, subject, num_workers
         self.shape = (subject.channels, *subject.image_size)  # channels, height, width
-        self._broken = sources.BrokenFiles.for_source(source, subject.max_broken_share)
+        self._broken = BrokenFiles.for_source(source, subject.max_broken_share)
         self._kept: tuple[Tensor, Tensor] | None = None
         self._labels = None if source.labels is None else torch.tensor(source.labels)
 
@@ -56,36 +55,35 @@ class Images:
             )
         return self._labels
 
-    def batches(self, indices: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(batch, channels, height, width), uint8 or float (see `as_float`), and int64 indices.
+    def batches(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(batch, channels, height, width), uint8 or float (see `as_float`), and their places.
 
-        An index may be another than was asked for: that of an image that can be read.
+        A place may be another than was asked for: that of an image that can be read.
         """
         if len(self) * math.prod(self.shape) > KEPT_BYTES:
-            yield from self._decoded(indices)
+            yield from self._decoded(parts)
             return
         if self._kept is None:
-            every = torch.arange(len(self)).split(BATCH_SIZE)
-            self._kept = _joined(self._decoded([part.tolist() for part in every]))
+            self._kept = _joined(self._decoded(torch.arange(len(self)).split(BATCH_SIZE)))
         images, places = self._kept
-        for wanted in indices:
-            yield images[list(wanted)], places[list(wanted)]
+        for wanted in parts:
+            yield images[wanted], places[wanted]
 
     def load(self, limit: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """All images, or so many drawn ones, in memory, and their indices; see `batches`."""
+        """All images, or so many drawn ones, in memory, and their places; see `batches`."""
         if len(self) == 0:
             raise UserError(f"{self.source.name} holds no images; give data with images")
-        chosen = some(torch.arange(len(self)), limit, seed).split(BATCH_SIZE)
-        return _joined(self.batches([part.tolist() for part in chosen]))
+        return _joined(self.batches(some(torch.arange(len(self)), limit, seed).split(BATCH_SIZE)))
 
-    def _decoded(self, indices: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _decoded(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         size, channels = self._subject.image_size, self._subject.channels
-        loaded = guarded_batches(self.source, size, channels, indices, self._num_workers)
-        for asked, batch in zip(indices, loaded, strict=True):
+        wanted = [part.tolist() for part in parts]
+        loaded = guarded_batches(self.source, size, channels, wanted, self._num_workers)
+        for asked, batch in zip(parts, loaded, strict=True):
             for line in self._broken.add(batch.broken):
                 LOGGER.warning("skipped: %s", line)
             if self._labels is not None and batch.broken:
-                self._labels[list(asked)] = self._labels[batch.indices]
+                self._labels[asked] = self._labels[batch.indices]
             yield batch.images, batch.indices
 
 
@@ -139,13 +137,6 @@ class Parts:
         return [self.fit[np.sort(np.concatenate(drawn))] for drawn in zip(*found, strict=True)]
 
 
-def label_case(count: int | float | None) -> str:
-    """How many labels there were, as rows say it."""
-    if isinstance(count, float):
-        return f"{100 * count:g} % of the labels"
-    return "all labels" if count is None else f"{count} label{'s' if count > 1 else ''} a class"
-
-
 def rows_by_labels(
     given: "Evaluation",
     protocol: str,
@@ -178,13 +169,19 @@ def rows_by_labels(
     return rows
 
 
+def label_case(count: int | float | None) -> str:
+    """How many labels there were, as rows say it."""
+    if isinstance(count, float):
+        return f"{100 * count:g} % of the labels"
+    return "all labels" if count is None else f"{count} label{'s' if count > 1 else ''} a class"
+
+
 def normalised(
     given: "Evaluation", images: Images, places: Tensor | Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images as backbones take them, on the device, and their places, in batches."""
     parts = places.split(BATCH_SIZE) if isinstance(places, Tensor) else places
-    loaded = images.batches([part.tolist() for part in parts])
-    for part, (batch, _) in zip(parts, loaded, strict=True):
+    for part, (batch, _) in zip(parts, images.batches(parts), strict=True):
         yield given.statistics.normalize(batch.to(given.device, non_blocking=True)), part
 
 
@@ -197,11 +194,7 @@ def batch_indices(count: int, batch_size: int, steps: int) -> Tensor:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed PyTorch's generators of the CPU and the device within; afterwards put them back."""
-    used = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=used):
-        torch.default_generator.manual_seed(seed)
-        for each in used:
-            with torch.cuda.device(each):
-                torch.cuda.manual_seed(seed)
+    """Seed PyTorch's generators within; afterwards put the CPU's and the device's back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
         yield

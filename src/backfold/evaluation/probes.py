@@ -84,22 +84,16 @@ class LinearProbe(NamedTuple):
         return self.classes[self._logits(embeddings).argmax(dim=1).cpu()]
 
     def log_loss(self, embeddings: Tensor, labels: Tensor) -> float:
-        """Mean of -log(probability of the label).
-
-        Images of classes that training did not see are left out.
-        """
+        """Mean of -log(probability of the label), without classes that training did not see."""
         known = torch.isin(labels.cpu(), self.classes)
         places = torch.searchsorted(self.classes, labels.cpu()[known].long())
         logits = self._logits(embeddings)
         return float(F.cross_entropy(logits[known.to(logits.device)], places.to(logits.device)))
 
     def _logits(self, embeddings: Tensor) -> Tensor:
-        """(images, classes)."""
-        parts = []
-        for rows in _chunks(*embeddings.shape):
-            x = (_finite(embeddings[rows], self.mean.device) - self.mean) / self.std
-            parts.append(x @ self.weights.T + self.bias)
-        return torch.cat(parts)
+        chunks = (_finite(embeddings[r], self.mean.device) for r in _chunks(*embeddings.shape))
+        scaled = ((rows - self.mean) / self.std for rows in chunks)
+        return torch.cat([rows @ self.weights.T + self.bias for rows in scaled])
 
 
 def linear_probes(
@@ -109,7 +103,6 @@ def linear_probes(
     *,
     device: Device,
     tolerance: float = 0.005,
-    seed: int = 0,
 ) -> Iterator[LinearProbe]:
     """Fit a multinomial logistic regression for each regularisation, as they are asked for.
 
@@ -117,8 +110,8 @@ def linear_probes(
     (2 C images); the bias is free. Small problems are solved one after another, each from where the
     one before ended (so give C rising), by L-BFGS on all images, until the weights are as close to
     the optimum as the tolerance, a share of their norm, or after 300 steps; large ones at once by a
-    few epochs of minibatches in the seed's order, which leaves the weakest penalties short of their
-    optimum. Embeddings that are not finite, or fewer than two classes, raise a `UserError`.
+    few epochs of minibatches, which leaves the weakest penalties short of their optimum. Embeddings
+    that are not finite, or fewer than two classes, raise a `UserError`.
     """
     classes, targets = torch.unique(labels.cpu(), return_inverse=True)
     count = len(labels)
@@ -150,7 +143,7 @@ def linear_probes(
     if count <= FULL_BATCH_IMAGES:
         fits = _minimise(*turned(slice(None)), penalty, curvature, tolerance)
     else:
-        fits = iter(_descend(turned, count, share, penalty, curvature, seed))
+        fits = iter(_descend(turned, count, share, penalty, curvature))
     for weights in fits:
         yield LinearProbe(weights[:, :-1] @ axes.T, weights[:, -1], mean, std, classes.long())
 
@@ -194,8 +187,8 @@ def _minimise(
 ) -> Iterator[Tensor]:
     """L-BFGS for one penalty after another: weights, (classes, features + 1).
 
-    Of ``x`` (images, features + 1) and targets (images,), the penalties (paths, 1, features + 1), 0
-    for the bias, and the Hessian's approximate diagonals (paths, classes, features + 1).
+    ``x``: (images, features + 1). Penalties: (paths, 1, features + 1), 0 for the bias. Curvatures:
+    the Hessian's approximate diagonals, (paths, classes, features + 1).
     """
     weights = torch.zeros_like(curvatures[:1])
     for path in range(len(penalties)):
@@ -242,13 +235,8 @@ def _solved(
     return result
 
 
-def _descend(
-    rows: Rows, count: int, share: Tensor, penalty: Tensor, curvature: Tensor, seed: int
-) -> Tensor:
-    """All paths, as `_minimise`'s, by Nesterov's method on Newton's scale.
-
-    ``share``: (classes,), of images.
-    """
+def _descend(rows: Rows, count: int, share: Tensor, penalty: Tensor, curvature: Tensor) -> Tensor:
+    """All paths, as `_minimise`'s, by Nesterov's method on Newton's scale."""
     batches = math.ceil(count / BATCH_SIZE)
     steps = batches * max(MIN_EPOCHS, math.ceil(MIN_STEPS / batches))
     # Where a batch holds fewer images of a class than features, a full step is mostly noise, and
@@ -257,7 +245,7 @@ def _descend(
     scale = per_feature.clamp(min(1.0, LEAST_PROGRESS / steps), 1.0)[:, None] / curvature
     weights, velocity = torch.zeros_like(curvature), torch.zeros_like(curvature)
     weights[..., -1] = share.log()
-    order = torch.Generator().manual_seed(seed)
+    order = torch.Generator().manual_seed(0)
     for step in range(steps):
         if step % batches == 0:
             parts = torch.randperm(count, generator=order).tensor_split(batches)

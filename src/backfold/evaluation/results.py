@@ -1,11 +1,12 @@
 """What an evaluation found: rows, their file, and the tables that pivot them."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 from torch import Tensor
@@ -14,12 +15,11 @@ from backfold.data.files import HUB_NAME, IN_MEMORY
 from backfold.errors import UserError
 from backfold.files import write_json
 
+LOGGER = logging.getLogger("backfold")
 PRETRAINED, BEFORE, RANDOM = "pretrained", "before", "random"
 PIXELS, SCRATCH = "pixels", "from scratch"
 ACCURACY = "accuracy (%)"
 OVER = " over "
-EMBEDDED_NAME = "embedded sample"
-ABSENT = "-"
 SEVERITY = re.compile(r"(?P<name>.+), severity (?P<severity>\d)")
 
 
@@ -150,19 +150,21 @@ def read_rows(path: Path) -> list[Row]:
 
 def _row(values: Mapping[str, Any]) -> Row:
     row = Row(**values)
-    texts = (row.protocol, row.case, row.contender, row.metric, row.note, row.data or "")
-    numbers = (row.mean, row.std, row.count, row.step or 0)
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{texts} are not all texts")
-    if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
-        raise TypeError(f"{numbers} are not all numbers")
+    for name, kind in get_type_hints(Row).items():
+        if not isinstance(found := getattr(row, name), kind):
+            raise TypeError(f"{name} is {found!r}")
     return row
 
 
-def merge_rows(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """All new rows after the old ones whose protocol and case no new row has."""
+def add_rows(path: Path, new: Sequence[Row]) -> None:
+    """Write new rows after those of the file whose protocol and case no new row has."""
+    try:
+        old = read_rows(path) if path.exists() else []
+    except UserError as error:
+        LOGGER.warning(f"{error}: it is replaced")
+        old = []
     replaced = {(row.protocol, row.case) for row in new}
-    return [row for row in old if (row.protocol, row.case) not in replaced] + list(new)
+    write_rows(path, [r for r in old if (r.protocol, r.case) not in replaced] + list(new))
 
 
 def severity_case(name: str, severity: int) -> str:
@@ -179,7 +181,7 @@ def parse_case(case: str) -> tuple[str, int] | None:
 def data_name(data: object) -> str:
     """What rows call data, as they may be shared: its own name, without the folders above."""
     if data is None:
-        return EMBEDDED_NAME
+        return "embedded sample"
     if not isinstance(data, (str, Path)):
         return type(data).__name__ + IN_MEMORY
     text = str(data)
@@ -203,34 +205,26 @@ def tables_of(rows: Sequence[Row], severity: int | None = None) -> list[Table]:
     Cases with severities have a table for each corruption and metric, contenders by severities; or
     a ``severity`` is shown alone, as one more case by contenders.
     """
-    parsed = [(row, parse_case(row.case)) for row in rows]
-    plain = [row for row, case in parsed if case is None or case[1] == severity]
-    tables = [
-        _pivot(metric, "case", {(r.case, r.contender): r for r in plain if r.metric == metric})
-        for metric in dict.fromkeys(row.metric for row in plain)
-    ]
-    if severity is not None:
-        return tables
-    groups: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
-    for row, case in parsed:
-        if case is not None:
-            cells = groups.setdefault((case[0], row.metric), {})
-            cells[row.contender, f"severity {case[1]}"] = row
-    return tables + [
-        _pivot(f"{name}: {metric}", "contender", cells) for (name, metric), cells in groups.items()
-    ]
+    cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}  # by caption and corner
+    for row in rows:
+        case = parse_case(row.case)
+        if case is None or case[1] == severity:
+            table, key = (row.metric, "case"), (row.case, row.contender)
+        elif severity is None:
+            table = f"{case[0]}: {row.metric}", "contender"
+            key = row.contender, f"severity {case[1]}"
+        else:
+            continue
+        cells.setdefault(table, {})[key] = _cell(row)
+    tables = []
+    for (caption, corner), found in sorted(cells.items(), key=lambda item: item[0][1] != "case"):
+        names, columns = (list(dict.fromkeys(key[place] for key in found)) for place in (0, 1))
+        body = ((name, *(found.get((name, each), "-") for each in columns)) for name in names)
+        tables.append(Table(f"{caption}, mean ± spread", (corner, *columns), tuple(body)))
+    return tables
 
 
-def _pivot(caption: str, corner: str, cells: Mapping[tuple[str, str], Row]) -> Table:
-    """A row for each first key, in their order, and a column for each second one."""
-    names, columns = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
-    body = ((name, *(_cell(cells.get((name, column))) for column in columns)) for name in names)
-    return Table(f"{caption}, mean ± spread", (corner, *columns), tuple(body))
-
-
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return ABSENT
+def _cell(row: Row) -> str:
     if not np.isfinite(row.mean):
         return "not finite"
     digits = 1 if "%" in row.metric else 2 if "dB" in row.metric else 3
