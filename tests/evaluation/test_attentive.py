@@ -1,21 +1,14 @@
 """The attentive probe: what it computes, what it can learn, and which of the grid it takes."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
+import toys
 from torch import nn
-from toys import ArraySource
 
-from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
 from backfold.evaluation import attentive as module
 from backfold.evaluation.attentive import AttentionPooling, Probes, attentive
-from backfold.evaluation.images import Images, Parts
-from backfold.evaluation.subject import Subject
-
-PLAIN = ChannelStatistics((0.5,), (0.25,))
 
 
 def marked(count, seed, classes=3):
@@ -26,21 +19,15 @@ def marked(count, seed, classes=3):
     cells[every, place] = (250, 100, 100, 100)
     cells[every, place, 1 + every % classes] = 200
     squares = cells.reshape(count, 5, 5, 2, 2).transpose(0, 1, 3, 2, 4)
-    return ArraySource(squares.reshape(count, 1, 10, 10).astype(np.uint8), every % classes)
+    return toys.ArraySource(squares.reshape(count, 1, 10, 10).astype(np.uint8), every % classes)
 
 
 def evaluation(count=150, classes=3, scale=1.0):
     """A backbone whose features are the values of its 2 x 2 patches."""
     backbone = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4, 4, 1, bias=False)).eval()
     nn.init.eye_(backbone[1].weight.requires_grad_(False).flatten(1)).mul_(scale)
-    subject = Subject("toy", {}, lambda _: backbone, 1, (10, 10), PLAIN)
-    train, test = Images(marked(count, 1, classes), subject), Images(marked(90, 2), subject)
-    fit, validation = torch.arange(count)[count // 5 :], torch.arange(count // 5)
-    return SimpleNamespace(
-        settings=SimpleNamespace(seed=0, draws=2, label_counts=lambda: [None, 20]),
-        parts=Parts(train, test, fit, validation), statistics=PLAIN, device=torch.device("cpu"),
-        backbone=backbone, backbones={"pretrained": backbone},
-    )  # fmt: skip
+    parts, states = (marked(count, 1, classes), marked(90, 2)), {"only": backbone.state_dict()}
+    return toys.evaluation(states, lambda _: backbone, *parts, labels=(None, 20), draws=2)
 
 
 def test_is_multi_head_attention_with_a_learned_query_and_a_linear_classifier():
@@ -71,9 +58,9 @@ def test_the_class_at_a_random_position_is_found(monkeypatch):
 def test_maps_are_the_same_kept_or_made_anew_and_their_scale_does_not_count(monkeypatch):
     given, loud = evaluation(60), evaluation(60, scale=1e6)
     parts = [torch.tensor([3, 1]), torch.tensor([50])]
-    kept = list(Probes(given, given.backbone).features(given.parts.train, parts))
+    kept = list(Probes(given, given.backbones["only"]).features(given.parts.train, parts))
     monkeypatch.setattr(module, "KEPT_BYTES", 0)
-    anew = list(Probes(loud, loud.backbone).features(loud.parts.train, parts))
+    anew = list(Probes(loud, loud.backbones["only"]).features(loud.parts.train, parts))
     patches = torch.from_numpy(marked(60, 1).pixels / 255)
     values = nn.functional.pixel_unshuffle(patches, 2).flatten(2).transpose(1, 2)
     std, mean = torch.std_mean(values, dim=(0, 1), correction=0)

@@ -1,24 +1,19 @@
 """Frozen vectors: which candidate is chosen, on which images, and what stands beside it."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
+import toys
 from sklearn.decomposition import PCA
 from torch import nn
 from torch.nn import functional as F
 from toys import ArraySource
 
-from backfold.data.statistics import ChannelStatistics
 from backfold.evaluation import frozen
 from backfold.evaluation.frozen import FrozenVectors, PixelVectors, knn, layers, linear
-from backfold.evaluation.images import Images, Parts
 from backfold.evaluation.results import BEFORE, PRETRAINED
-from backfold.evaluation.subject import Subject
 
-CPU = torch.device("cpu")
-PLAIN = ChannelStatistics((0.5,), (0.25,))
+SIGHTED = {PRETRAINED: 100.0, BEFORE: 0.0}
 
 
 def faint(count, seed):
@@ -53,20 +48,12 @@ def finely_drawn(count, seed):
     return ArraySource((128 + 20 * pixels).clip(0, 255).astype(np.uint8)[:, None], labels)
 
 
-def evaluation(weights, embedding="auto", labels=(None, 4), count=160, draws=3, images=faint):
+def evaluation(weights, labels=(None, 4), count=160, images=faint, embedding="auto", draws=3):
     states = {name: Seeing(gain).state_dict() for name, gain in weights.items()}
-    size = images(1, 0).pixels.shape[-2:]
-    subject = Subject("toy", states, lambda _: Seeing(0.0), 1, size, PLAIN)
-    fit, validation = torch.arange(count).split([count * 4 // 5, count - count * 4 // 5])
-    train, test = (Images(images(*each), subject) for each in ((count, 0), (80, 1)))
-    parts = Parts(train, test, fit, validation)
-    settings = SimpleNamespace(
-        embedding=embedding, seed=0, draws=draws, label_counts=lambda: list(labels)
+    parts = images(count, 0), images(80, 1)
+    given = toys.evaluation(
+        states, lambda _: Seeing(0.0), *parts, labels, embedding=embedding, draws=draws
     )
-    given = SimpleNamespace(
-        settings=settings, subject=subject, parts=parts, statistics=PLAIN, device=CPU,
-        backbones={name: subject.backbone(name) for name in states},
-    )  # fmt: skip
     given.frozen = FrozenVectors(given)
     return given
 
@@ -75,27 +62,32 @@ def cells(rows):
     return {(row.case, row.contender): row for row in rows}
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])  # the latter on disk
 @pytest.mark.parametrize("protocol", [knn, linear])
-def test_who_sees_the_class_wins_and_swapped_weights_are_noticed(protocol):
-    def check(weights):
-        found = cells(protocol(evaluation(weights)))
-        for case in ("all labels", "4 labels a class"):
-            assert found[case, PRETRAINED].mean > 95
-            assert found[case, BEFORE].mean < 60
-            assert found[case, "pixels"].mean < 95
-            gap = found[case, PRETRAINED].mean - found[case, BEFORE].mean
-            assert found[case, "pretrained over before"].mean == pytest.approx(gap)
-        assert found["4 labels a class", PRETRAINED].count == 3
-        assert found["all labels", PRETRAINED].count == 1
+def test_who_sees_the_class_wins_and_swapped_weights_are_noticed(protocol, stored, monkeypatch):
+    if stored == torch.float16:
+        monkeypatch.setattr(frozen, "IN_MEMORY_BYTES", 0)
 
-    check({PRETRAINED: 100.0, BEFORE: 0.0})
+    def check(weights):
+        given = evaluation(weights)
+        found = cells(protocol(given))
+        assert given.frozen.test(PRETRAINED, "layer -1, max").dtype == stored
+        for case, count in (("all labels", 1), ("4 labels a class", 3)):
+            means = {name: found[case, name].mean for name in (*SIGHTED, "pixels")}
+            assert means[PRETRAINED] > 95 > means["pixels"]
+            assert means[BEFORE] < 60
+            gap = found[case, "pretrained over before"].mean
+            assert gap == pytest.approx(means[PRETRAINED] - means[BEFORE])
+            assert found[case, PRETRAINED].count == count
+
+    check(SIGHTED)
     with pytest.raises(AssertionError):
         check({PRETRAINED: 0.0, BEFORE: 100.0})
 
 
 def test_the_candidate_is_chosen_on_validation_images_alone():
     """Test labels that are turned round change the accuracy and no choice."""
-    straight, turned = (evaluation({PRETRAINED: 100.0, BEFORE: 0.0}, draws=1) for _ in range(2))
+    straight, turned = (evaluation(SIGHTED, draws=1) for _ in range(2))
     turned.parts.test._labels = 3 - turned.parts.test._labels
     rows = linear(turned)
     assert [row.note for row in rows] == [row.note for row in linear(straight)]
@@ -105,10 +97,10 @@ def test_the_candidate_is_chosen_on_validation_images_alone():
 @pytest.mark.parametrize("protocol", [knn, linear])
 def test_few_labels_are_all_that_a_choice_sees(protocol):
     """With one draw, other training labels change nothing."""
-    given = evaluation({PRETRAINED: 100.0, BEFORE: 0.0}, labels=(4,), draws=1)
+    given = evaluation(SIGHTED, labels=(4,), draws=1)
     straight = protocol(given)
     (drawn,) = given.parts.draws(4, 1, 0)
-    turned = evaluation({PRETRAINED: 100.0, BEFORE: 0.0}, labels=(4,), draws=1)
+    turned = evaluation(SIGHTED, labels=(4,), draws=1)
     unseen = np.setdiff1d(given.parts.fit.numpy(), drawn.numpy())
     object.__setattr__(turned.parts, "draws", lambda *_: [drawn])
     labels = turned.parts.train.labels
@@ -128,15 +120,13 @@ def test_longer_vectors_are_chosen_where_labels_suffice(monkeypatch):
 
 
 def test_one_embedding_can_be_asked_for():
-    choice = frozen.EmbeddingChoice(-1, "max")
-    given = evaluation({PRETRAINED: 100.0}, choice, labels=(None,))
-    notes = {row.note.split(";")[0] for row in linear(given) if row.contender == PRETRAINED}
+    given = evaluation(SIGHTED, (None,), embedding=frozen.EmbeddingChoice(-1, "max"))
+    notes = {row.note.split(";")[0] for row in linear(given) if row.contender in SIGHTED}
     assert notes == {"layer -1, max"}
 
 
 def test_layers_are_judged_on_validation_images():
-    given = evaluation({PRETRAINED: 100.0, BEFORE: 0.0})
-    found = cells(layers(given))
+    found = cells(layers(evaluation(SIGHTED)))
     assert found["linear, layer -1, max", PRETRAINED].mean > 95
     assert found["linear, layer -1, max", BEFORE].mean < 60
     assert {row.metric for row in found.values()} == {"validation accuracy (%)"}
@@ -159,10 +149,3 @@ def test_pixels_in_four_forms():
         torch.cdist(ours, ours), torch.cdist(*[torch.from_numpy(components).float()] * 2),
         rtol=1e-2, atol=0.1,
     )  # fmt: skip
-
-
-def test_large_stores_lie_on_disk_in_half_precision(monkeypatch):
-    monkeypatch.setattr(frozen, "IN_MEMORY_BYTES", 0)
-    given = evaluation({PRETRAINED: 100.0, BEFORE: 0.0})
-    assert cells(knn(given))["all labels", PRETRAINED].mean > 95
-    assert given.frozen.test(PRETRAINED, "layer -1, max").dtype == torch.float16

@@ -76,38 +76,30 @@ def test_new_rows_replace_those_of_the_same_protocol_and_case(tmp_path):
     assert read_rows(path) == [*grid[2:], *new]
 
 
-def cells(table):
-    """By row and column heading, the text of a cell."""
-    return {(row[0], column): text for row in table.rows
-            for column, text in zip(table.headings[1:], row[1:], strict=True)}  # fmt: skip
+def cells(rows, severity=None):
+    """By caption, row and column heading, the text of a cell."""
+    return {
+        (table.caption.removesuffix(", mean ± spread"), row[0], column): text
+        for table in results.tables_of(rows, severity)
+        for row in table.rows
+        for column, text in zip(table.headings[1:], row[1:], strict=True)
+    }
 
 
 def test_each_number_stands_in_its_cell():
     draw = iter(np.random.default_rng(0).permutation(1000) / 10)
-    rows = [
-        Row("p", case, name, metric, next(draw), 0.0, 1)
-        for metric in ("accuracy (%)", "PSNR (dB)")
-        for case in ("all labels", "blur, severity 1", "blur, severity 4", "noise, severity 4")
-        for name in ("pretrained", "before")
-        if (case, name) != ("noise, severity 4", "before")
-    ]
-    rest = {(row.metric, row.case, row.contender): row.mean for row in rows}
-    for metric, table in zip(
-        ("accuracy (%)", "PSNR (dB)"), results.tables_of(rows)[:2], strict=True
-    ):
-        assert table.caption.startswith(metric)
-        for (case, name), text in cells(table).items():
-            assert float(text) == rest.pop((metric, case, name))
-    known = set()
-    for table in results.tables_of(rows)[2:]:
-        corruption, metric = table.caption.split(",")[0].split(": ")
-        known.add(corruption)
-        for (name, column), text in cells(table).items():
-            assert float(text) == rest.pop((metric, f"{corruption}, {column}", name))
-    assert not rest
-    plain, _ = results.tables_of(rows, severity=4)
-    assert {row for row, _ in cells(plain)} == {"all labels", *(f"{c}, severity 4" for c in known)}
-    assert cells(plain)["noise, severity 4", "before"] == "-"
+    cases = ("all labels", "blur, severity 1", "blur, severity 4", "noise, severity 4")
+    rows, whole, alone = [], {}, {}
+    for metric, name, case in itertools.product(("accuracy (%)", "PSNR (dB)"), "ab", cases):
+        rows.append(Row("p", case, name, metric, next(draw), 0.0, 1))
+        corruption, _, column = case.partition(", ")
+        key = (f"{corruption}: {metric}", name, column) if column else (metric, case, name)
+        whole[key] = rows[-1].mean
+        if "severity 1" not in case:
+            alone[metric, case, name] = rows[-1].mean
+    assert {key: float(text) for key, text in cells(rows).items()} == whole
+    assert {key: float(text) for key, text in cells(rows, severity=4).items()} == alone
+    assert cells(rows[1:], severity=4)["accuracy (%)", "all labels", "a"] == "-"
 
 
 def test_names_of_data_hold_no_path(tmp_path, monkeypatch):

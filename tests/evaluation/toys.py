@@ -1,11 +1,29 @@
-"""Images in memory, as a source."""
+"""Images in memory, as a source, and what protocols are given of them."""
 
 import os
 import time
+from types import SimpleNamespace
 
 import torch
 
+from backfold.data.statistics import ChannelStatistics
 from backfold.errors import BrokenImage
+from backfold.evaluation.images import Images, Parts
+from backfold.evaluation.subject import Subject
+
+CPU, PLAIN = torch.device("cpu"), ChannelStatistics((0.5,), (0.25,))
+
+
+def evaluation(states, make, train, test, labels, **settings):
+    """Of backbones by contender; a fifth of the training images is for choices."""
+    subject = Subject("toy", states, make, 1, train.pixels.shape[-2:], PLAIN)
+    fit, validation = torch.arange(len(train)).tensor_split([len(train) * 4 // 5])
+    return SimpleNamespace(
+        settings=SimpleNamespace(seed=0, label_counts=lambda: list(labels), **settings),
+        subject=subject, statistics=PLAIN, device=CPU,
+        parts=Parts(Images(train, subject), Images(test, subject), fit, validation),
+        backbones={name: subject.backbone(name) for name in states},
+    )  # fmt: skip
 
 
 class ArraySource:

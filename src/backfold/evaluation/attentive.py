@@ -76,7 +76,7 @@ class Probes:
         self._given, self._images, self._backbone = given, given.parts.train, backbone
         self._kept: dict[int, Tensor] = {}
         images, _ = self._images.load(BATCH_SIZE, given.settings.seed)
-        maps = self._maps(given.statistics.normalize(images.to(given.device)))
+        maps = feature_map(backbone, given.statistics.normalize(images.to(given.device))).float()
         std, self._mean = torch.std_mean(maps, dim=(0, 1), correction=0)
         varies = std > torch.finfo(std.dtype).eps * self._mean.abs()
         self._std = torch.where(varies, std, torch.ones_like(std))
@@ -98,15 +98,10 @@ class Probes:
         self, images: data.Images, places: Tensor | Sequence[Tensor]
     ) -> Iterator[Tensor]:
         for batch, _ in data.normalised(self._given, images, places):
-            maps = (self._maps(batch) - self._mean) / self._std
-            if not bool(torch.isfinite(maps).all()):
-                problem = "feature maps are not finite; the backbone diverged"
-                raise UserError(f"{problem}: pretrain it with a lower base_lr")
+            maps = (feature_map(self._backbone, batch).float() - self._mean) / self._std
+            if not maps.isfinite().all():
+                raise UserError("feature maps are not finite; pretrain with a lower base_lr")
             yield maps
-
-    @torch.inference_mode()
-    def _maps(self, images: Tensor) -> Tensor:
-        return feature_map(self._backbone, images).float()
 
     def train(self, places: Tensor, grid: Sequence[tuple[float, float]]) -> "Probes":
         """Train a new probe for each (learning rate, weight decay); returns self."""

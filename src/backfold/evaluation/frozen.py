@@ -5,7 +5,7 @@ each protocol and number of labels the candidate is chosen on validation images,
 """
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ LARGEST_SIDE, THUMBNAIL = 32, 8
 METRIC = "validation accuracy (%)"
 
 Pair = tuple[str, str]  # contender, candidate
+Candidates = Mapping[str, Sequence[str]]  # by contender, such as "layer -2, max", "centred pixels"
 # Candidate, regularisation (0: none), and every candidate's accuracy on validation images, 0 to 1.
 Choice = tuple[str, float, dict[str, float]]
 
@@ -42,17 +43,25 @@ class FrozenVectors:
 
     def __init__(self, given: "Evaluation") -> None:
         self._given = given
-        self._known: dict[Pair, tuple[Tensor, Tensor]] = {}
+        self._known: dict[Pair, tuple[Tensor, Tensor]] = {}  # places and vectors
         self._test: dict[Pair, Tensor] = {}
         self.choices: dict[tuple[str, str, str], Choice] = {}  # by `_choose`, for other protocols
-        self.contenders: dict[str, Embedder | PixelVectors] = {}
+        self._embedders: dict[str, Embedder | PixelVectors] = {}
         first, _ = given.parts.train.load(COMPONENTS_ON, given.settings.seed)
         first, width = given.statistics.normalize(first.to(given.device)), 1
         for name, backbone in given.backbones.items():
-            self.contenders[name] = embedder = Embedder(backbone, first[:2])
+            self._embedders[name] = embedder = Embedder(backbone, first[:2])
             width = max(width, embedder(first[:2])[EmbeddingChoice()].shape[1])
-        self.contenders[PIXELS] = PixelVectors(first, width, given.settings.seed)
-        self._names = {name: list(self._vectors(name, first[:2])) for name in self.contenders}
+        self._embedders[PIXELS] = PixelVectors(first, width, given.settings.seed)
+        self.candidates = {each: list(self._vectors(each, first[:2])) for each in self._embedders}
+        if (asked := given.settings.embedding) != "auto":
+            for name in given.backbones:
+                if str(asked) not in (found := self.candidates[name]):
+                    raise UserError(
+                        f"the backbone has no embedding {asked}; choose from {'; '.join(found)}, "
+                        "or auto"
+                    )
+                self.candidates[name] = [str(asked)]
 
     def train(self, contender: str, candidate: str, places: Tensor) -> Tensor:
         """(places, features): the training images' vectors; see `prepare`."""
@@ -61,56 +70,37 @@ class FrozenVectors:
             return vectors
         return vectors[torch.searchsorted(known, places)]
 
-    def prepare(self, wanted: Iterable[Pair], parts: Sequence[Tensor]) -> None:
-        """Embed the images at these places, as far as it is not done; "" is every candidate."""
-        places = torch.cat(list(parts)).unique()
-        missing = {
-            (name, candidate)
-            for name, asked in wanted
-            for candidate in ([asked] if asked else self.candidates(name))
-            if (name, candidate) not in self._known
-            or not torch.isin(places, self._known[name, candidate][0]).all()
-        }
-        if len(places) <= MOST_CHOSEN_ON:  # all in one pass: the next protocol chooses another
-            missing = {(name, each) for name, _ in missing for each in self.candidates(name)}
+    def prepare(self, wanted: Candidates, parts: Sequence[Tensor]) -> None:
+        """Embed the training images at these places, as far as it is not done."""
+        places, missing = torch.cat(list(parts)).unique(), dict[str, Sequence[str]]()
+        nothing = (places[:0], places[:0])
+        for name, candidates in wanted.items():
+            known = {each: self._known.get((name, each), nothing)[0] for each in candidates}
+            lacking = [each for each in known if not torch.isin(places, known[each]).all()]
+            if lacking:  # of few images all in one pass: the next protocol chooses another
+                few = len(places) <= MOST_CHOSEN_ON
+                missing[name] = self.candidates[name] if few else lacking
         found = self._embed(self._given.parts.train, missing, places) if missing else {}
         self._known |= {pair: (places, vectors) for pair, vectors in found.items()}
 
     def test(self, contender: str, candidate: str) -> Tensor:
         """(test images, features)."""
         if not self._test:
-            pairs = {(name, each) for name in self.contenders for each in self.candidates(name)}
             images = self._given.parts.test
-            self._test = self._embed(images, pairs, torch.arange(len(images)))
+            self._test = self._embed(images, self.candidates, torch.arange(len(images)))
         return self._test[contender, candidate]
-
-    def candidates(self, contender: str) -> list[str]:
-        """Names, such as "layer -2, max" or "centred pixels"."""
-        asked, names = self._given.settings.embedding, self._names[contender]
-        if contender == PIXELS or asked == "auto":
-            return names
-        if str(asked) not in names:
-            raise UserError(
-                f"the backbone has no embedding {asked}; choose from {'; '.join(names)}, or auto"
-            )
-        return [str(asked)]
 
     def _vectors(self, contender: str, images: Tensor) -> dict[str, Tensor]:
         """(batch, features) by candidate, of normalised images."""
-        return {str(choice): rows for choice, rows in self.contenders[contender](images).items()}
+        return {str(choice): rows for choice, rows in self._embedders[contender](images).items()}
 
     @torch.inference_mode()
-    def _embed(
-        self, images: data.Images, wanted: Iterable[Pair], places: Tensor
-    ) -> dict[Pair, Tensor]:
+    def _embed(self, images: data.Images, wanted: Candidates, places: Tensor) -> dict[Pair, Tensor]:
         """One pass over the images, however many backbones and candidates there are."""
-        chosen: dict[str, list[str]] = {}
-        for name, candidate in sorted(wanted):
-            chosen.setdefault(name, []).append(candidate)
         stores: dict[Pair, Tensor] = {}
         start = 0
         for batch, _ in data.normalised(self._given, images, places):
-            for name, candidates in chosen.items():
+            for name, candidates in wanted.items():
                 vectors = self._vectors(name, batch)
                 total = sum(vectors[each].shape[1] for each in candidates)
                 for candidate in candidates:
@@ -171,7 +161,7 @@ def layers(given: "Evaluation") -> list[Row]:
     case, fit = data.label_case(None), [given.parts.fit]
     return [
         Row.of("layers", f"linear, {candidate}", name, METRIC, [100 * score])
-        for name in given.frozen.contenders
+        for name in given.frozen.candidates
         for candidate, score in _choose(given, "linear", name, case, fit)[2].items()
     ]
 
@@ -181,9 +171,9 @@ def _rows(protocol: str, given: "Evaluation") -> list[Row]:
     frozen, labels = given.frozen, given.parts.train.labels
 
     def learn(name: str, case: str, draws: data.Places, learned: data.Places) -> data.Learned:
-        chosen = {each: _choose(given, protocol, each, case, draws) for each in frozen.contenders}
-        pairs = [(each, choice[0]) for each, choice in chosen.items()]
-        frozen.prepare(pairs, learned)  # of all contenders in one pass
+        chosen = {each: _choose(given, protocol, each, case, draws) for each in frozen.candidates}
+        # Of all contenders in one pass.
+        frozen.prepare({each: [choice[0]] for each, choice in chosen.items()}, learned)
         candidate, regularisation, _ = chosen[name]
         queries, predicted = frozen.test(name, candidate), []
         for places in learned:
@@ -195,7 +185,7 @@ def _rows(protocol: str, given: "Evaluation") -> list[Row]:
                 predicted.append(probe.predict(queries))
         return candidate + (f"; C {regularisation:g}" if regularisation else ""), predicted
 
-    return data.rows_by_labels(given, protocol, frozen.contenders, learn)
+    return data.rows_by_labels(given, protocol, frozen.candidates, learn)
 
 
 knn, linear = partial(_rows, "knn"), partial(_rows, "linear")
@@ -216,16 +206,17 @@ def _choose(
     validation = data.some(given.parts.validation, MOST_VALIDATION, seed)
     if len(draws) == 1 or sum(map(len, draws)) > MOST_CHOSEN_ON:
         sets = [data.some(draws[0], CHOSEN_ON, seed)]
-    frozen.prepare([(each, "") for each in frozen.contenders], [*sets, validation])
-    validated = partial(_validated, given, protocol, name, validation=validation)
-    found = {each: validated(each, sets) for each in frozen.candidates(name)}
+    frozen.prepare(frozen.candidates, [*sets, validation])
+    validated = partial(_validated, given, protocol, name, validation)
+    found = {each: validated(each, sets) for each in frozen.candidates[name]}
     scores = {candidate: score for candidate, (score, _) in found.items()}
     if protocol == "linear" and len(sets[0]) < len(draws[0]):
         # Longer vectors need more images: the best of each length again, with all of these.
         rising = sorted(scores, key=scores.__getitem__)
-        finalists = {frozen.train(name, each, validation).shape[1]: each for each in rising}
-        frozen.prepare([(name, each) for each in finalists.values()], [draws[0], validation])
-        found = {each: validated(each, draws[:1]) for each in finalists.values()}
+        longest = {frozen.train(name, each, validation).shape[1]: each for each in rising}
+        finalists = list(longest.values())
+        frozen.prepare({name: finalists}, [draws[0], validation])
+        found = {each: validated(each, draws[:1]) for each in finalists}
     best = max(found, key=lambda candidate: found[candidate][0])
     frozen.choices[key] = (best, found[best][1], scores)
     return frozen.choices[key]
@@ -235,9 +226,9 @@ def _validated(
     given: "Evaluation",
     protocol: str,
     name: str,
+    validation: Tensor,
     candidate: str,
     sets: Sequence[Tensor],
-    validation: Tensor,
 ) -> tuple[float, float]:
     """Accuracy, 0 to 1, over these sets of places to learn from, and the best regularisation.
 
