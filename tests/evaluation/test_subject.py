@@ -63,18 +63,14 @@ def init(tmp_path):
     return tmp_path / "weights.safetensors"
 
 
-def alone(folder, to):
-    """A run's checkpoint without its folder."""
-    return shutil.copy(RunFolder(folder).last_checkpoint, to)
-
-
 def test_before_is_what_training_wrote_and_the_seed_made(fresh, tmp_path):
     subject = open_subject(fresh)
     assert list(subject.weights) == [PRETRAINED, BEFORE]
     assert subject.scratch == BEFORE
     before = subject.weights[BEFORE]
     assert same(before, load_file(fresh / "initial.safetensors"))
-    assert same(before, open_subject(alone(fresh, tmp_path / "last.ckpt")).weights[BEFORE])
+    alone = shutil.copy(RunFolder(fresh).last_checkpoint, tmp_path)  # the seed makes the same
+    assert same(before, open_subject(alone).weights[BEFORE])
     for contender, weights in subject.weights.items():
         subject.backbone(contender).requires_grad_(False).pos_embed.zero_()  # a copy
         assert same(subject.backbone(contender).state_dict(), weights)
@@ -175,12 +171,18 @@ def test_damaged_files_and_sizes_are_refused(fresh, tmp_path):
         open_subject("test_vit", image_size=(30, 30))
     with pytest.raises(UserError, match="can't take images of 3 x 28x28"):
         open_subject(nn.Conv2d(1, 4, 3), image_size=(28, 28))
-    export_run(fresh, "timm", tmp_path / "out")
-    torn = shutil.copytree(fresh, tmp_path / "run")
+    torn, exported = shutil.copytree(fresh, tmp_path / "run"), tmp_path / "out"
+    export_run(fresh, "timm", exported)
+    weights = load_file(exported / "model.safetensors")
+    del weights["norm.bias"]
+    for bias in ({}, {"norm.bias": torch.zeros(1)}):
+        save_file(weights | bias, exported / "model.safetensors")
+        with pytest.raises(UserError, match=r"weights of .*out do not fit vit_tiny.*: norm.bias"):
+            open_subject(exported)
     for path, message in (
         (torn / "initial.safetensors", r"initial\.safetensors can't be read"),
-        (tmp_path / "out" / "model.safetensors", r"model\.safetensors can't be read"),
-        (tmp_path / "out" / "config.json", "is no exported folder"),
+        (exported / "model.safetensors", "is no exported folder"),
+        (exported / "config.json", "is no exported folder"),
     ):
         path.write_bytes(path.read_bytes()[:99])
         with pytest.raises(UserError, match=message):

@@ -138,13 +138,18 @@ def _of_export(folder: Path, image_size: ImageSize | None, seed: int) -> Subject
         channels, height, width = told["input_size"]
         statistics = ChannelStatistics(tuple(told["mean"]), tuple(told["std"]))
         options = {"in_chans": channels, **config.get("model_args", {})}
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{folder} is no exported folder ({type(error).__name__}: {error}); export the run anew"
         ) from error
     options = {key: options[key] for key in options if key not in OPTIONAL_ARGUMENTS}
     size = image_size or (height, width)
-    return _of_timm(str(folder), name, options, size, statistics, folder, seed)
+    subject = _of_timm(str(folder), name, options, size, statistics, folder, seed)
+    for key, own in subject.weights[PRETRAINED].items():  # of another timm, or of nobody
+        if key not in weights or (image_size is None and weights[key].shape != own.shape):
+            raise UserError(f"the weights of {folder} do not fit {name}: {key}; export anew")
+    return subject
 
 
 def _of_timm(
