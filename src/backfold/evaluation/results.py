@@ -32,41 +32,33 @@ class About(NamedTuple):
 
 ABOUT: Mapping[str, About] = {
     "knn": About(
-        "Nearest neighbours",
-        "The 20 nearest training images in cosine similarity vote for a test image's class.",
+        "Nearest neighbours", "The 20 most similar training images vote for a test image's class."
     ),
     "linear": About(
-        "Linear probe",
-        "A logistic regression reads the class from the frozen backbone's vectors.",
+        "Linear probe", "A logistic regression reads the class from frozen backbones' vectors."
     ),
     "layers": About(
-        "By layer",
-        "What linear probes read from each layer and pooling, on validation images.",
+        "By layer", "What linear probes read from each layer and pooling, on validation images."
     ),
     "attentive": About(
-        "Attentive probe",
-        "Attention pooling and a linear classifier, trained on the frozen backbone's positions.",
+        "Attentive probe", "Attention pooling and a linear classifier on frozen feature maps."
     ),
     "finetune": About(
         "Fine-tuning",
-        "The whole backbone is trained with labels; from scratch it starts at random with the"
-        " same recipe, and each gets once or three times the steps, whichever is better on "
-        "validation images.",
+        "The whole backbone is trained with labels; from scratch it starts at random with the "
+        "same recipe, and each gets the learning rate and steps that validation images prefer.",
     ),
     "lowshot": About(
-        "Few labels",
-        "Linear probe and fine-tuning with 1 to 25 labels a class, and with 1 and 10 %.",
+        "Few labels", "Linear probe and fine-tuning with 1 to 25 labels a class, 1 and 10 %."
     ),
     "segmentation": About(
         "Segmentation",
         "The class of every pixel, read from the feature map by a linear head and by a small "
-        "decoder, frozen and fine-tuned; the mean intersection over union (mIoU) is 100 % "
-        "where every pixel is right.",
+        "decoder, frozen and fine-tuned, as the mean intersection over union (mIoU), at best 100.",
     ),
     "energy": About(
         "What the energy knows",
-        "How often a strange image's score is above a clean test image's: 1 is always, 0.5 is"
-        " chance.",
+        "How often a strange image's score is above a clean test image's; 0.5 is chance.",
     ),
     "restoration": About(
         "Restoration",
