@@ -99,14 +99,9 @@ def test_draws_hold_so_many_images_of_every_class(count):
     assert torch.equal(parts.draws(None, 3, 2)[0], fit)
 
 
-@pytest.fixture(params=["kept", "streamed"])
-def where(request, monkeypatch):
-    if request.param == "streamed":
-        monkeypatch.setattr("backfold.evaluation.images.KEPT_BYTES", 0)
-
-
-@pytest.mark.usefixtures("where")
-def test_broken_files_are_replaced_label_and_all(tmp_path):
+@pytest.mark.parametrize("kept_bytes", [0, 2**29])
+def test_broken_files_are_replaced_label_and_all(tmp_path, monkeypatch, kept_bytes):
+    monkeypatch.setattr("backfold.evaluation.images.KEPT_BYTES", kept_bytes)
     stands_in = torch.tensor([*range(9), 10, *range(10, 20)])
     truth = noise(tmp_path, 20)[stands_in]
     (tmp_path / "a" / "09.npy").write_bytes(b"torn")
@@ -121,7 +116,6 @@ def test_broken_files_are_replaced_label_and_all(tmp_path):
 
 # From Python 3.12 on, forking a process with threads warns; torch has threads and forks.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.usefixtures("where")
 def test_deadly_files_are_counted_and_skipped_until_they_are_too_many(caplog, monkeypatch):
     monkeypatch.setattr("backfold.data.loading.IMAGE_SECONDS", 0.5)
     grey = np.random.default_rng(0).integers(0, 256, (200, 1, 28, 28), np.uint8)
@@ -133,8 +127,7 @@ def test_deadly_files_are_counted_and_skipped_until_they_are_too_many(caplog, mo
 
     found = loaded(2, crash=(7,), hang=(9,))
     assert [line[:18] for line in caplog.messages] == ["skipped: image 7: ", "skipped: image 9: "]
-    expected = loaded(0, broken=(7, 9))
-    assert all(torch.equal(given, wanted) for given, wanted in zip(found, expected, strict=True))
+    assert all(map(torch.equal, found, loaded(0, broken=(7, 9))))
     with pytest.raises(UserError, match="2 images can't be read, 1 are allowed: image 3: ends the"):
         loaded(1, count=24, crash=(3, 7))
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +19,6 @@ PRETRAINED, BEFORE, RANDOM = "pretrained", "before", "random"
 PIXELS, SCRATCH = "pixels", "from scratch"
 ACCURACY = "accuracy (%)"
 OVER = " over "
-SEVERITY = re.compile(r"(?P<name>.+), severity (?P<severity>\d)")
 
 
 class About(NamedTuple):
@@ -166,8 +164,8 @@ def severity_case(name: str, severity: int) -> str:
 
 def parse_case(case: str) -> tuple[str, int] | None:
     """The inverse of `severity_case`; None for any other case."""
-    found = SEVERITY.fullmatch(case)
-    return (found["name"], int(found["severity"])) if found else None
+    name, _, level = case.rpartition(", severity ")
+    return (name, int(level)) if name and level.isdecimal() else None
 
 
 def data_name(data: object) -> str:
