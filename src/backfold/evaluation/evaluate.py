@@ -209,7 +209,7 @@ def open_parts(settings: EvaluateSettings, subject: Subject, num_workers: int = 
             learned, tested = sources.split_held_out(trained_on, config.held_out, config.seed)
         else:
             learned, tested = _split(train, TEST_SHARE, seed)
-        LOGGER.warning(f"{train.name} has no test split: {len(tested)} of its images are the test")
+        LOGGER.warning(f"{train.name} has no test split: {len(tested)} of its images are tested on")
         train, test = SubsetSource(train, learned), SubsetSource(train, tested)
     if caveat:
         LOGGER.warning("%s: give data with a test split of their own", caveat)
