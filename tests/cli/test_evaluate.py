@@ -196,3 +196,13 @@ def test_what_a_protocol_cannot_use_is_refused_before_anything_is_written(
     assert snapshot(run_folder) == before
     refused(["evaluate", "--checkpoint=no_such_thing"], "no_such_thing is no run's folder")
     refused(["evaluate", "--checkpoint=test_vit", "--protocols=energy"], "a backbone alone")
+
+
+def test_settings_that_nothing_uses_are_named(run_folder, data, capsys):
+    unused = ["--near=anything", "--finetuning.epochs=3", "--image-size=28"]
+    evaluate(run_folder, "knn", f"--data={data}", *unused)
+    log = " ".join(capsys.readouterr().err.split())
+    assert "near has no effect on knn" in log
+    assert "finetuning has no effect on knn" in log
+    assert "image_size has no effect on a run" in log
+    assert "labels has no effect" not in log

@@ -256,6 +256,21 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "restoration": Protocol(restoration, "energy"),
     "adaptation": Protocol(adaptation, "energy and labels"),
 }
+TUNING = {"finetune", "lowshot", "adaptation"}
+# Settings that not every protocol uses.
+USED_BY: Mapping[str, set[str]] = {
+    "labels": {"knn", "linear", "attentive", "finetune"},
+    "draws": {"knn", "linear", "attentive", "finetune", "lowshot"},
+    "train_images": {"knn", "linear", "layers", "attentive", "energy", *TUNING},
+    "test_images": {"energy", "restoration", "adaptation"},
+    "embedding": {"knn", "linear", "layers", "lowshot", "energy"},
+    "finetuning": TUNING,
+    "rate_factors": TUNING,
+    "segmentation": {"segmentation"},
+    "near": {"energy"},
+    "far": {"energy"},
+    "num_steps": {"restoration"},
+}
 
 
 class Run(typing.Protocol):
@@ -294,6 +309,13 @@ def evaluate_each(settings: EvaluateSettings) -> Iterator[list[Row]]:
     _refuse(names, evaluation)
     if run and run.config.energy == "conditional" and {"energy", "adaptation"} & {*names}:
         LOGGER.warning(NOT_DENSE)
+    for name, users in USED_BY.items():
+        changed = getattr(settings, name) != getattr(EvaluateSettings(), name)
+        if changed and not users & {*names}:
+            LOGGER.warning(f"{name} has no effect on {', '.join(names)}")
+    for name in ("weights", "image_size"):
+        if run and getattr(settings, name) is not None:
+            LOGGER.warning(f"{name} has no effect on a run, which has its own")
     out = subject.folder if settings.out is None else Path(settings.out)
     if out is None:
         LOGGER.info(f"no rows are written: {subject.name} lies in no run's folder; give out")
