@@ -20,21 +20,21 @@ TASKS = TaskSettings(Masking(mask_patch_size=4), Sorting(sorting_patch_size=8))
 IMAGES = torch.randn(3, 3, 16, 24, generator=torch.Generator().manual_seed(0))
 
 
+def run_of(model, step_size=1.0):
+    config = PretrainConfig(tasks=TASKS, step_size=step_size)
+    return Pretrained(model, config, STATISTICS, 3, (16, 24), step=0)
+
+
 @cache
 def evaluate(clean, num_steps=(1, 2), step_size=1.0):
     """E = |x - clean|^2 / 2: the step size 1 restores, each half step halves the error."""
     model = nn.Module()
     model.forward = lambda images: (images - clean).square().sum(dim=(1, 2, 3)) / 2
     model.of = lambda _: model
-    config = PretrainConfig(tasks=TASKS, step_size=step_size)
-    loaded = STATISTICS.denormalize(IMAGES), torch.arange(len(IMAGES))
-    given = Mock(
-        device="cpu",
-        statistics=STATISTICS,
-        settings=Mock(num_steps=num_steps, test_images=500, seed=0),
-    )
-    given.subject.run = Pretrained(model, config, STATISTICS, 3, (16, 24), step=0)
-    given.parts.test.load.return_value = loaded
+    settings = Mock(num_steps=num_steps, test_images=500, seed=0)
+    given = Mock(device="cpu", statistics=STATISTICS, settings=settings)
+    given.subject.run = run_of(model, step_size)
+    given.parts.test.load.return_value = STATISTICS.denormalize(IMAGES), torch.arange(len(IMAGES))
     return {(row.case, row.contender, row.metric): row for row in module.restoration(given)}
 
 
@@ -79,7 +79,7 @@ def test_half_steps_halve_the_error():
 
 
 def test_psnr_counts_where_the_loss_does():
-    task = module.pretext_severities(TASKS, 3, (16, 24))["masking"][2]
+    task = module.pretext_severities(run_of(None))["masking, severity 3"]
     corruption = task(IMAGES, torch.Generator().manual_seed(0))
     errors = torch.where(corruption.loss_mask, module.mean_fill(corruption) - IMAGES, 0.0)
     scaled = errors * torch.tensor(STATISTICS.std)[:, None, None]

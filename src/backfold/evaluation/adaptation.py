@@ -1,18 +1,17 @@
 """Whether an energy helps a classifier on corrupted test images, and what else would.
 
-Images are restored first, all of them or those that the energy finds implausible; or a feature map
-of the classifier descends the classifier's own energy, -log sum exp of its logits; or its norms
-adapt to the test images by entropy. Every sample stops, and is put back, where its energy no longer
-falls, and the class that was guessed of the image as it is may join the energy (Xiao et al., ICLR
-2023). How each is done is chosen on validation images, which the classifier was not trained on. The
-corruptions are the same there as in the test, so what is measured is how well each adapts to known
-kinds of corruption in unknown images.
+Images are restored first, all of them or the implausible ones; or a feature map of the classifier
+descends the classifier's own energy, -log sum exp of its logits; or its norms adapt by entropy.
+Every sample stays where its energy last fell, and the class that was guessed of the image as it is
+may join the energy (Xiao et al., ICLR 2023). How each is done is chosen on validation images, which
+the classifier was not trained on, under the test's kinds of corruption.
 """
 
 import copy
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,7 +46,7 @@ NUM_STEPS = (1, 2, 4)
 STEP_SIZES = (0.25, 0.5, 1.0)  # shares of the step size that the energy was trained with
 GUIDES = (0.0, 30.0)  # weights of the guessed class's cross-entropy beside the energy
 MOVES = (0.03, 0.1, 0.3)  # of features, in their root mean square
-QUANTILES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
+QUANTILES = (0.5, 0.8, 0.9, 0.95, 0.99)  # of clean energies: the thresholds that are tried
 RATES = (1e-4, 1e-3, 1e-2)  # of Adam, around Tent's own 1e-3
 ENTROPY_BATCH = 200
 ALLOWED_CLEAN_LOSS = 0.005
@@ -61,6 +60,11 @@ CORRUPTIONS = {
 }
 BLUR_RADIUS_SIGMAS, ROUNDING = 4, 1e-3
 
+# The energy that descends, where it starts, and the logits of its points.
+Descent = tuple[EnergyFn, Tensor, Callable[[Tensor], Tensor]]
+Percent = NDArray[np.floating[Any]]  # (images,)
+ByContender = dict[str, Percent]
+
 
 def adaptation(given: "Evaluation") -> list[Row]:
     """`adaptation_rows` of a classifier that was fine-tuned from the pretrained backbone."""
@@ -69,31 +73,26 @@ def adaptation(given: "Evaluation") -> list[Row]:
     recipe = best_recipe(given, PRETRAINED, parts.fit)
     classifier = fine_tune(given, PRETRAINED, parts.fit, recipe)
     classes, classified = classifier.classes.cpu(), []
-    seed, tested = settings.seed, torch.arange(len(parts.test))
+    tested = torch.arange(len(parts.test))
     for part, candidates in ((parts.train, parts.validation), (parts.test, tested)):
-        places = some(candidates, settings.test_images, seed)
+        places = some(candidates, settings.test_images, settings.seed)
         images = torch.cat([batch for batch, _ in normalised(given, part, places)])
         labels = part.labels[places]
-        unknown = labels[~torch.isin(labels, classes)]
-        if len(unknown):
-            raise UserError(
-                f"class {int(unknown[0])} has no training images for adaptation's classifier; give "
-                "some of each class"
-            )
-        classified.append((images, torch.searchsorted(classes, labels)))
+        # Of classes that it did not learn none is right, as in `finetune`.
+        known = torch.where(torch.isin(labels, classes), torch.searchsorted(classes, labels), -1)
+        classified.append((images, known))
     energy = run.energy.to(given.device).eval()
     restorer = Restorer(energy, classifier, given.statistics, given.device)
     sizes = [share * run.config.step_size for share in STEP_SIZES]
     restored = [Way(*each) for each in product(NUM_STEPS, sizes, GUIDES)]
     ways = {RESTORED: restored, IMPLAUSIBLE: restored}
     if blocks := middle_blocks(classifier, classified[0][0][:1].to(given.device)):
-        moves = product(NUM_STEPS, MOVES, (0.0,), blocks)
-        ways[FEATURES] = [Way(*each) for each in moves]
+        ways[FEATURES] = [Way(*each) for each in product(NUM_STEPS, MOVES, (0.0,), blocks)]
     ways[ENTROPY] = [Way(rate=rate) for rate in RATES]
-    choices = choose(restorer, *classified[0], ways, seed=seed)
-    for contender, choice in choices.items():
-        LOGGER.info(f"adaptation, {contender}: {choice}")
-    return adaptation_rows(restorer, choices, *classified[1], seed=seed)
+    chosen = choose(restorer, *classified[0], ways, settings.seed)
+    for contender, way in chosen.items():
+        LOGGER.info(f"adaptation, {contender}: {way}")
+    return adaptation_rows(restorer, chosen, *classified[1], settings.seed)
 
 
 class Way(NamedTuple):
@@ -104,29 +103,22 @@ class Way(NamedTuple):
     guide: float = 0.0
     block: int = 0  # what descends: the image, or the feature map behind so many blocks
     rate: float = 0.0  # of adapting the norms by entropy
+    threshold: float = -math.inf  # images of no higher energy, or of none, stay as they are
 
 
 AS_THEY_ARE = Way()
 
 
-class Choice(NamedTuple):
-    """The way of those images whose energy is above a threshold."""
-
-    way: Way = AS_THEY_ARE
-    quantile: float = 0.0  # share of clean validation images that are left alone
-    threshold: float = -math.inf  # energy at this quantile
-
-
 class Attempts(NamedTuple):
-    """Energies (images,), and by way which images are then right."""
+    """Energies (images,), and by way, without its threshold, which images are then right."""
 
     energies: NDArray[np.float64]
     found: dict[Way, NDArray[np.bool_]]
 
-    def right(self, choice: Choice) -> NDArray[np.bool_]:
-        """Images without an energy (nan) are classified as they are."""
-        chosen = self.energies > choice.threshold
-        return np.where(chosen, self.found[choice.way], self.found[AS_THEY_ARE])
+    def right(self, way: Way) -> NDArray[np.bool_]:
+        """Which images are right (images,)."""
+        everywhere = self.found[way._replace(threshold=-math.inf)]
+        return np.where(self.energies > way.threshold, everywhere, self.found[AS_THEY_ARE])
 
 
 class Restorer(NamedTuple):
@@ -137,52 +129,43 @@ class Restorer(NamedTuple):
     statistics: ChannelStatistics
     device: torch.device
 
-    def attempts(self, images: Tensor, labels: Tensor, ways: Sequence[Way]) -> Attempts:
+    def attempts(self, images: Tensor, labels: Tensor, ways: Iterable[Way]) -> Attempts:
         """Classify normalised images as they are, and in each of these ways."""
+        ways = dict.fromkeys(way._replace(threshold=-math.inf) for way in ways)
         descents: dict[Way, list[Way]] = {}  # those that differ in the number of steps alone
         for way in ways:
             if way.num_steps:
                 descents.setdefault(way._replace(num_steps=0), []).append(way)
-        energies, parts = [], []
+        energies, found = [], defaultdict[Way, list[Tensor]](list)
         with eval_mode(self.classifier), eval_mode(self.energy), torch.no_grad():
             for batch in images.to(self.device).split(BATCH_SIZE):
-                logits = self.classifier(batch)
-                predicted = {AS_THEY_ARE: logits.argmax(dim=1)}
+                guess = self.classifier(batch).argmax(dim=1)
+                found[AS_THEY_ARE].append(guess)
                 energies.append(self.energy(batch).cpu().double())
                 for common, group in descents.items():
-                    energy, start, read = self._descent(batch, predicted[AS_THEY_ARE], common)
+                    energy, start, read = self.descent(batch, guess, common)
                     most = max(way.num_steps for way in group)
                     result = restore(energy, start, most, common.step_size)
                     for way in group:
-                        predicted[way] = read(settled(result, way.num_steps)).argmax(dim=1)
-                parts.append({key: each.cpu() for key, each in predicted.items()})
-        found = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+                        found[way].append(read(settled(result, way.num_steps)).argmax(dim=1))
         for way in ways:
             if way.rate:
-                found[way] = by_entropy(self.classifier, images.to(self.device), way.rate)
-        right = {key: (classes == labels).numpy() for key, classes in found.items()}
+                found[way] = [by_entropy(self.classifier, images.to(self.device), way.rate)]
+        right = {way: (torch.cat(parts).cpu() == labels).numpy() for way, parts in found.items()}
         return Attempts(torch.cat(energies).numpy(), right)
 
-    def _descent(
-        self, batch: Tensor, guess: Tensor, way: Way
-    ) -> tuple[EnergyFn, Tensor, Callable[[Tensor], Tensor]]:
-        """The energy that descends, where it starts, and the logits of its points."""
+    def descent(self, batch: Tensor, guess: Tensor, way: Way) -> Descent:
+        """That of a batch, whose classes were guessed as it is."""
+        if way.block:
+            return _behind(self.classifier, way.block, batch)
+        if not way.guide:
+            return self.energy, batch, self.classifier
 
-        def energy(points: Tensor) -> Tensor:
-            if not (way.block or way.guide):
-                return self.energy(points)
-            logits = read(points)
-            own = -logits.logsumexp(dim=1) if way.block else self.energy(points)
-            return scale * own + way.guide * F.cross_entropy(logits, guess, reduction="none")
+        def guided(points: Tensor) -> Tensor:
+            doubt = F.cross_entropy(self.classifier(points), guess, reduction="none")
+            return self.energy(points) + way.guide * doubt
 
-        scale = torch.ones((), device=batch.device)
-        if not way.block:
-            read = self.classifier
-            return energy, batch, read
-        start, read = _behind(self.classifier, way.block, batch)
-        _, gradient = energy_gradient(energy, start)
-        scale = (start.square().mean() / gradient.square().mean().clamp(min=1e-30)).sqrt()
-        return energy, start, read
+        return guided, batch, self.classifier
 
 
 def settled(result: RestorationResult, num_steps: int) -> Tensor:
@@ -193,46 +176,46 @@ def settled(result: RestorationResult, num_steps: int) -> Tensor:
 
 
 def middle_blocks(classifier: Any, batch: Tensor) -> list[int]:
-    """Behind how many blocks features may descend: half of them, and all but one.
-
-    Fewer, or none, where a backbone has no blocks or one that gives more than a tensor.
-    """
-    blocks, seen = _blocks(classifier.backbone), list[object]()
-    found = []
-    for number in sorted({len(blocks) // 2, len(blocks) - 1} - {0, -1}):
-        seen.clear()
-        hook = blocks[number - 1].register_forward_hook(lambda _, __, out: seen.append(out))
-        with hook, eval_mode(classifier), torch.no_grad():
-            classifier(batch)
-        if len(seen) == 1 and isinstance(seen[0], Tensor):
-            found.append(number)
-    return found
+    """Behind how many blocks features may descend: half and all but one, if they give a tensor."""
+    count = len(_blocks(classifier))
+    numbers = sorted({count // 2, count - 1} - {0, -1})
+    with eval_mode(classifier), torch.no_grad():
+        return [n for n in numbers if isinstance(_output(classifier, n, batch), Tensor)]
 
 
-def _blocks(backbone: nn.Module) -> list[nn.Module]:
+def _blocks(classifier: Any) -> list[nn.Module]:
     """What timm's families keep under one of these names, lowest first; none of other modules."""
+    backbone = classifier.backbone
     for name in ("blocks", "stages", "layers"):
         if isinstance(found := getattr(backbone, name, None), nn.Module):
             return list(found.children())
     return [part for name, part in backbone.named_children() if name.startswith("layer")]
 
 
-def _behind(
-    classifier: Any, block: int, batch: Tensor
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The feature map behind a block, as (batch, 1, 1, numbers), and the logits of such ones."""
-    module, seen = _blocks(classifier.backbone)[block - 1], []
+def _output(classifier: Any, block: int, batch: Tensor) -> Any:
+    """What so many blocks give; None where the last does not run once."""
+    seen: list[Any] = []
+    module = _blocks(classifier)[block - 1]
     with module.register_forward_hook(lambda _, __, output: seen.append(output)):
         classifier(batch)
-    (features,) = seen
+    return seen[0] if len(seen) == 1 else None
+
+
+def _behind(classifier: Any, block: int, batch: Tensor) -> Descent:
+    """That of the feature map behind a block, as (batch, 1, 1, numbers)."""
+    features = _output(classifier, block, batch)
+    start = features.flatten(1)[:, None, None]
 
     def read(points: Tensor) -> Tensor:
         own = points.view_as(features)
-        with module.register_forward_hook(lambda *_: own):
+        with _blocks(classifier)[block - 1].register_forward_hook(lambda *_: own):
             logits: Tensor = classifier(batch)
         return logits
 
-    return features.flatten(1)[:, None, None], read
+    _, gradient = energy_gradient(lambda points: -read(points).logsumexp(dim=1), start)
+    # A step of size 1 moves the features by as much as they are.
+    scale = (start.square().mean() / gradient.square().mean().clamp(min=1e-30)).sqrt()
+    return lambda points: -scale * read(points).logsumexp(dim=1), start, read
 
 
 def by_entropy(classifier: Any, images: Tensor, rate: float) -> Tensor:
@@ -251,10 +234,8 @@ def by_entropy(classifier: Any, images: Tensor, rate: float) -> Tensor:
     # Images may come class by class, and batches of one class alone would mislead it.
     order = torch.randperm(len(images), generator=Generator().manual_seed(0))
     for chosen in order.tensor_split(math.ceil(len(images) / ENTROPY_BATCH)):
-        batch = images[chosen.to(images.device)]
-        with torch.enable_grad():
-            logits = adapted(batch)
-            entropy = -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        logits = adapted(images[chosen.to(images.device)])
+        entropy = -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1).mean()
         optimizer.zero_grad()
         entropy.backward()
         optimizer.step()
@@ -263,91 +244,69 @@ def by_entropy(classifier: Any, images: Tensor, rate: float) -> Tensor:
 
 
 def choose(
-    restorer: Restorer,
-    images: Tensor,
-    labels: Tensor,
-    ways: dict[str, list[Way]],
-    *,
-    quantiles: Sequence[float] = QUANTILES,
-    seed: int = 0,
-) -> dict[str, Choice]:
-    """For each contender the choice of the highest mean accuracy on corrupted validation images.
+    restorer: Restorer, images: Tensor, labels: Tensor, ways: dict[str, list[Way]], seed: int
+) -> dict[str, Way]:
+    """For each contender the way of the highest mean accuracy on corrupted validation images.
 
     Every way is tried on every corruption at severity 3 and above of these images, for
-    `IMPLAUSIBLE` with every quantile. Only those count that lose no more than `ALLOWED_CLEAN_LOSS`
+    `IMPLAUSIBLE` with every threshold. Only those count that lose no more than `ALLOWED_CLEAN_LOSS`
     on the clean ones; between equals the first wins, and to leave images as they are is first.
     """
-    every = list(dict.fromkeys(way for each in ways.values() for way in each))
+    every = [way for each in ways.values() for way in each]
     clean = restorer.attempts(images, labels, every)
     if not np.isfinite(clean.energies).all():
         raise UserError(
             "energies of clean validation images are not finite; train with a lower learning rate, "
             "or take an earlier checkpoint"
         )
-    hard = [
-        restorer.attempts(
-            corrupt_images(images, name, severity, restorer.statistics, seed), labels, every
+    hard = []
+    for name, severity in product(corruption_names(images.shape[1]), HARD_SEVERITIES):
+        corrupted = corrupt_images(images, name, severity, restorer.statistics, seed)
+        hard.append(restorer.attempts(corrupted, labels, every))
+    thresholds = [-math.inf, *np.quantile(clean.energies, QUANTILES).tolist()]
+    above = [way._replace(threshold=each) for way, each in product(ways[IMPLAUSIBLE], thresholds)]
+    lowest_clean = clean.right(AS_THEY_ARE).mean() - ALLOWED_CLEAN_LOSS
+    chosen = {}
+    for contender, tried in {**ways, IMPLAUSIBLE: above}.items():
+        allowed = [way for way in tried if clean.right(way).mean() >= lowest_clean]
+        chosen[contender] = max(
+            [AS_THEY_ARE, *allowed],
+            key=lambda way: float(np.mean([attempts.right(way) for attempts in hard])),
         )
-        for name, severity in product(corruption_names(images.shape[1]), HARD_SEVERITIES)
-    ]
-    lowest_clean = clean.right(Choice()).mean() - ALLOWED_CLEAN_LOSS
-
-    def best(contender: str) -> Choice:
-        found, highest = Choice(), np.mean([attempts.right(Choice()) for attempts in hard])
-        for way, quantile in product(
-            ways[contender], quantiles if contender == IMPLAUSIBLE else (0.0,)
-        ):
-            threshold = float(np.quantile(clean.energies, quantile)) if quantile > 0 else -math.inf
-            choice = Choice(way, quantile, threshold)
-            accuracy = np.mean([attempts.right(choice) for attempts in hard])
-            if accuracy > highest and clean.right(choice).mean() >= lowest_clean:
-                found, highest = choice, accuracy
-        return found
-
-    return {contender: best(contender) for contender in ways}
+    return chosen
 
 
 def adaptation_rows(
-    restorer: Restorer,
-    choices: dict[str, Choice],
-    images: Tensor,
-    labels: Tensor,
-    seed: int = 0,
+    restorer: Restorer, chosen: dict[str, Way], images: Tensor, labels: Tensor, seed: int
 ) -> list[Row]:
-    """Accuracy on clean and on corrupted test images, as they are and by each choice.
+    """Accuracy on clean and on corrupted test images, as they are and in each contender's way.
 
     `HARD` is the mean over all corruptions at severity 3 and above. The mean is that of all images,
     the spread that of bootstrap samples of them, which are the same for all rows.
     """
     samples = np.random.default_rng(seed).integers(len(images), size=(RESAMPLES, len(images)))
+    ways = {UNCHANGED: AS_THEY_ARE, **chosen}
 
-    def compared(images: Tensor) -> NDArray[np.float64]:
-        """Per image, in percent: right as it is, by each choice, and whether it is restored."""
-        ways = [choice.way for choice in choices.values()]
-        attempts = restorer.attempts(images, labels, list(dict.fromkeys(ways)))
-        right = [attempts.right(choice) for choice in (Choice(), *choices.values())]
-        implausible = choices.get(IMPLAUSIBLE, Choice())
-        restored = attempts.energies > implausible.threshold
-        restored &= implausible.way != AS_THEY_ARE
-        return 100 * np.stack([*right, restored], dtype=np.float64)
+    def compared(images: Tensor) -> tuple[ByContender, Percent]:
+        """Per image, in percent: by contender whether it is right, and whether it is restored."""
+        attempts = restorer.attempts(images, labels, chosen.values())
+        restored = attempts.energies > chosen[IMPLAUSIBLE].threshold
+        restored &= chosen[IMPLAUSIBLE] != AS_THEY_ARE
+        right = {name: 100.0 * attempts.right(way) for name, way in ways.items()}
+        return right, 100.0 * restored
 
     found, hard = {CLEAN: compared(images)}, []
     for name, severity in product(corruption_names(images.shape[1]), SEVERITIES):
         each = compared(corrupt_images(images, name, severity, restorer.statistics, seed))
         found[severity_case(name, severity)] = each
         hard += [each] if severity in HARD_SEVERITIES else []
-    found[HARD] = np.mean(hard, axis=0)
+    means = {name: np.mean([right[name] for right, _ in hard], axis=0) for name in ways}
+    found[HARD] = means, np.mean([restored for _, restored in hard], axis=0)
     rows = []
-    for case, (unchanged, *others, restored) in found.items():
-        table = [(UNCHANGED, ACCURACY, unchanged)]
-        table += [(name, ACCURACY, each) for name, each in zip(choices, others, strict=True)]
-        table += [
-            (f"{name}{OVER}{UNCHANGED}", ACCURACY, each - unchanged)
-            for name, each in zip(choices, others, strict=True)
-        ]
-        if IMPLAUSIBLE in choices:
-            table.append((IMPLAUSIBLE, SHARE, restored))
-        for contender, metric, values in table:
+    for case, (right, restored) in found.items():
+        gaps = {f"{name}{OVER}{UNCHANGED}": right[name] - right[UNCHANGED] for name in chosen}
+        table = [(ACCURACY, *item) for item in (right | gaps).items()]
+        for metric, contender, values in (*table, (SHARE, IMPLAUSIBLE, restored)):
             mean, std = float(values.mean()), float(values[samples].mean(axis=1).std(ddof=1))
             rows.append(Row(PROTOCOL, case, contender, metric, mean, std, len(samples)))
     return rows

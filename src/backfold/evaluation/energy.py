@@ -1,10 +1,9 @@
 """What the energy knows: which images it finds implausible, beside simpler scores.
 
-Every score is higher for a stranger image: the pretrained run's energy; on the same backbone, the
-mean distance to the nearest training embeddings and the Mahalanobis distance from all of them;
-bytes of the image as a PNG file; and the total variation. The last two know nothing of the data,
-nor whether strange images are busier or plainer than usual: an AUROC far below 0.5 separates as
-well as one far above, to who is told the sign.
+Every score is higher for a stranger image: the pretrained run's energy; on the same backbone, two
+distances from training embeddings; bytes of the image as a PNG file; and the total variation. The
+last two know nothing of the data, nor whether strange images are busier or plainer than usual: an
+AUROC far below 0.5 separates as well as one far above, to who is told the sign.
 
 The mean is that of all images, the spread that of bootstrap samples of them and their corruptions.
 """
@@ -28,8 +27,8 @@ from backfold.defects import Usual
 from backfold.embedding import EmbeddingChoice, embed, embed_batches
 from backfold.errors import UserError
 from backfold.evaluation.images import Images
-from backfold.evaluation.restoration import SEVERITIES, pretext_severities, seeded_batches
-from backfold.evaluation.results import Row, severity_case
+from backfold.evaluation.restoration import pretext_severities, seeded_batches
+from backfold.evaluation.results import Row
 from backfold.metrics import knn_distance
 from backfold.pretext.corruption import PretextTask
 from backfold.training.run import Pretrained
@@ -62,15 +61,12 @@ def energy(given: "Evaluation") -> list[Row]:
     scorer = _Scorer(given, run, train)
     usual, embeddings = scorer(test)
     rows = []
-    config = run.config
-    tasks = pretext_severities(config.tasks, run.channels, run.image_size, config.frames)
-    for name, levels in tasks.items():
-        for severity, task in zip(SEVERITIES, levels, strict=True):
-            strange, _ = scorer(test, task)
-            rows += _rows(severity_case(name, severity), usual, strange, settings.seed, paired=True)
+    for case, task in pretext_severities(run).items():
+        strange, _ = scorer(test, task)
+        rows += _rows(case, usual, strange, settings.seed, paired=True)
     for kind, data in (("near", settings.near), ("far", settings.far)):
         if data is not None:
-            options = (False, given.subject.max_pixels, config.frames)
+            options = (False, given.subject.max_pixels, run.config.frames)
             try:
                 source = open_source(data, "test", *options)
             except NoTestSplit:
@@ -123,12 +119,10 @@ class _Scorer:
 def _rows(case: str, usual: Scores, strange: Scores, seed: int, paired: bool) -> list[Row]:
     """A row a score; of pairs, a strange image is drawn together with its usual one."""
     rows = []
+    options: Any = {"n_resamples": RESAMPLES, "paired": paired, "method": "percentile"}
     for name, scores in usual.items():
         both = scores.double().numpy(), strange[name].double().numpy()
-        rng, method = np.random.default_rng(seed), "percentile"
-        samples = bootstrap(
-            both, auroc, n_resamples=RESAMPLES, paired=paired, method=method, random_state=rng
-        )
+        samples = bootstrap(both, auroc, random_state=np.random.default_rng(seed), **options)
         std = float(samples.standard_error)
         rows.append(Row(PROTOCOL, case, name, METRIC, float(auroc(*both)), std, RESAMPLES))
     return rows

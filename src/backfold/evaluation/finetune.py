@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -110,11 +109,7 @@ class FineTuning:
 
 
 class Classifier(nn.Module):
-    """Averages the backbone's feature map over the positions, norms it and classifies it.
-
-    The backbone is any module that `backfold.backbone.feature_map` takes with images of this shape
-    (channels, height, width).
-    """
+    """Averages the backbone's feature map over the positions, norms it and classifies it."""
 
     classes: Tensor  # (classes,), rising: the labels that the logits stand for
 
@@ -139,8 +134,7 @@ class Classifier(nn.Module):
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """As timm's: from a parameter's name to its layer; the head is where timm's would be."""
         backbone: Any = self.backbone
-        known = getattr(backbone, "pretrained_cfg", None) or {}
-        head = known.get("classifier") or "head"
+        head = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or "head"
         own_head = f"{head if isinstance(head, str) else head[0]}.weight"
         names = {**dict(backbone.named_parameters()), own_head: None}
         listed: Any = SimpleNamespace(named_parameters=names.items)
@@ -155,19 +149,18 @@ def fine_tune(
     """Train a contender's backbone with a new head; returns both in eval mode on the device.
 
     Nothing but the arguments decides the result; on one CPU it is the same bit for bit. ``places``
-    are those of the training images that are learned from; none raise a `UserError`, and a loss
-    that is not finite a `DivergedError`.
+    are those of the training images that are learned from. Raises a `DivergedError`.
     """
     if not len(places):
         raise UserError("fine-tuning: there are 0 images to learn from; give one or more")
     images, device = given.parts.train, given.device
     classes, steps = torch.unique(images.labels[places]), settings.num_steps(len(places))
-    half, decay = settings.precision == "bf16-mixed", settings.ema_decay
+    half = settings.precision == "bf16-mixed"
     with data.seeded(settings.seed, device):
         backbone = given.subject.backbone(contender, settings.drop_path).train()
         classifier = Classifier(backbone, classes, images.shape).to(device)
         optimizer, schedule = build_optimizer(classifier, settings, steps)
-        average = ModelEmaV3(classifier, decay, use_warmup=True) if decay else None
+        average = ModelEmaV3(classifier, settings.ema_decay, use_warmup=True)
         order = list(places[data.batch_indices(len(places), settings.batch_size, steps)])
         for step, (batch, chosen) in enumerate(data.normalised(given, images, order)):
             schedule.step_update(step)
@@ -179,15 +172,14 @@ def fine_tune(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if average is not None:
-                average.update(classifier, step=step + 1)
+            average.update(classifier, step=step + 1)
     if not torch.isfinite(loss):
         raise DivergedError(
             f"fine-tuning diverged: its last loss is {loss.item():g}; lower base_lr "
             f"({settings.base_lr:g})"
         )
-    tuned: Classifier = classifier if average is None else average.module
-    return tuned.eval()
+    tuned: Classifier = average.module.eval()
+    return tuned
 
 
 def augment(
@@ -195,8 +187,7 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Crop, flip, erase and mix a normalised batch, which may be written over.
 
-    Where images are mixed, int64 labels, (batch,), become targets, (batch, num_classes). If mixup
-    and cutmix are both on, a batch gets one of them.
+    Mixed, by mixup or cutmix, int64 labels (batch,) become targets (batch, num_classes).
     """
     (height, width), parts = images.shape[-2:], list[nn.Module]()
     if settings.horizontal_flip:
@@ -220,10 +211,9 @@ def augment(
 def build_optimizer(
     classifier: Classifier, settings: FineTuning, steps: int
 ) -> tuple[AdamW, CosineLRScheduler]:
-    """AdamW in groups by layer, and its schedule: ``step_update(step)`` before each step.
+    """AdamW in groups by timm's layers, and its schedule: ``step_update(step)`` before each step.
 
-    Layers are what timm's ``group_matcher`` says; a backbone without one has none. Norms, biases
-    and what the backbone exempts have no weight decay.
+    Norms, biases and what the backbone exempts have no weight decay.
     """
     backbone, layer_decay = classifier.backbone, settings.layer_decay
     exempt = {BACKBONE + name for name in getattr(backbone, "no_weight_decay", set)()}
@@ -233,10 +223,11 @@ def build_optimizer(
             "what its layers are"
         )
         layer_decay = 1.0
-    grouped: Any = param_groups_weight_decay
+    common: Any = {"weight_decay": settings.weight_decay, "no_weight_decay_list": exempt}
     if layer_decay < 1.0:
-        grouped = partial(param_groups_layer_decay, layer_decay=layer_decay)
-    groups = grouped(classifier, settings.weight_decay, no_weight_decay_list=exempt)
+        groups = param_groups_layer_decay(classifier, layer_decay=layer_decay, **common)
+    else:
+        groups = param_groups_weight_decay(classifier, **common)
     optimizer = AdamW(groups, lr=settings.base_lr * settings.batch_size / 256)
     warmup = min(round(settings.warmup_share * steps), steps - 1)
     schedule = CosineLRScheduler(
@@ -295,12 +286,11 @@ def best_recipe(given: "Evaluation", contender: str, places: Tensor) -> FineTuni
     if contender == given.subject.scratch:
         recipe = replace(recipe, layer_decay=1.0)
     candidates = [replace(recipe, base_lr=recipe.base_lr * factor) for factor in factors]
-    if len(candidates) == 1 and recipe.longer == 1:
+    if len(candidates) == recipe.longer == 1:
         return candidates[0]
     train, validation = given.parts.train, given.parts.validation
 
     def score(candidate: FineTuning) -> float:
-        """Accuracy from 0 to 1 on the validation images; below 0 where it diverged."""
         try:
             tuned = fine_tune(given, contender, places, candidate)
         except DivergedError:
@@ -317,6 +307,4 @@ def best_recipe(given: "Evaluation", contender: str, places: Tensor) -> FineTuni
     best = candidates[scores.index(max(scores))]
     epochs, min_steps = best.epochs * recipe.longer, best.min_steps * recipe.longer
     longer = replace(best, epochs=epochs, min_steps=min_steps)
-    if recipe.longer > 1 and score(longer) > max(scores):
-        return longer
-    return best
+    return longer if recipe.longer > 1 and score(longer) > max(scores) else best

@@ -5,7 +5,7 @@ does: other pixels are taken as clean. Nothing is clipped. The spread is that ov
 says how much images differ and not how sure the mean is (divide by the root of the count for that).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,13 @@ from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, inpaint_
 from torch import Generator, Tensor
 
 from backfold import pretext
-from backfold.backbone import ImageSize
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
 from backfold.evaluation.results import Row, severity_case
 from backfold.metrics import psnr_db, ssim
 from backfold.restoration import restore
-from backfold.training.config import TaskSettings, used_task
+from backfold.training.config import used_task
+from backfold.training.run import Pretrained
 
 if TYPE_CHECKING:
     from backfold.evaluation.evaluate import Evaluation
@@ -59,50 +59,40 @@ def restoration(given: "Evaluation") -> list[Row]:
     run.energy.to(given.device).eval()
     images, _ = given.parts.test.load(settings.test_images, settings.seed)
     rows = []
-    config = run.config
-    tasks = pretext_severities(config.tasks, run.channels, run.image_size, config.frames)
-    for name, levels in tasks.items():
-        for severity, task in zip(SEVERITIES, levels, strict=True):
-            found: dict[tuple[str, str], list[float]] = {}
-            judged = task
-            if isinstance(task, pretext.Sorting) and config.energy == "conditional":
-                judged = replace(task, sorting_patch_size=config.tasks.masking.mask_patch_size)
-            for clean, generator in seeded_batches(given, images):
-                corruption = used_task(task, run.config)(clean, generator)
-                path = restore(
-                    run.energy.of(corruption),
-                    corruption.corrupted,
-                    max(settings.num_steps),
-                    run.config.step_size,
-                ).trajectory
-                contenders = {
-                    f"energy, {steps} step{'s' if steps > 1 else ''}": path[steps]
-                    for steps in settings.num_steps
-                } | classical_restorations(task, corruption)
-                for contender, restored in contenders.items():
-                    measured = _measures(judged, corruption, restored, clean, run.statistics)
-                    for metric, values in measured.items():
-                        found.setdefault((contender, metric), []).extend(values.double().tolist())
-            case = severity_case(name, severity)
-            rows += [Row.of(PROTOCOL, case, *key, values) for key, values in found.items()]
+    for case, task in pretext_severities(run).items():
+        found: dict[tuple[str, str], list[float]] = {}
+        judged = task
+        if isinstance(task, pretext.Sorting) and run.config.energy == "conditional":
+            size = run.config.tasks.masking.mask_patch_size
+            judged = replace(task, sorting_patch_size=size)
+        for clean, generator in seeded_batches(given, images):
+            corruption = used_task(task, run.config)(clean, generator)
+            energy, most = run.energy.of(corruption), max(settings.num_steps)
+            path = restore(energy, corruption.corrupted, most, run.config.step_size).trajectory
+            contenders = {
+                f"energy, {steps} step{'s' if steps > 1 else ''}": path[steps]
+                for steps in settings.num_steps
+            } | classical_restorations(task, corruption)
+            for contender, restored in contenders.items():
+                measured = _measures(judged, corruption, restored, clean, run.statistics)
+                for metric, values in measured.items():
+                    found.setdefault((contender, metric), []).extend(values.double().tolist())
+        rows += [Row.of(PROTOCOL, case, *key, values) for key, values in found.items()]
     return rows
 
 
-def pretext_severities(
-    settings: TaskSettings, channels: int, image_size: ImageSize, frames: int | None = None
-) -> dict[str, tuple[pretext.PretextTask, ...]]:
-    """Each pretext task at severities 1 to 5; images of one channel have no colours and no bands.
+def pretext_severities(run: Pretrained) -> dict[str, pretext.PretextTask]:
+    """By case each pretext task at severities 1 to 5, for a run's images.
 
-    Those of several ``frames`` can lose the latest one.
-
+    Those of one channel have no colours and no bands; those of several frames can lose the latest.
     Severity 3 is about the middle of what training draws by default. What is random is drawn from
     the seed alone: in each image, noise grows, and what is hidden or moved stays so, from one
     severity to the next (but for masks of `Masking.blocks`).
 
-    Patch sizes and the masking's fill are the settings'; a patch size that does not fit twice into
-    the shorter side of the images (height, width) becomes a quarter of that side.
+    Patch sizes and the masking's fill are the run's; a patch size that does not fit twice into the
+    shorter side of the images becomes a quarter of that side.
     """
-    side = min(image_size)
+    settings, side, frames = run.config.tasks, min(run.image_size), run.config.frames
 
     def fitting(patch_size: int) -> int:
         return patch_size if 2 * patch_size <= side else max(1, side // PATCHES_ACROSS)
@@ -111,20 +101,24 @@ def pretext_severities(
     masking = replace(settings.masking, mask_patch_size=size, hidden_share=1.0)
     size = fitting(settings.sorting.sorting_patch_size)
     sorting = replace(settings.sorting, sorting_patch_size=size)
-    tasks: dict[str, tuple[pretext.PretextTask, ...]] = {
-        "masking": tuple(replace(masking, mask_ratio=ratio) for ratio in MASK_RATIOS),
-        "sorting": tuple(replace(sorting, share=share) for share in MOVED_SHARES),
-        "superresolution": tuple(pretext.SuperResolution(factor, factor) for factor in FACTORS),
-        "denoising": tuple(pretext.Denoising(std, std) for std in NOISE_STDS),
+    tasks: dict[str, Sequence[pretext.PretextTask]] = {
+        "masking": [replace(masking, mask_ratio=ratio) for ratio in MASK_RATIOS],
+        "sorting": [replace(sorting, share=share) for share in MOVED_SHARES],
+        "superresolution": [pretext.SuperResolution(factor, factor) for factor in FACTORS],
+        "denoising": [pretext.Denoising(std, std) for std in NOISE_STDS],
     }
-    if channels > 1:
-        tasks["colorization"] = tuple(pretext.Colorization(share, share) for share in CHROMA_SHARES)
+    if run.channels > 1:
+        tasks["colorization"] = [pretext.Colorization(share, share) for share in CHROMA_SHARES]
         bands = replace(settings.bands, band_patch_size=masking.mask_patch_size)
-        tasks["bands"] = tuple(replace(bands, share=share) for share in BAND_SHARES)
+        tasks["bands"] = [replace(bands, share=share) for share in BAND_SHARES]
         if frames is not None:
-            bands = replace(bands, groups=(tuple(range(channels // frames)),))
-            tasks["frames"] = tuple(replace(bands, share=share) for share in BAND_SHARES)
-    return tasks
+            bands = replace(bands, groups=(tuple(range(run.channels // frames)),))
+            tasks["frames"] = [replace(bands, share=share) for share in BAND_SHARES]
+    return {
+        severity_case(name, severity): task
+        for name, levels in tasks.items()
+        for severity, task in zip(SEVERITIES, levels, strict=True)
+    }
 
 
 def seeded_batches(given: "Evaluation", images: Tensor) -> Iterator[tuple[Tensor, Generator]]:
@@ -139,9 +133,7 @@ def classical_restorations(
 ) -> dict[str, Tensor]:
     """Restorations by methods that learn nothing, shaped as the corrupted images.
 
-    That is "identity", the corrupted image ("bicubic", where a small image was enlarged), the mean
-    fill and, of masking, biharmonic inpainting; of denoising, total variation (Chambolle) and
-    non-local means on patches of 5 pixels up to 6 away, both told the task's single noise_std.
+    Total variation (Chambolle) and non-local means are told the task's single noise_std.
     """
     corrupted = corruption.corrupted
     unchanged = "bicubic" if isinstance(task, pretext.SuperResolution) else "identity"

@@ -119,10 +119,16 @@ def segmentation(given: "Evaluation") -> list[Row]:
     given.pictures["segmentation.png"] = draw_segmentation(images, shown)
     rows = [Row.of(PROTOCOL, "without the image", "most frequent class", METRIC, [work.floor()])]
     for case, of_case in scores.items():
-        rows += [Row.of(PROTOCOL, case, name, METRIC, values) for name, values in of_case.items()]
-        for name in [each for each in of_case if each != PRETRAINED]:
-            gaps = np.subtract(of_case[PRETRAINED], of_case[name]).tolist()  # seed by seed
-            rows.append(Row.of(PROTOCOL, case, f"{PRETRAINED}{OVER}{name}", METRIC, gaps))
+        ours = of_case[PRETRAINED]
+        gaps = {  # seed by seed
+            f"{PRETRAINED}{OVER}{name}": np.subtract(ours, theirs).tolist()
+            for name, theirs in of_case.items()
+            if name != PRETRAINED
+        }
+        rows += [
+            Row.of(PROTOCOL, case, name, METRIC, values)
+            for name, values in (of_case | gaps).items()
+        ]
     return rows
 
 
@@ -134,15 +140,12 @@ def open_masks(given: "Evaluation") -> tuple[MaskedSource, MaskedSource]:
 
 
 class _Work:
-    """What is done with every contender: ``parts`` are to learn from, and to test on.
-
-    ``shown`` are places in the latter, far apart as neighbours are often frames of one film.
-    """
+    """What is done with every contender: ``parts`` are to learn from, and to test on."""
 
     def __init__(self, given: "Evaluation") -> None:
         self._given, self._device, settings = given, given.device, given.settings.segmentation
         subject, void, sources = given.subject, settings.void, open_masks(given)
-        self._size = _image_size(subject, sources[0], settings.image_size)
+        self._size = parse_image_size(settings.image_size) or _near_size(subject, sources[0])
         self.parts = train, test = masked.load_masked(
             sources, self._size, subject.channels, void, settings.limit, given.num_workers
         )
@@ -154,6 +157,7 @@ class _Work:
         )
         own = SubsetSource(sources[0].images, sources[0].indices)
         self._statistics = subject.statistics or measure_statistics(own, subject.channels)
+        # Far apart, as neighbours are often frames of one film.
         self.shown = masked.spread(len(test), SHOWN_IMAGES)
         self._every = [torch.arange(len(part)).split(settings.batch_size) for part in self.parts]
 
@@ -303,18 +307,12 @@ def mean_iou(batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> float:
     return 100 * float(index.compute())
 
 
-def _image_size(subject: "Subject", source: MaskedSource, wanted: int | str | None) -> ImageSize:
-    """What is asked for, or the first image's, rounded to multiples of the stride."""
+def _near_size(subject: "Subject", source: MaskedSource) -> ImageSize:
+    """The first image's, rounded to multiples of the backbone's stride."""
     information: Any = getattr(subject.backbone(PRETRAINED), "feature_info", None)
     stride = int(information[-1]["reduction"]) if information else 1
-    size = parse_image_size(wanted) or source.read(0, subject.channels)[0].shape[1:]
-    rows, columns = (max(1, round(side / stride)) * stride for side in size)
-    if wanted is not None and tuple(size) != (rows, columns):
-        raise UserError(
-            f"--segmentation.image-size is {size[0]}x{size[1]}, and the backbone's stride is "
-            f"{stride}; give multiples of it, such as {rows}x{columns}"
-        )
-    return rows, columns
+    height, width = source.read(0, subject.channels)[0].shape[1:]
+    return max(1, round(height / stride)) * stride, max(1, round(width / stride)) * stride
 
 
 def resized(backbone: Any, size: ImageSize, channels: int, name: str) -> nn.Module:

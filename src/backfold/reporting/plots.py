@@ -4,8 +4,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import chain, cycle, product
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from backfold.reporting.verdicts import Look, Series, show
 
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "backfold",  # the same numbers give the same bytes
+    "text.parse_math": False,  # names come from files: dollars would begin a formula
     "font.size": 9, "legend.fontsize": 8, "legend.frameon": False, "legend.handlelength": 2.5,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555555",
     "axes.axisbelow": True, "grid.color": "#dddddd", "lines.markersize": 4,
@@ -42,7 +42,7 @@ LARGEST = 1e30  # larger numbers can't be drawn
 BY_SEVERITY = ("AUROC", "PSNR (dB)", ACCURACY)  # of each protocol the first that it has
 LAYER = re.compile(r"(?P<probe>.+), layer (?P<layer>-?\d{1,4}), (?P<pooling>.+)")
 # What they show, and the unit.
-CURVES: Mapping[str, tuple[str, str]] = {
+CURVES = {
     "loss": ("loss", ""),
     "psnr_gain_db": ("PSNR gain over the corrupted image", "dB"),
     "energy_gap": ("energy gap, corrupted minus clean", ""),
@@ -69,33 +69,34 @@ class Plot(NamedTuple):
     data_uri: str
 
 
+@mpl.rc_context(STYLE)
 def plot_curves(looks: Sequence[Look], metrics: Mapping[str, Series]) -> list[Plot]:
     """All curves against the step that have a finite value; those of held-out images first."""
-    names, plots = ("step", *CURVES), []
-    held_out = {name: np.array([look.get(name, np.nan) for look in looks]) for name in names}
+    plots = []
+    held_out = {
+        name: np.array([look.get(name, np.nan) for look in looks]) for name in ("step", *CURVES)
+    }
     wanted = product((("Held out", held_out), ("Training", metrics)), CURVES.items())
     for (where, columns), (name, (title, unit)) in wanted:
-        steps, values = columns.get("step", np.array([])), columns.get(name, np.array([]))
+        values = columns.get(name, np.array([]))
         finite = np.isfinite(values)
         if not finite.any():
             continue
-        known = np.flatnonzero(finite)
-        first, last = (
-            f"{show(values[index], '.4g', unit)} at step {steps[index]:,.0f}"
-            for index in (known[0], known[-1])
-        )
+        steps, known = columns["step"], np.flatnonzero(finite)
+        last = f"last: {show(values[known[-1]], '.4g', unit)} at step {steps[known[-1]]:,.0f}"
         missing = "" if finite.all() else f"; missing or not finite: {(~finite).sum()}"
         thinned = np.unique(np.linspace(0, len(values) - 1, MAX_POINTS).round().astype(int))
         shown = np.where(finite, values, np.nan)[thinned]
-        with _drawing("step", unit) as (axes, finish):
-            axes.plot(steps[thinned], shown, BLUE, marker="o" if len(known) <= FEW_POINTS else None)
-            if name in LOGARITHMIC and 0 < 10 * values[finite].min() < values[finite].max():
-                axes.set_yscale("log")
-            alt = f"Curve of {where}: {title} against the step, from {first} to {last}."
-            plots.append(Plot(f"{where}: {title}", f"last: {last}{missing}", alt, finish()))
+        axes = _axes("step", unit)
+        axes.plot(steps[thinned], shown, BLUE, marker="o" if len(known) <= FEW_POINTS else None)
+        if name in LOGARITHMIC and 0 < 10 * values[finite].min() < values[finite].max():
+            axes.set_yscale("log")
+        alt = f"Curve of {where}: {title} against the step; {last}."
+        plots.append(Plot(f"{where}: {title}", f"{last}{missing}", alt, _svg(axes)))
     return plots
 
 
+@mpl.rc_context(STYLE)
 def plot_energies(task: str, energies: Mapping[str, Series]) -> Plot | None:
     """Histograms of clean, corrupted and restored images' energies; None where none is finite."""
     finite = {name: values[np.isfinite(values)] for name, values in energies.items()}
@@ -108,15 +109,15 @@ def plot_energies(task: str, energies: Mapping[str, Series]) -> Plot | None:
     means = ", ".join(f"{name} {show(float(values.mean()))}" for name, values in shown.items())
     broken = sum(map(len, energies.values())) - sum(map(len, shown.values()))
     caption = f"mean energies: {means}" + (f"; not finite: {broken}" if broken else "")
-    with _drawing("energy", "images") as (axes, finish):
-        for (name, values), (colour, line, _) in zip(shown.items(), LOOKS, strict=False):
-            counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-            axes.stairs(counts, edges, fill=True, color=colour, alpha=0.12)
-            axes.stairs(counts, edges, color=colour, linestyle=line, linewidth=1.6, label=name)
-        alt = f"Histograms of energies for {task}; mean {means}."
-        return Plot(f"Energies: {task}", caption, alt, finish())
+    axes = _axes("energy", "images")
+    for (name, values), (colour, line, _) in zip(shown.items(), LOOKS, strict=False):
+        counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.12)
+        axes.stairs(counts, edges, color=colour, linestyle=line, linewidth=1.6, label=name)
+    return Plot(f"Energies: {task}", caption, f"Histograms: {caption}", _svg(axes))
 
 
+@mpl.rc_context(STYLE)
 def plot_rows(rows: Sequence[Row]) -> list[Plot]:
     """What of one protocol's rows is a curve: by severity for each corruption, and by layer."""
     return [*_by_severity(rows), *_by_layer(rows)]
@@ -170,43 +171,42 @@ def _panels(panels: Mapping[str, Panel], x_label: str, metric: str) -> list[Plot
     margin = 0.06 * (high - low) or 1.0
     plots = []
     for title, panel in panels.items():
-        with _drawing(x_label, metric) as (axes, finish):
-            for (contender, line), (colour, style, marker) in zip(panel.items(), cycle(LOOKS)):
-                means, spreads = np.array([line[place] for place in sorted(line)]).T
-                look: dict[str, Any] = {"color": colour, "linestyle": style, "marker": marker}
-                bars = spreads if spreads.any() else None
-                axes.errorbar(sorted(line), means, bars, label=contender, **look)
-            axes.set_ylim(low - margin, high + margin)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            if metric == "AUROC":
-                axes.axhline(0.5, color="#bbbbbb", linewidth=0.8, zorder=0)  # chance
-            alt = f"{metric} against {x_label}, {title}, of {', '.join(panel)}."
-            plots.append(Plot(title, metric, alt, finish()))
+        axes = _axes(x_label, metric)
+        for (contender, line), (colour, style, marker) in zip(panel.items(), cycle(LOOKS)):
+            means, spreads = np.array([line[place] for place in sorted(line)]).T
+            look: dict[str, Any] = {"color": colour, "linestyle": style, "marker": marker}
+            bars = spreads if spreads.any() else None
+            axes.errorbar(sorted(line), means, bars, label=contender, **look)
+        axes.set_ylim(low - margin, high + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if metric == "AUROC":
+            axes.axhline(0.5, color="#bbbbbb", linewidth=0.8, zorder=0)  # chance
+        alt = f"{metric} against {x_label}, {title}, of {', '.join(panel)}."
+        plots.append(Plot(title, metric, alt, _svg(axes)))
     return plots
 
 
-@contextmanager
-def _drawing(x_label: str, y_label: str) -> Iterator[tuple[Axes, Callable[[], str]]]:
-    """Axes in the report's style, and what makes them, with a legend, a data URI."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-        axes = figure.add_subplot(xlabel=_plain(x_label), ylabel=_plain(y_label))
-        axes.grid(axis="y")
+def _axes(x_label: str, y_label: str) -> Axes:
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    axes = figure.add_subplot(xlabel=x_label, ylabel=_plain(y_label))
+    axes.grid(axis="y")
+    return axes
 
-        def finish() -> str:
-            handles, labels = axes.get_legend_handles_labels()
-            if labels:
-                further_lines = (len(labels) - 1) // LEGEND_COLUMNS
-                figure.set_figheight(SIZE_INCHES[1] + LEGEND_LINE_INCHES * further_lines)
-                names = [_plain(label) for label in labels]
-                figure.legend(handles, names, loc="outside upper left", ncols=LEGEND_COLUMNS)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None})
-            return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-        yield axes, finish
+def _svg(axes: Axes) -> str:
+    """The picture, with a legend, as a data URI."""
+    figure: Any = axes.get_figure()
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        further_lines = (len(labels) - 1) // LEGEND_COLUMNS
+        figure.set_figheight(SIZE_INCHES[1] + LEGEND_LINE_INCHES * further_lines)
+        names = [_plain(label) for label in labels]
+        figure.legend(handles, names, loc="outside upper left", ncols=LEGEND_COLUMNS)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _plain(text: str) -> str:
-    # Names come from files: dollars would begin a formula, control characters break the SVG.
-    return "".join(filter(str.isprintable, text)).replace("$", r"\$")
+    # Control characters, of names from files, would break the SVG.
+    return "".join(filter(str.isprintable, text))

@@ -38,9 +38,8 @@ TEMPLATES = Environment(
 def write_report(run_folder: Path, out: Path | None = None) -> Path:
     """Write the report of a run, whole or not at all, and return its path.
 
-    Parts of the folder may be missing, and the report says which. The same run always gives the
-    same page. ``out`` is ``report.html`` in it
-    by default. No run's folder, or a broken file in it, raises a `UserError`.
+    The same run always gives the same page, which says what is missing. ``out`` is ``report.html``
+    in the folder by default. No run's folder, or a broken file in it, raises a `UserError`.
     """
     folder = RunFolder(run_folder)
     for needed in (folder.config, folder.facts):
@@ -59,8 +58,6 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
     measures = verdicts.measure_health(looks, metrics, held_out)
     paid, health = verdicts.payoff(rows), verdicts.health_verdict(measures, psnr_gains(look))
     evaluate = f"backfold evaluate --checkpoint {shlex.quote(str(folder.root))}"
-    if paid.state == "unknown":
-        paid = paid._replace(sentences=(f"Evaluate it: {evaluate}",))
     missing = {
         f"{left:,.0f} steps of training": left > 0,
         folder.metrics.name: not metrics,
@@ -121,15 +118,11 @@ def _word(value: Any) -> str:
 
 def _columns(text: str) -> dict[str, Series]:
     """Of rows with the same step, as a resumed run leaves them, the last one counts."""
-    lines = text.splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # it is still being written
-    reader = csv.DictReader(lines)
-    rows = {int(row["step"]): row for row in reader}
-    return {
-        name: np.array([float(rows[step][name] or "nan") for step in sorted(rows)])
-        for name in (reader.fieldnames or [] if rows else [])
-    }
+    whole = text[: text.rfind("\n") + 1]  # the last line may still be being written
+    by_step = {int(row["step"]): row for row in csv.DictReader(whole.splitlines())}
+    rows = [by_step[step] for step in sorted(by_step)]
+    names = rows[0] if rows else ()
+    return {name: np.array([row[name] or "nan" for row in rows], float) for name in names}
 
 
 def _health(text: str) -> tuple[list[Look], dict[str, dict[str, Series]]]:
@@ -143,10 +136,7 @@ def _health(text: str) -> tuple[list[Look], dict[str, dict[str, Series]]]:
         tasks = {task: numbers(row) for task, row in entry.pop("tasks", {}).items()}
         looks[entry["step"]] = numbers(entry) | {"tasks": tasks}
     energies = {
-        task: {
-            name: np.array([math.nan if x is None else float(x) for x in found[name]])
-            for name in ("clean", "corrupted", "restored")
-        }
+        task: {name: np.array(found[name], float) for name in ("clean", "corrupted", "restored")}
         for task, found in content.get("energies", {}).items()
     }
     return [looks[step] for step in sorted(looks)], energies
@@ -156,13 +146,12 @@ def _previews(folder: Path) -> dict[str, dict[str, Any] | None]:
     """By file name the latest picture of each task; None where it can't be read."""
     found = [match for path in folder.glob("*.png") if (match := PREVIEW_NAME.fullmatch(path.name))]
     found.sort(key=lambda match: (int(match[1]), match[2]))
+    alt = (
+        "Held-out images under {}: each row is one image, from left to right corrupted, the steps "
+        "of its restoration, restored, clean."
+    )
     return {
-        match[0]: _picture(
-            folder / match[0],
-            f"{task}, step {int(match[1]):,}",
-            f"Held-out images under {task}: each row is one image, from left to right corrupted, "
-            "the steps of its restoration, restored, clean.",
-        )
+        match[0]: _picture(folder / match[0], f"{task}, step {int(match[1]):,}", alt.format(task))
         for task, match in {match[2]: match for match in found}.items()
     }
 
@@ -188,9 +177,7 @@ def _task_table(look: Look) -> Table | None:
         for task, row in look["tasks"].items()
     )
     headings = (name.replace("_", " ").replace("psnr", "PSNR") for name in names)
-    caption = (
-        "Pretext tasks on held-out images. PSNR counts the pixels where the task's loss counts."
-    )
+    caption = "Pretext tasks on held-out images. PSNR counts pixels where the task's loss counts."
     return Table(caption, ("task", "gain (dB)", *headings), rows) if rows else None
 
 
@@ -200,19 +187,17 @@ def _sections(folder: RunFolder, rows: Sequence[Row]) -> list[dict[str, Any]]:
     picture = _picture(folder.pictures / "segmentation.png", "segmentation", alt)
     sections = []
     for name in dict.fromkeys([*ABOUT, *(row.protocol for row in rows)]):
-        about = ABOUT.get(name, About(name, ""))
-        found = [row for row in rows if row.protocol == name]
-        origins = (f"{row.data}, step {row.step:,}" if row.step else row.data for row in found)
-        section = {
-            "title": about.title,
-            "sentence": about.sentence,
-            "origins": list(dict.fromkeys(filter(None, origins))),
-            "plots": plot_rows(found),
-            "picture": picture if name == "segmentation" else None,
-            "tables": tables_of(found),
-            "notes": _notes(found),
-        }
-        sections += [section] if found else []
+        if found := [row for row in rows if row.protocol == name]:
+            origins = (f"{row.data}, step {row.step:,}" if row.step else row.data for row in found)
+            section = {
+                "about": ABOUT.get(name, About(name, "")),
+                "origins": list(dict.fromkeys(filter(None, origins))),
+                "plots": plot_rows(found),
+                "picture": picture if name == "segmentation" else None,
+                "tables": tables_of(found),
+                "notes": _notes(found),
+            }
+            sections.append(section)
     return sections
 
 
