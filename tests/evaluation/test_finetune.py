@@ -82,14 +82,6 @@ def test_crops_flips_and_noise_meet_a_share_of_the_images():
     assert kept < 40
 
 
-def test_images_and_labels_are_mixed_by_the_same_weight():
-    images, labels = torch.randn(5, 3, 8, 8), torch.tensor([0, 1, 2, 1, 2])
-    mixed, targets = module.augment(images, labels, 3, replace(OFF, mixup=1.0))
-    weight, one_hot = targets[0, 0], F.one_hot(labels, 3).float()
-    torch.testing.assert_close(mixed, weight * images + (1 - weight) * images.roll(1, 0))
-    torch.testing.assert_close(targets, weight * one_hot + (1 - weight) * one_hot.roll(1, 0))
-
-
 @pytest.mark.parametrize(("name", "options"), [
     (NAME, VIT), ("convnext_atto", {"depths": (1,) * 4, "dims": (8,) * 4}),
 ])  # fmt: skip
@@ -201,20 +193,3 @@ def test_rows_are_what_each_draw_gives_and_contenders_differ_in_layer_decay_alon
             assert (row.mean, row.count) == (pytest.approx(np.mean(found)), len(found))
             assert row.note == "base_lr 0.02, 6 steps"
     assert rows[few, SCRATCH].std > 1
-
-
-def test_swapped_weights_swap_the_rows():
-    """A backbone that sees the class and one that is dead for ever: rows must tell them apart."""
-    seeing = small().state_dict()
-    blind = {key: torch.zeros_like(value) for key, value in seeing.items()}
-    settings, over = replace(OFF, min_steps=60, base_lr=0.5), f"{PRETRAINED} over {SCRATCH}"
-
-    def means(pretrained, before):
-        given = evaluation(settings, {PRETRAINED: pretrained, BEFORE: before})
-        return {row.contender: row.mean for row in finetune(given)}
-
-    right, bent, same = means(seeing, blind), means(blind, seeing), means(seeing, seeing)
-    assert right[PRETRAINED] > 95 > 70 > right[SCRATCH]
-    assert (bent[PRETRAINED], bent[SCRATCH]) == (right[SCRATCH], right[PRETRAINED])
-    assert -bent[over] == right[over] > 25
-    assert same == {PRETRAINED: right[PRETRAINED], SCRATCH: right[PRETRAINED], over: 0}

@@ -17,6 +17,7 @@ from backfold.errors import UserError
 from backfold.evaluation import segmentation as module
 from backfold.evaluation.evaluate import EvaluateSettings, Evaluation
 from backfold.evaluation.subject import Subject
+from backfold.pictures import png_bytes
 
 # From Python 3.12 on, forking a process with threads warns; loaders fork their workers.
 pytestmark = pytest.mark.filterwarnings(
@@ -91,12 +92,6 @@ def subject_of(weights, make=colours, statistics=STATISTICS, **options):
     return Subject("by hand", weights, lambda _: make(), 3, (16, 16), statistics, **options)
 
 
-def png(array):
-    buffer = io.BytesIO()
-    Image.fromarray(array.astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory):
     """16 x 24 pixels in 8 x 8 squares whose class, 4 or 9, is the colour; a corner is void."""
@@ -108,7 +103,10 @@ def squares(tmp_path_factory):
         images[..., 0] += 100 * classes
         masks = np.where(classes, 9, 4)
         masks[:, :4, :4] = 0
-        columns = {"image": [png(each) for each in images], "mask": [png(each) for each in masks]}
+        columns = {
+            name: [png_bytes(Image.fromarray(each.astype(np.uint8))) for each in arrays]
+            for name, arrays in (("image", images), ("mask", masks))
+        }
         pq.write_table(pa.table(columns), folder / f"{part}.parquet")
         found[part] = torch.from_numpy(np.where(masks == 0, VOID, classes))
     return folder, found
@@ -139,7 +137,6 @@ def test_who_sees_the_colours_wins_whatever_the_name(squares):
         assert right[case, "pretrained over before"].mean == pytest.approx(ours - blindly)
         assert bent[case, "pretrained over before"].mean == pytest.approx(blindly - ours)
     with Image.open(io.BytesIO(pictures["segmentation.png"])) as picture:
-        assert picture.format == "PNG"
         assert picture.getpixel((252, 30)) == (0, 0, 0)  # the truth's void corner
         assert picture.getpixel((380, 30)) != (0, 0, 0)
 

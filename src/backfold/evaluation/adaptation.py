@@ -62,8 +62,7 @@ BLUR_RADIUS_SIGMAS, ROUNDING = 4, 1e-3
 
 # The energy that descends, where it starts, and the logits of its points.
 Descent = tuple[EnergyFn, Tensor, Callable[[Tensor], Tensor]]
-Percent = NDArray[np.floating[Any]]  # (images,)
-ByContender = dict[str, Percent]
+Values = NDArray[np.floating[Any]]  # (images,)
 
 
 def adaptation(given: "Evaluation") -> list[Row]:
@@ -109,18 +108,6 @@ class Way(NamedTuple):
 AS_THEY_ARE = Way()
 
 
-class Attempts(NamedTuple):
-    """Energies (images,), and by way, without its threshold, which images are then right."""
-
-    energies: NDArray[np.float64]
-    found: dict[Way, NDArray[np.bool_]]
-
-    def right(self, way: Way) -> NDArray[np.bool_]:
-        """Which images are right (images,)."""
-        everywhere = self.found[way._replace(threshold=-math.inf)]
-        return np.where(self.energies > way.threshold, everywhere, self.found[AS_THEY_ARE])
-
-
 class Restorer(NamedTuple):
     """A classifier of normalised images and the energy that may restore them, both on a device."""
 
@@ -129,19 +116,21 @@ class Restorer(NamedTuple):
     statistics: ChannelStatistics
     device: torch.device
 
-    def attempts(self, images: Tensor, labels: Tensor, ways: Iterable[Way]) -> Attempts:
-        """Classify normalised images as they are, and in each of these ways."""
+    def attempts(
+        self, images: Tensor, labels: Tensor, ways: Iterable[Way]
+    ) -> tuple[Values, Callable[[Way], NDArray[np.bool_]]]:
+        """Energies (images,), and in each of these ways, or as they are, which images are right."""
         ways = dict.fromkeys(way._replace(threshold=-math.inf) for way in ways)
         descents: dict[Way, list[Way]] = {}  # those that differ in the number of steps alone
         for way in ways:
             if way.num_steps:
                 descents.setdefault(way._replace(num_steps=0), []).append(way)
-        energies, found = [], defaultdict[Way, list[Tensor]](list)
+        parts, found = [], defaultdict[Way, list[Tensor]](list)
         with eval_mode(self.classifier), eval_mode(self.energy), torch.no_grad():
             for batch in images.to(self.device).split(BATCH_SIZE):
                 guess = self.classifier(batch).argmax(dim=1)
                 found[AS_THEY_ARE].append(guess)
-                energies.append(self.energy(batch).cpu().double())
+                parts.append(self.energy(batch).cpu().double())
                 for common, group in descents.items():
                     energy, start, read = self.descent(batch, guess, common)
                     most = max(way.num_steps for way in group)
@@ -151,8 +140,14 @@ class Restorer(NamedTuple):
         for way in ways:
             if way.rate:
                 found[way] = [by_entropy(self.classifier, images.to(self.device), way.rate)]
-        right = {way: (torch.cat(parts).cpu() == labels).numpy() for way, parts in found.items()}
-        return Attempts(torch.cat(energies).numpy(), right)
+        energies = torch.cat(parts).numpy()
+        right = {way: (torch.cat(each).cpu() == labels).numpy() for way, each in found.items()}
+
+        def right_in(way: Way) -> NDArray[np.bool_]:
+            everywhere = right[way._replace(threshold=-math.inf)]
+            return np.where(energies > way.threshold, everywhere, right[AS_THEY_ARE])
+
+        return energies, right_in
 
     def descent(self, batch: Tensor, guess: Tensor, way: Way) -> Descent:
         """That of a batch, whose classes were guessed as it is."""
@@ -253,8 +248,8 @@ def choose(
     on the clean ones; between equals the first wins, and to leave images as they are is first.
     """
     every = [way for each in ways.values() for way in each]
-    clean = restorer.attempts(images, labels, every)
-    if not np.isfinite(clean.energies).all():
+    energies, clean = restorer.attempts(images, labels, every)
+    if not np.isfinite(energies).all():
         raise UserError(
             "energies of clean validation images are not finite; train with a lower learning rate, "
             "or take an earlier checkpoint"
@@ -262,16 +257,15 @@ def choose(
     hard = []
     for name, severity in product(corruption_names(images.shape[1]), HARD_SEVERITIES):
         corrupted = corrupt_images(images, name, severity, restorer.statistics, seed)
-        hard.append(restorer.attempts(corrupted, labels, every))
-    thresholds = [-math.inf, *np.quantile(clean.energies, QUANTILES).tolist()]
+        hard.append(restorer.attempts(corrupted, labels, every)[1])
+    thresholds = [-math.inf, *np.quantile(energies, QUANTILES).tolist()]
     above = [way._replace(threshold=each) for way, each in product(ways[IMPLAUSIBLE], thresholds)]
-    lowest_clean = clean.right(AS_THEY_ARE).mean() - ALLOWED_CLEAN_LOSS
+    lowest_clean = clean(AS_THEY_ARE).mean() - ALLOWED_CLEAN_LOSS
     chosen = {}
     for contender, tried in {**ways, IMPLAUSIBLE: above}.items():
-        allowed = [way for way in tried if clean.right(way).mean() >= lowest_clean]
+        allowed = [AS_THEY_ARE, *(way for way in tried if clean(way).mean() >= lowest_clean)]
         chosen[contender] = max(
-            [AS_THEY_ARE, *allowed],
-            key=lambda way: float(np.mean([attempts.right(way) for attempts in hard])),
+            allowed, key=lambda way: float(np.mean([right(way) for right in hard]))
         )
     return chosen
 
@@ -285,28 +279,27 @@ def adaptation_rows(
     the spread that of bootstrap samples of them, which are the same for all rows.
     """
     samples = np.random.default_rng(seed).integers(len(images), size=(RESAMPLES, len(images)))
-    ways = {UNCHANGED: AS_THEY_ARE, **chosen}
+    ways, implausible = {UNCHANGED: AS_THEY_ARE, **chosen}, chosen[IMPLAUSIBLE]
 
-    def compared(images: Tensor) -> tuple[ByContender, Percent]:
-        """Per image, in percent: by contender whether it is right, and whether it is restored."""
-        attempts = restorer.attempts(images, labels, chosen.values())
-        restored = attempts.energies > chosen[IMPLAUSIBLE].threshold
-        restored &= chosen[IMPLAUSIBLE] != AS_THEY_ARE
-        right = {name: 100.0 * attempts.right(way) for name, way in ways.items()}
-        return right, 100.0 * restored
+    def compared(images: Tensor) -> dict[tuple[str, str], Values]:
+        """Of each image, in percent, by contender and metric."""
+        energies, right = restorer.attempts(images, labels, chosen.values())
+        restored = (energies > implausible.threshold) & (implausible != AS_THEY_ARE)
+        found = {(name, ACCURACY): 100.0 * right(way) for name, way in ways.items()}
+        return found | {(IMPLAUSIBLE, SHARE): 100.0 * restored}
 
     found, hard = {CLEAN: compared(images)}, []
     for name, severity in product(corruption_names(images.shape[1]), SEVERITIES):
         each = compared(corrupt_images(images, name, severity, restorer.statistics, seed))
         found[severity_case(name, severity)] = each
         hard += [each] if severity in HARD_SEVERITIES else []
-    means = {name: np.mean([right[name] for right, _ in hard], axis=0) for name in ways}
-    found[HARD] = means, np.mean([restored for _, restored in hard], axis=0)
+    found[HARD] = {key: np.mean([each[key] for each in hard], axis=0) for key in hard[0]}
     rows = []
-    for case, (right, restored) in found.items():
-        gaps = {f"{name}{OVER}{UNCHANGED}": right[name] - right[UNCHANGED] for name in chosen}
-        table = [(ACCURACY, *item) for item in (right | gaps).items()]
-        for metric, contender, values in (*table, (SHARE, IMPLAUSIBLE, restored)):
+    for case, table in found.items():
+        for name in chosen:
+            gap = table[name, ACCURACY] - table[UNCHANGED, ACCURACY]
+            table[f"{name}{OVER}{UNCHANGED}", ACCURACY] = gap
+        for (contender, metric), values in table.items():
             mean, std = float(values.mean()), float(values[samples].mean(axis=1).std(ddof=1))
             rows.append(Row(PROTOCOL, case, contender, metric, mean, std, len(samples)))
     return rows
