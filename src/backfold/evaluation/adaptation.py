@@ -89,8 +89,7 @@ def adaptation(given: "Evaluation") -> list[Row]:
         ways[FEATURES] = [Way(*each) for each in product(NUM_STEPS, MOVES, (0.0,), blocks)]
     ways[ENTROPY] = [Way(rate=rate) for rate in RATES]
     chosen = choose(restorer, *classified[0], ways, settings.seed)
-    for contender, way in chosen.items():
-        LOGGER.info(f"adaptation, {contender}: {way}")
+    LOGGER.info("adaptation: %s", "; ".join(f"{name}: {way}" for name, way in chosen.items()))
     return adaptation_rows(restorer, chosen, *classified[1], settings.seed)
 
 
@@ -216,14 +215,13 @@ def _behind(classifier: Any, block: int, batch: Tensor) -> Descent:
 def by_entropy(classifier: Any, images: Tensor, rate: float) -> Tensor:
     """Classes predicted while norms adapt, int64 on the CPU (Tent; Wang et al., ICLR 2021).
 
-    Batch by batch the classifier predicts, and the weights of its norms then take a step that
-    lowers its predictions' entropy; batch norms have the batch's own statistics.
+    After each batch the norms' weights take a step that lowers the predictions' entropy.
     """
     adapted = copy.deepcopy(classifier).eval().requires_grad_(False)
     kinds = (nn.LayerNorm, nn.GroupNorm)
     norms = [*(m for m in adapted.modules() if isinstance(m, kinds)), *batch_norms(adapted)]
     for norm in batch_norms(adapted):
-        norm.train()
+        norm.train()  # on the batch's own statistics
     weights = [weight.requires_grad_() for norm in norms for weight in norm.parameters()]
     optimizer, predicted = torch.optim.Adam(weights, lr=rate), []
     # Images may come class by class, and batches of one class alone would mislead it.
@@ -243,9 +241,8 @@ def choose(
 ) -> dict[str, Way]:
     """For each contender the way of the highest mean accuracy on corrupted validation images.
 
-    Every way is tried on every corruption at severity 3 and above of these images, for
-    `IMPLAUSIBLE` with every threshold. Only those count that lose no more than `ALLOWED_CLEAN_LOSS`
-    on the clean ones; between equals the first wins, and to leave images as they are is first.
+    That is at severity 3 and above. Only those count that lose no more than `ALLOWED_CLEAN_LOSS` on
+    the clean ones; between equals the first wins, and to leave images as they are is first.
     """
     every = [way for each in ways.values() for way in each]
     energies, clean = restorer.attempts(images, labels, every)
@@ -275,8 +272,7 @@ def adaptation_rows(
 ) -> list[Row]:
     """Accuracy on clean and on corrupted test images, as they are and in each contender's way.
 
-    `HARD` is the mean over all corruptions at severity 3 and above. The mean is that of all images,
-    the spread that of bootstrap samples of them, which are the same for all rows.
+    The mean is that of all images, the spread that of bootstrap samples, the same for all rows.
     """
     samples = np.random.default_rng(seed).integers(len(images), size=(RESAMPLES, len(images)))
     ways, implausible = {UNCHANGED: AS_THEY_ARE, **chosen}, chosen[IMPLAUSIBLE]

@@ -48,10 +48,9 @@ Scores = dict[str, Tensor]
 def energy(given: "Evaluation") -> list[Row]:
     """AUROCs of every score: test images against corrupted ones, other data and other classes.
 
-    In `ONE_CLASS` the images of one test class are the usual ones and all other classes are
-    strange, each class in turn; the spread is that over the classes. The distances are then those
-    from training images of the class. Nothing tells the energy (nor file size and variation) which
-    class is the usual one, so around 0.5 is all that it can reach on average.
+    In `ONE_CLASS` all classes but one are strange, each class in turn; the spread is that over the
+    classes, and distances are those from its training images. Nothing tells the energy (nor file
+    size and variation) which class is the usual one: 0.5 is all that it can reach on average.
     """
     run, settings, parts = given.subject.run, given.settings, given.parts
     assert run is not None

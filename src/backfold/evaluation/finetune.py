@@ -1,7 +1,6 @@
 """Fine-tuning a backbone with a linear head, and training the same from scratch.
 
-Both go through the same function: the same recipe, the same trials of learning rates, the same
-choice between once and three times the steps, all on the same validation images.
+Both go through the same recipe and the same trials, on the same validation images.
 """
 
 import logging

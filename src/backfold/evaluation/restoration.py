@@ -45,11 +45,7 @@ TV_WEIGHT, NLM_STRENGTH = 0.75, 0.6
 
 
 def restoration(given: "Evaluation") -> list[Row]:
-    """Rows of the energy after each number of steps and of `classical_restorations`.
-
-    Those take 10 ms (denoising) and 20 ms (inpainting) an image and severity at 32 pixels, 60 and
-    200 ms at 160.
-    """
+    """Rows of the energy after each number of steps and of `classical_restorations`."""
     run, settings = given.subject.run, given.settings
     assert run is not None
     if not settings.num_steps or min(settings.num_steps) < 1:
@@ -84,13 +80,10 @@ def restoration(given: "Evaluation") -> list[Row]:
 def pretext_severities(run: Pretrained) -> dict[str, pretext.PretextTask]:
     """By case each pretext task at severities 1 to 5, for a run's images.
 
-    Those of one channel have no colours and no bands; those of several frames can lose the latest.
     Severity 3 is about the middle of what training draws by default. What is random is drawn from
     the seed alone: in each image, noise grows, and what is hidden or moved stays so, from one
-    severity to the next (but for masks of `Masking.blocks`).
-
-    Patch sizes and the masking's fill are the run's; a patch size that does not fit twice into the
-    shorter side of the images becomes a quarter of that side.
+    severity to the next (but for masks of `Masking.blocks`). A patch size that does not fit twice
+    into the shorter side of the images becomes a quarter of that side.
     """
     settings, side, frames = run.config.tasks, min(run.image_size), run.config.frames
 

@@ -151,10 +151,8 @@ class _Work:
         )
         self.loads: list[Load] = [part.batches for part in self.parts]
         self._classes = len(train.class_ids)
-        LOGGER.info(
-            f"segmentation: {len(train)} images to train, {len(test)} to test, {self._size[0]} x "
-            f"{self._size[1]} pixels, {self._classes} classes, {train.pixels[void]} pixels are void"
-        )
+        counts = f"{len(train)} images to train, {len(test)} to test, {self._classes} classes"
+        LOGGER.info(f"segmentation: {counts}, {self._size[0]} x {self._size[1]} pixels")
         own = SubsetSource(sources[0].images, sources[0].indices)
         self._statistics = subject.statistics or measure_statistics(own, subject.channels)
         # Far apart, as neighbours are often frames of one film.

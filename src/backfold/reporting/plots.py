@@ -61,11 +61,10 @@ Panel = dict[str, dict[float, tuple[float, float]]]
 
 
 class Plot(NamedTuple):
-    """A picture with its title and caption, and its content in words."""
+    """A picture with its title and caption, which say in words what it shows."""
 
     title: str
     caption: str
-    alt: str
     data_uri: str
 
 
@@ -86,13 +85,11 @@ def plot_curves(looks: Sequence[Look], metrics: Mapping[str, Series]) -> list[Pl
         last = f"last: {show(values[known[-1]], '.4g', unit)} at step {steps[known[-1]]:,.0f}"
         missing = "" if finite.all() else f"; missing or not finite: {(~finite).sum()}"
         thinned = np.unique(np.linspace(0, len(values) - 1, MAX_POINTS).round().astype(int))
-        shown = np.where(finite, values, np.nan)[thinned]
-        axes = _axes("step", unit)
-        axes.plot(steps[thinned], shown, BLUE, marker="o" if len(known) <= FEW_POINTS else None)
+        axes, marker = _axes("step", unit), "o" if len(known) <= FEW_POINTS else None
+        axes.plot(steps[thinned], values[thinned], BLUE, marker=marker)
         if name in LOGARITHMIC and 0 < 10 * values[finite].min() < values[finite].max():
             axes.set_yscale("log")
-        alt = f"Curve of {where}: {title} against the step; {last}."
-        plots.append(Plot(f"{where}: {title}", f"{last}{missing}", alt, _svg(axes)))
+        plots.append(Plot(f"{where}: {title}", f"{last}{missing}", _svg(axes)))
     return plots
 
 
@@ -114,7 +111,7 @@ def plot_energies(task: str, energies: Mapping[str, Series]) -> Plot | None:
         counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
         axes.stairs(counts, edges, fill=True, color=colour, alpha=0.12)
         axes.stairs(counts, edges, color=colour, linestyle=line, linewidth=1.6, label=name)
-    return Plot(f"Energies: {task}", caption, f"Histograms: {caption}", _svg(axes))
+    return Plot(f"Energies: {task}", caption, _svg(axes))
 
 
 @mpl.rc_context(STYLE)
@@ -181,8 +178,7 @@ def _panels(panels: Mapping[str, Panel], x_label: str, metric: str) -> list[Plot
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if metric == "AUROC":
             axes.axhline(0.5, color="#bbbbbb", linewidth=0.8, zorder=0)  # chance
-        alt = f"{metric} against {x_label}, {title}, of {', '.join(panel)}."
-        plots.append(Plot(title, metric, alt, _svg(axes)))
+        plots.append(Plot(title, f"{metric} against {x_label}", _svg(axes)))
     return plots
 
 

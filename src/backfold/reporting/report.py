@@ -146,10 +146,7 @@ def _previews(folder: Path) -> dict[str, dict[str, Any] | None]:
     """By file name the latest picture of each task; None where it can't be read."""
     found = [match for path in folder.glob("*.png") if (match := PREVIEW_NAME.fullmatch(path.name))]
     found.sort(key=lambda match: (int(match[1]), match[2]))
-    alt = (
-        "Held-out images under {}: each row is one image, from left to right corrupted, the steps "
-        "of its restoration, restored, clean."
-    )
+    alt = "Held-out images under {}, one a row: corrupted, step by step restored, clean."
     return {
         match[0]: _picture(folder / match[0], f"{task}, step {int(match[1]):,}", alt.format(task))
         for task, match in {match[2]: match for match in found}.items()
