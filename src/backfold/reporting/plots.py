@@ -19,7 +19,6 @@ from backfold.reporting.verdicts import Look, Series, show
 
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "backfold",  # the same numbers give the same bytes
-    "text.parse_math": False,  # names come from files: dollars would begin a formula
     "font.size": 9, "legend.fontsize": 8, "legend.frameon": False, "legend.handlelength": 2.5,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555555",
     "axes.axisbelow": True, "grid.color": "#dddddd", "lines.markersize": 4,
@@ -204,5 +203,5 @@ def _svg(axes: Axes) -> str:
 
 
 def _plain(text: str) -> str:
-    # Control characters, of names from files, would break the SVG.
-    return "".join(filter(str.isprintable, text))
+    # Names come from files: dollars would begin a formula, control characters break the SVG.
+    return "".join(filter(str.isprintable, text)).replace("$", r"\$")

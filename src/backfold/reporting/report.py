@@ -119,9 +119,10 @@ def _word(value: Any) -> str:
 def _columns(text: str) -> dict[str, Series]:
     """Of rows with the same step, as a resumed run leaves them, the last one counts."""
     whole = text[: text.rfind("\n") + 1]  # the last line may still be being written
-    by_step = {int(row["step"]): row for row in csv.DictReader(whole.splitlines())}
+    reader = csv.DictReader(whole.splitlines())
+    by_step = {int(row["step"]): row for row in reader}
     rows = [by_step[step] for step in sorted(by_step)]
-    names = rows[0] if rows else ()
+    names = reader.fieldnames if rows and reader.fieldnames else ()
     return {name: np.array([row[name] or "nan" for row in rows], float) for name in names}
 
 
