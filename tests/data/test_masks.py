@@ -108,8 +108,8 @@ def test_what_has_no_masks_is_refused_with_the_remedy(tmp_path):
 def test_a_broken_row_is_named(tmp_path):
     image, mask = (png(array) for array in draw(1))
     for other, its_mask, message in (
-        (image, png(draw(0, size=(12, 18))[1]), "12 x 20 pixels and its mask 12 x 18"),
-        (image, image, "its mask has 3 channels"),
+        (image, png(draw(0, size=(12, 18))[1]), "shape (12, 20) and its mask (12, 18)"),
+        (image, image, "its mask (12, 20, 3)"),
         (image, b"no image", "its mask is no PNG"),
         (b"no image", mask, "mend or remove this row"),
     ):

@@ -5,27 +5,14 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
-import tifffile
 import torch
 from PIL import Image
-from tifffile import PHOTOMETRIC
 from torch import Tensor
 
-from backfold.data.decode import (
-    MAX_PIXELS,
-    TIFF_MAGIC,
-    as_float,
-    check_pages,
-    check_size,
-    decode,
-    decode_pillow,
-    in_range,
-    to_channels,
-    to_tensor,
-)
+from backfold.data.decode import MAX_PIXELS, TIFF_MAGIC, as_float, decode, open_tiff, to_channels
 from backfold.data.files import IMAGE_SUFFIXES, find_files, read_file
-from backfold.data.source import ImageSource, Labels
+from backfold.data.formats import folder_labels
+from backfold.data.source import ImageSource
 from backfold.errors import BrokenImage, UserError
 
 PAGED = (".gif", ".tif", ".tiff")  # whose pages may be frames
@@ -35,19 +22,12 @@ Frame = tuple[str, int | None]  # a file, and the page of it; None: the file is 
 
 
 class ClipSource(ImageSource):
-    """So many consecutive frames as one image, the latest frame's channels first.
+    """So many (2 or more) consecutive frames as one image, the latest frame's channels first.
 
-    A clip is the image files of one folder in the order of their names, or one GIF or TIFF file of
-    several pages. It gives as many images as fit into it one after the other: no two share a frame.
-    Frames are brought to the most channels that some of them have. Labels are the first-level
-    sub-folders' names, if all clips lie in such (a clip's own folder is none) and at least two hold
-    any.
-
-    Args:
-        folder: with clips at any depth; hidden files and folders are left out.
-        frames: of each image, 2 or more.
-        labelled: read the labels, if there are any.
-        max_pixels: larger frames are broken.
+    A clip is the image files of one folder, at any depth, in the order of their names, or one GIF
+    or TIFF file of several pages. It gives as many images as fit into it one after the other: no
+    two share a frame. Frames are brought to the most channels that some of them have. Labels are
+    those of `folder_labels`, where a clip's own folder does not count.
 
     Raises:
         UserError: no clip is long enough.
@@ -58,23 +38,18 @@ class ClipSource(ImageSource):
     ) -> None:
         self.name, self._folder, self._max_pixels = f"{folder}, {frames} frames", folder, max_pixels
         self._images: list[Sequence[Frame]] = []  # of each its frames, earliest first
-        classes: list[str] = []
+        places: list[str] = []
         for clip in _clips(folder):
             starts = range(0, len(clip) - frames + 1, frames)
             self._images += [clip[start : start + frames] for start in starts]
             path, page = clip[0]
-            within = path.split("/")[: -1 if page is not None else -2]
-            classes += [within[0] if within else ""] * len(starts)
+            places += [path if page is not None else Path(path).parent.as_posix()] * len(starts)
         if not self._images:
             raise UserError(
                 f"{folder} holds no clip of {frames} frames; give a folder for each clip with its "
                 "frames as image files, or GIF or TIFF files of several pages; or fewer --frames"
             )
-        self.labels: Labels | None = None
-        self.class_names: tuple[str, ...] = ()
-        if labelled and "" not in classes and len(set(classes)) > 1:
-            self.class_names = tuple(sorted(set(classes)))
-            self.labels = np.array([self.class_names.index(name) for name in classes])
+        self.labels, self.class_names = folder_labels(places) if labelled else (None, ())
         step = -(-len(self._images) // LOOKED_AT)
         self._channels = max(map(self._count_channels, self._images[::step]))
 
@@ -96,7 +71,7 @@ class ClipSource(ImageSource):
         if len({frame.shape[1:] for frame in frames}) > 1:
             sizes = ", ".join(f"{frame.shape[1]}x{frame.shape[2]}" for frame in frames)
             raise BrokenImage(f"its frames are of {sizes} pixels; make them alike")
-        if any(frame.is_floating_point() for frame in frames):
+        if len({frame.dtype for frame in frames}) > 1:
             frames = [as_float(frame) for frame in frames]
         try:
             return torch.cat([to_channels(frame, self._channels) for frame in frames])
@@ -104,33 +79,7 @@ class ClipSource(ImageSource):
             raise BrokenImage(f"its frames differ: {error}") from error
 
     def _frame(self, path: str, page: int | None, min_side: int | None) -> Tensor:
-        content = read_file(self._folder / path)
-        if page is None:
-            return decode(content, min_side, self._max_pixels)
-        try:
-            if content.startswith(TIFF_MAGIC):
-                return self._tiff_page(content, page)
-            with Image.open(io.BytesIO(content), formats=("GIF",)) as image:
-                check_size((image.height, image.width, 1), self._max_pixels)
-                image.seek(page)
-                return decode_pillow(image).image
-        except BrokenImage:
-            raise
-        except Exception as error:  # as in `decode`: whatever damaged bytes lead decoders to
-            raise BrokenImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
-
-    def _tiff_page(self, content: bytes, number: int) -> Tensor:
-        with tifffile.TiffFile(io.BytesIO(content), _multifile=False) as file:
-            page = file.pages[number]
-            assert isinstance(page, tifffile.TiffPage)
-            plain = page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB)
-            if not plain or page.extrasamples or page.axes not in ("YX", "YXS", "SYX"):
-                raise BrokenImage("a page that is neither grey nor RGB; store frames so")
-            shape = page.imagelength, page.imagewidth, page.samplesperpixel
-            check_size(shape, self._max_pixels)
-            array = np.asarray(page.asarray(maxworkers=1))
-            array = np.moveaxis(array, 0, -1) if page.axes == "SYX" else array
-            return to_tensor(in_range(array.reshape(shape), page.bitspersample))
+        return decode(read_file(self._folder / path), min_side, self._max_pixels, page)
 
     def describe(self, index: int) -> str:
         """The path of the earliest frame, and its page."""
@@ -162,8 +111,7 @@ def _pages(path: Path) -> int:
     try:
         content = read_file(path)
         if content.startswith(TIFF_MAGIC):
-            check_pages(content)
-            with tifffile.TiffFile(io.BytesIO(content), _multifile=False) as file:
+            with open_tiff(content) as file:
                 return len(file.pages)
         with Image.open(io.BytesIO(content), formats=("GIF",)) as image:
             return int(getattr(image, "n_frames", 1))

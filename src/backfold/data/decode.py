@@ -5,10 +5,10 @@ Pillow decodes what it keeps whole: torchvision's own decoders are deprecated si
 TIFF.
 """
 
+import contextlib
 import io
 import logging
 import math
-import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import tifffile
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from tifffile import EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG, SAMPLEFORMAT
+from tifffile import EXTRASAMPLE, PHOTOMETRIC
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -39,10 +39,11 @@ ORIENTATION = 274
 MOST_PAGES = 1000  # channels, thumbnails and the levels of a pyramid
 ALPHA = {EXTRASAMPLE.UNASSALPHA, EXTRASAMPLE.ASSOCALPHA}
 PLAIN = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB)
-# What Pillow reads without loss when it has 8 bits and no channels but the usual ones.
-PILLOW_SAMPLES = {
-    **dict.fromkeys((PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.PALETTE), 1),
-    **dict.fromkeys((PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR, PHOTOMETRIC.CIELAB), 3),
+# Kinds of colours that Pillow makes RGB, and how many samples they have.
+COLOURS: dict[int, int] = {
+    PHOTOMETRIC.PALETTE: 1,
+    PHOTOMETRIC.YCBCR: 3,
+    PHOTOMETRIC.CIELAB: 3,
     PHOTOMETRIC.SEPARATED: 4,
 }
 PILLOW_KINDS = {"1": "bool", "I": "int32", "F": "float32"}
@@ -63,14 +64,19 @@ class Decoded:
     conversions: tuple[str, ...] = ()  # what is not as it was stored, as `ALPHA_ON_BLACK`
 
 
-def decode(content: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode(
+    content: bytes,
+    min_side: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    page: int | None = None,
+) -> Tensor:
     """The image in a file's bytes, (channels, height, width), turned as its EXIF data say.
 
     uint8, or float32 where the file has more than 8 bits: 16 bits without sign lie in [0, 1] (65535
     is 1); floating-point numbers and all other integers keep their values, whatever these are.
     Photographs have 1 (grey) or 3 channels; alpha is composited on black; palettes, CMYK and other
     colour spaces become RGB. TIFF files, whose first series of equal pages counts, and NumPy files
-    (see `decode_npy`) have 1 to 32 channels. Of an animation the first frame counts.
+    (see `channels_last`) have 1 to 32 channels. Of an animation the first frame counts.
 
     Args:
         content: the file's bytes.
@@ -78,20 +84,27 @@ def decode(content: bytes, min_side: int | None = None, max_pixels: int = MAX_PI
             their size, as long as both sides keep this length. Their pixels are then close to the
             means of the full ones (45 dB and more), in down to half of the time.
         max_pixels: larger images are refused before memory is taken for them.
+        page: of a TIFF file or an animation, from 0, to read alone.
 
     Raises:
         BrokenImage: no image, a damaged or too large one, or numbers that are not finite.
     """
-    return examine(content, min_side, max_pixels).image
+    return examine(content, min_side, max_pixels, page).image
 
 
-def examine(content: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Decoded:
+def examine(
+    content: bytes,
+    min_side: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    page: int | None = None,
+) -> Decoded:
     """As `decode`, with what was found out about the file."""
     try:
         if content.startswith(NPY_MAGIC):
-            array = decode_npy(content, max_pixels)
+            array = channels_last(np.load(io.BytesIO(content), allow_pickle=False))
+            check_size(array.shape, max_pixels)
             return Decoded(to_tensor(in_range(array)), "NPY", str(array.dtype))
-        tiff = _decode_tiff(content, max_pixels) if content.startswith(TIFF_MAGIC) else None
+        tiff = _decode_tiff(content, max_pixels, page) if content.startswith(TIFF_MAGIC) else None
         if tiff is not None:
             return tiff
         # Our own limit, which an option can raise, stands in for Pillow's, which all share.
@@ -110,6 +123,7 @@ def examine(content: bytes, min_side: int | None = None, max_pixels: int = MAX_P
                 # Asking Pillow for the tag decodes the pixels once more where it comes after them.
                 tag = image.getexif().get(ORIENTATION) if b"eXIf" in content else None
                 return _upright(array, tag, "PNG", "uint16", [ALPHA_ON_BLACK] * has_alpha)
+            image.seek(page or 0)
             if min_side is not None:
                 image.draft(None, (min_side, min_side))  # only JPEG knows how
             return decode_pillow(image)
@@ -126,107 +140,77 @@ def examine(content: bytes, min_side: int | None = None, max_pixels: int = MAX_P
 
 def decode_pillow(image: Image.Image) -> Decoded:
     """Any image of Pillow's; numbers that are not finite raise `BrokenImage`."""
-    tag = image.getexif().get(ORIENTATION)
     image.load()
     mode = image.mode
+    made = "L" if mode in ("1", "L", "LA", "La") else "RGB"
     conversions: list[str] = []
     if mode in ("I", "F") or mode.startswith("I;16"):
         array = in_range(np.array(image))
     elif image.has_transparency_data:
-        target = "LA" if mode in ("1", "L", "LA", "La") else "RGBA"
-        array = on_black(np.array(image if mode == target else image.convert(target)))
+        array = on_black(np.array(image.convert(f"{made}A")))
         conversions.append(ALPHA_ON_BLACK)
-    elif mode in ("1", "L", "RGB"):
-        array = np.array(image.convert("L") if mode == "1" else image)
     else:
-        array = np.array(image.convert("RGB"))
-        conversions.append(f"{'palette' if mode == 'P' else mode} made RGB")
-    # Pillow turns TIFF images itself, and takes the tag away.
-    left = image.getexif().get(ORIENTATION)
-    if tag in range(2, 9) and left not in range(2, 9):
-        conversions.append(TURNED)
+        array = np.array(image if mode == made else image.convert(made))
+        if mode not in ("1", "L", "RGB"):
+            conversions.append(f"{'palette' if mode == 'P' else mode} made RGB")
     kind = "uint16" if mode.startswith("I;16") else PILLOW_KINDS.get(mode, "uint8")
     format = "JPEG" if image.format == "MPO" else image.format or "Pillow"
-    return _upright(np.atleast_3d(array), left, format, kind, conversions)
+    tag = image.getexif().get(ORIENTATION)
+    return _upright(np.atleast_3d(array), tag, format, kind, conversions)
 
 
-def _decode_tiff(content: bytes, max_pixels: int) -> Decoded | None:
-    """What Pillow would lose bits or channels of; None where it loses nothing."""
-    check_pages(content)
-    # Another file that the metadata name is never opened.
-    with tifffile.TiffFile(io.BytesIO(content), _multifile=False) as file:
-        series = file.series[0]
+def open_tiff(content: bytes) -> tifffile.TiffFile:
+    """A file that has at most `MOST_PAGES`, and opens no other that its metadata name."""
+    file = tifffile.TiffFile(io.BytesIO(content), _multifile=False)
+    # tifffile itself notices only short chains of pages that lead back.
+    with contextlib.suppress(IndexError):
+        file.pages[MOST_PAGES]
+        raise BrokenImage(f"pages that lead back, or more than {MOST_PAGES} of them")
+    return file
+
+
+def _decode_tiff(content: bytes, max_pixels: int, number: int | None) -> Decoded | None:
+    """None where Pillow reads it without loss, and tifffile not as grey or RGB."""
+    with open_tiff(content) as file:
+        series = file.series[0] if number is None else file.pages[number]
         page = series.keyframe
-        if not isinstance(page, tifffile.TiffPage) or _pillow_reads(series, page):
+        assert page is not None
+        if (number is not None or len(file.series[0]) == 1) and (
+            page.bitspersample in (1, 2, 4)
+            or (page.bitspersample == 8 and COLOURS.get(page.photometric) == page.samplesperpixel)
+        ):
             return None
         if page.photometric not in PLAIN:
             raise BrokenImage(
                 f"colours of kind {page.photometric} in {page.bitspersample} bits; "
                 "store grey or RGB"
             )
-        lengths = dict(zip(series.axes, series.shape, strict=True))
-        others = [axis for axis in series.axes if axis not in "YX"]
-        if not {"Y", "X"} <= set(lengths) or len(others) > 1:
+        axes, lengths = series.axes, dict(zip(series.axes, series.shape, strict=True))
+        channels = axes.replace("Y", "").replace("X", "")
+        if not {"Y", "X"} <= set(axes) or len(channels) > 1:
             raise BrokenImage(
-                f"axes {series.axes} of {series.shape}; give height, width and one axis of channels"
+                f"axes {axes} of {series.shape}; give height, width and one axis of channels"
             )
-        shape = lengths["Y"], lengths["X"], lengths[others[0]] if others else 1
+        shape = lengths["Y"], lengths["X"], lengths.get(channels, 1)
         check_size(shape, max_pixels)
         # One tile or strip may be far larger than the image that it holds a corner of.
         segment = math.prod(page.chunks)
         if segment > 4 * max_pixels:
             raise BrokenImage(f"tiles or strips of {segment} values; write the file anew")
-        order = [series.axes.index(axis) for axis in ("Y", "X", *others)]
+        order = [axes.index(axis) for axis in f"YX{channels}"]
         array = np.asarray(series.asarray(maxworkers=1)).transpose(order).reshape(shape)
         conversions: list[str] = []
         if page.photometric == PHOTOMETRIC.MINISWHITE and array.dtype.kind in "bu":
-            top = True if array.dtype.kind == "b" else 2**page.bitspersample - 1
-            array = np.bitwise_xor(array, array.dtype.type(top))
+            array = np.bitwise_xor(array, array.dtype.type(2**page.bitspersample - 1))
             conversions.append("white at zero turned round")
         array = in_range(array, page.bitspersample)
-        alpha = [number for number, kind in enumerate(page.extrasamples) if kind in ALPHA]
-        if alpha and page.planarconfig != PLANARCONFIG.SEPARATE:
+        if page.extrasamples and page.extrasamples[-1] in ALPHA:
+            # Colours that alpha is multiplied into are on black.
+            is_multiplied = page.extrasamples[-1] == EXTRASAMPLE.ASSOCALPHA
+            array = array[..., :-1] if is_multiplied else on_black(array)
             conversions.append(ALPHA_ON_BLACK)
-            place = array.shape[2] - len(page.extrasamples) + alpha[0]
-            colours, coverage = np.delete(array, place, axis=2), array[..., [place]]
-            is_multiplied = page.extrasamples[alpha[0]] == EXTRASAMPLE.ASSOCALPHA
-            array = colours
-            if not is_multiplied:
-                array = on_black(np.concatenate([colours, coverage], axis=2))
-        orientation = page.tags.valueof(ORIENTATION)
-        return _upright(array, orientation, "TIFF", str(series.dtype), conversions)
-
-
-def check_pages(content: bytes) -> None:
-    """Refuse a chain of pages that leads back, which tifffile would follow for minutes."""
-    order = "<" if content.startswith(b"II") else ">"
-    big = content[2:4] in (b"+\0", b"\0+")
-    count, offset, entry = ("Q", "Q", 20) if big else ("H", "I", 12)
-    seen: set[int] = set()
-    try:
-        (place,) = struct.unpack_from(order + offset, content, 8 if big else 4)
-        while place:
-            if place in seen or len(seen) == MOST_PAGES:
-                raise BrokenImage(f"pages that lead back, or more than {MOST_PAGES} of them")
-            seen.add(place)
-            (entries,) = struct.unpack_from(order + count, content, place)
-            after = place + struct.calcsize(order + count) + entry * entries
-            (place,) = struct.unpack_from(order + offset, content, after)
-    except struct.error:
-        return  # the chain ends too early: what there is of it may still be an image
-
-
-def _pillow_reads(series: tifffile.TiffPageSeries, page: tifffile.TiffPage) -> bool:
-    extra = tuple(page.extrasamples)
-    return (
-        len(series) == 1
-        and page.sampleformat == SAMPLEFORMAT.UINT
-        and page.bitspersample in (1, 2, 4, 8)
-        and page.photometric in PILLOW_SAMPLES
-        and page.samplesperpixel == PILLOW_SAMPLES[PHOTOMETRIC(page.photometric)] + len(extra)
-        and extra in ((), *((kind,) for kind in ALPHA))
-        and (page.samplesperpixel == 1 or page.planarconfig == PLANARCONFIG.CONTIG)
-    )
+        tag = page.tags.valueof(ORIENTATION)
+        return _upright(array, tag, "TIFF", str(series.dtype), conversions)
 
 
 def _upright(
@@ -311,31 +295,6 @@ def to_tensor(array: Pixels) -> Tensor:
     """(channels, height, width) from (height, width, channels) in the machine's byte order."""
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
     return torch.from_numpy(np.require(native, requirements=["C", "W"])).permute(2, 0, 1)
-
-
-def decode_npy(content: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """The array in a ``.npy`` file's bytes as (height, width, channels); see `channels_last`.
-
-    What is damaged, too large or no image's array raises `BrokenImage`. Nothing is unpickled.
-    """
-    stream = io.BytesIO(content)
-    try:
-        major, minor = np.lib.format.read_magic(stream)
-        read_header = getattr(np.lib.format, f"read_array_header_{major}_{minor}")
-        shape, fortran_order, kind = read_header(stream)
-    except Exception as error:  # whatever a damaged header leads NumPy's parser to
-        raise BrokenImage(f"no readable NumPy file ({type(error).__name__})") from error
-    if kind.hasobject or kind.kind not in "biuf":
-        raise BrokenImage(f"an array of {kind}; give integers or floating-point numbers")
-    size, count = len(content) - stream.tell(), math.prod(shape)
-    if min(shape, default=0) < 1 or size != count * kind.itemsize:
-        raise BrokenImage(
-            f"{size} bytes of pixels for shape {shape} of {kind}: empty, truncated or damaged"
-        )
-    flat = np.frombuffer(content, kind, count, stream.tell())
-    array = channels_last(flat.reshape(shape, order="F" if fortran_order else "C"))
-    check_size(array.shape, max_pixels)
-    return array
 
 
 def as_float(image: Tensor) -> Tensor:

@@ -25,18 +25,8 @@ def is_pattern(data: object) -> bool:
     return any(sign in str(data) for sign in PATTERN_SIGNS)
 
 
-def refuse_command(data: object) -> None:
-    """Raise `UserError` at ``pipe:COMMAND``, which the webdataset library would run."""
-    if str(data).strip().lower().startswith("pipe:"):
-        raise UserError(
-            f"{data}: pipe: runs a shell command and is not supported; download, or give https:// "
-            "addresses"
-        )
-
-
 def refuse_missing(data: str) -> None:
     """Raise `UserError` at what is neither there nor a pattern, an address or a name on the hub."""
-    refuse_command(data)
     if not (Path(data).exists() or "://" in data or is_pattern(data) or HUB_NAME.fullmatch(data)):
         raise UserError(f"{data} does not exist; {WAYS}")
 
@@ -81,14 +71,11 @@ def read_file(path: Path) -> bytes:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that brace ranges as ``{000..012}`` stand for; commands are refused."""
+    """The names that brace ranges as ``{000..012}`` stand for."""
     try:
-        names = list(braceexpand(pattern))
+        return list(braceexpand(pattern))
     except ValueError as error:
         raise UserError(f"{pattern!r} has unbalanced braces; write {{000..012}}") from error
-    for name in names:
-        refuse_command(name)
-    return names
 
 
 def expand_pattern(pattern: str) -> list[Path]:

@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from backfold.data.decode import (
-    MAX_CHANNELS,
     MAX_PIXELS,
     channels_last,
     check_size,
@@ -27,24 +26,20 @@ from backfold.data.decode import (
     to_tensor,
 )
 from backfold.data.files import IMAGE_SUFFIXES, find_files, read_file
-from backfold.data.source import EncodedSource, Labels
+from backfold.data.source import EncodedSource, ImageSource, Labels
 from backfold.errors import BrokenImage, UserError
 
 IMAGE_KINDS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 IMAGE_KEYS = ("image", "img", "pixel_values")  # of an item that is a mapping
-LABEL_KINDS = ("cls", "json")
-LARGEST_LABEL = 2**20  # bytes
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # a sample's key, and what the member is of it
 Data = TypeVar("Data")
-Place = tuple[int, int]  # offset and size
+Place = tuple[int, int, int]  # number of a shard, offset and size
 
 
 class FolderSource(EncodedSource):
     """The images at any depth below a folder, in the order of their paths.
 
-    Hidden files and folders are left out. Labels are the first-level sub-folders' names, if all
-    images lie in such and at least two of them hold any; ``class_names`` are the classes if they
-    should not come from this folder alone.
+    Hidden files and folders are left out. Labels are those of `folder_labels`.
 
     Raises:
         UserError: there is no image.
@@ -64,12 +59,8 @@ class FolderSource(EncodedSource):
                 f"{folder} holds no images; give a folder with files named "
                 f"{' '.join('*' + suffix for suffix in IMAGE_SUFFIXES)} *.parquet or *.tar"
             )
-        folders = [path.split("/")[0] if "/" in path else None for path in self._paths]
-        names = class_names or sorted({name for name in folders if name is not None})
-        if labelled and None not in folders and len(names) >= 2:
-            self.class_names = tuple(names)
-            places = {name: place for place, name in enumerate(names)}
-            self.labels = np.array([places[name] for name in folders if name], dtype=np.int64)
+        if labelled:
+            self.labels, self.class_names = folder_labels(self._paths, class_names)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -81,6 +72,20 @@ class FolderSource(EncodedSource):
     def describe(self, index: int) -> str:
         """The file's path."""
         return str(self._folder / self._paths[index])
+
+
+def folder_labels(
+    paths: Sequence[str], class_names: Sequence[str] = ()
+) -> tuple[Labels | None, tuple[str, ...]]:
+    """Labels and their names: the first folder of each path, if all have one and two differ.
+
+    The names are given where other paths have labels too.
+    """
+    folders = [path.partition("/")[0] if "/" in path else "" for path in paths]
+    names = sorted(class_names or set(folders))
+    if "" in folders or len(names) < 2:
+        return None, ()
+    return np.searchsorted(names, folders), tuple(names)
 
 
 class ParquetSource(EncodedSource):
@@ -95,8 +100,7 @@ class ParquetSource(EncodedSource):
         labelled: read the labels, if there are any.
         max_pixels: larger images are broken.
         name: for logs; the files' paths by default.
-        column: another one to take images from.
-        remedy: what to do where there is no such column.
+        column: another one to take images from, and ``remedy`` what to do where there is none.
 
     Raises:
         UserError: no parquet file, no images, or labels that are no integers from 0.
@@ -114,7 +118,7 @@ class ParquetSource(EncodedSource):
         self.max_pixels = max_pixels
         self._files = [files] if isinstance(files, Path) else list(files)
         self.name = name or first_and_more(self._files)
-        tables = [_read_parquet(file, (column, "label"), remedy) for file in self._files]
+        tables = [_read_parquet(file, column, remedy) for file in self._files]
         self._ends = np.cumsum([len(table) for table in tables])
         if not self._ends[-1]:
             raise UserError(f"{self.name}: no rows; give parquet files that hold images")
@@ -163,15 +167,13 @@ def numbered(labels: Labels) -> tuple[str, ...]:
     return tuple(map(str, range(int(labels.max()) + 1)))
 
 
-def _read_parquet(file: Path, columns: Sequence[str], remedy: str) -> pa.Table:
-    """Those of the columns that there are; the first must be there."""
+def _read_parquet(file: Path, column: str, remedy: str) -> pa.Table:
+    """The column, and the labels if there are any."""
     try:
         names = pq.read_schema(file).names
-        if columns[0] not in names:
-            raise UserError(
-                f"{file} has columns {', '.join(names)} but no `{columns[0]}`; {remedy}"
-            )
-        return pq.read_table(file, columns=[name for name in columns if name in names])
+        if column not in names:
+            raise UserError(f"{file} has columns {', '.join(names)} but no `{column}`; {remedy}")
+        return pq.read_table(file, columns=[name for name in names if name in (column, "label")])
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file} is no readable parquet file ({reason}); replace it") from error
@@ -195,9 +197,9 @@ class TarSource(EncodedSource):
     sample, as ``0001.jpg``, ``0001.cls`` (a class's number or name) and ``0001.json`` (read for
     ``"label"`` where there is no ``.cls``).
 
-    Opening reads every member's header, a few microseconds each, and remembers where each image
-    lies: shards are then as good as a folder. Nothing is ever extracted, links are not followed,
-    and labels are read if every sample has one.
+    Opening reads every member's header, and remembers where each image lies: shards are then as
+    good as a folder. Nothing is ever extracted, links are not followed, and labels are read if
+    every sample has one.
 
     Raises:
         UserError: a compressed, damaged or truncated shard; no images; two images in one sample.
@@ -208,15 +210,21 @@ class TarSource(EncodedSource):
     ) -> None:
         self._files, self.max_pixels = list(files), max_pixels
         self.name = first_and_more(self._files)
-        index: list[tuple[int, Place, str, str | None]] = []
+        places: list[Place] = []
+        names: list[bytes] = []
+        labels: list[str] = []  # "" where there is none
         for number, file in enumerate(self._files):
             try:
                 # "r:" takes no compression.
                 with tarfile.open(file, "r:") as tar, file.open("rb") as raw:
-                    members = ((m.name, (m.offset_data, m.size)) for m in regular_members(tar))
+                    members = (
+                        (member.name, (number, member.offset_data, member.size))
+                        for member in regular_members(tar)
+                    )
                     for name, place, sample in image_samples(members, str(file)):
-                        label = _read_label(raw, sample) if labelled else None
-                        index.append((number, place, name, label))
+                        places.append(place)
+                        names.append(name.encode(errors="surrogateescape"))
+                        labels.append(_read_label(raw, sample) if labelled else "")
                     raw.seek(tar.offset)
                     # tarfile takes a damaged header for the end, and would leave out what follows.
                     if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):
@@ -224,34 +232,30 @@ class TarSource(EncodedSource):
             except UserError:
                 raise
             except (tarfile.TarError, ValueError, OSError, EOFError) as error:
-                text = str(error.args[0] if error.args else "").strip() or type(error).__name__
-                reason = text.splitlines()[0]
+                reason = " ".join(str(error).split()) or type(error).__name__
                 raise UserError(
                     f"{file} is no whole, uncompressed tar ({reason}); replace or unpack it"
                 ) from error
-        if not index:
+        if not places:
             raise UserError(
                 f"{self.name}: no images; give shards with members named *.jpg, *.png and so on"
             )
-        shards, extents, names, labels = zip(*index, strict=True)
-        self._shards = np.array(shards, dtype=np.int32)
-        self._places = np.array(extents, dtype=np.int64)
-        self._names = np.array([name.encode(errors="surrogateescape") for name in names])
-        if labelled and None not in labels:
+        self._places, self._names = np.array(places, dtype=np.int64), np.array(names)
+        if labelled and "" not in labels:
             classes = sorted(set(labels))
             counting = all(name.isdecimal() and len(name) < 7 for name in classes)
-            places = {name: int(name) if counting else at for at, name in enumerate(classes)}
-            self.labels = np.array([places[name] for name in labels], dtype=np.int64)
+            numbers = {name: int(name) if counting else at for at, name in enumerate(classes)}
+            self.labels = np.array([numbers[name] for name in labels], dtype=np.int64)
             self.class_names = numbered(self.labels) if counting else tuple(classes)
 
     def __len__(self) -> int:
-        return len(self._shards)
+        return len(self._places)
 
     def content(self, index: int) -> bytes:
         """See `EncodedSource.content`."""
-        offset, size = self._places[index].tolist()
+        number, offset, size = self._places[index].tolist()
         try:
-            with self._files[self._shards[index]].open("rb") as shard:
+            with self._files[number].open("rb") as shard:
                 shard.seek(offset)
                 content: bytes = shard.read(size)
         except OSError as error:
@@ -263,7 +267,7 @@ class TarSource(EncodedSource):
     def describe(self, index: int) -> str:
         """The shard's path and the member's name."""
         name = bytes(self._names[index]).decode(errors="replace")
-        return f"{self._files[self._shards[index]]} member {name}"
+        return f"{self._files[self._places[index, 0]]} member {name}"
 
 
 def regular_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -302,20 +306,18 @@ def image_samples(
             yield f"{key}.{kinds[0]}", sample[kinds[0]], sample
 
 
-def _read_label(shard: BinaryIO, sample: dict[str, Place]) -> str | None:
-    """The class that a sample's ``cls`` or else ``json`` names; None where there is none."""
-    kind = next((kind for kind in LABEL_KINDS if kind in sample), None)
-    if kind is None or sample[kind][1] > LARGEST_LABEL:
-        return None
-    shard.seek(sample[kind][0])
-    content = shard.read(sample[kind][1])
+def _read_label(shard: BinaryIO, sample: dict[str, Place]) -> str:
+    """The class that a sample's ``cls`` or else ``json`` names; empty where there is none."""
+    _, offset, size = sample.get("cls") or sample.get("json") or (0, 0, 0)
+    shard.seek(offset)
+    content = shard.read(size)
     try:
-        if kind == "cls":
-            return str(content.decode().strip()) or None
+        if "cls" in sample:
+            return str(content.decode().strip())
         label = json.loads(content)["label"]
     except (ValueError, RecursionError, TypeError, LookupError):
-        return None
-    return None if label is None else str(label)
+        return ""
+    return "" if label is None else str(label)
 
 
 class MapDataset(Protocol):
@@ -326,8 +328,8 @@ class MapDataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class DatasetSource:
-    """An `ImageSource` of the items of a Python data set.
+class DatasetSource(ImageSource):
+    """The items of a Python data set.
 
     An item is an image, a tuple or list that starts with one, as (image, label), or a mapping with
     the key ``image``. An image is of Pillow, read as a file of the same kind would be; a tensor,
@@ -341,6 +343,9 @@ class DatasetSource:
         UserError: an empty or unsized data set, or labels that don't fit it.
     """
 
+    labels: Labels | None = None
+    class_names: tuple[str, ...] = ()
+
     def __init__(
         self, dataset: MapDataset, max_pixels: int = MAX_PIXELS, labelled: bool = True
     ) -> None:
@@ -349,10 +354,8 @@ class DatasetSource:
             raise UserError(f"{self.name} has no length or no items; give a map-style Dataset")
         if not len(dataset):
             raise UserError(f"{self.name} is empty; give at least one image")
-        self.labels: Labels | None = None
-        self.class_names: tuple[str, ...] = ()
-        given = getattr(dataset, "targets", None)
-        if given is None or not labelled:
+        given = getattr(dataset, "targets", None) if labelled else None
+        if given is None:
             return
         values = np.asarray(given)
         if values.shape != (len(dataset),) or values.dtype.kind not in "iu" or values.min() < 0:
@@ -383,12 +386,9 @@ class DatasetSource:
                 check_size((image.height, image.width, 1), self._max_pixels)
                 return decode_pillow(image).image
             if isinstance(image, Tensor):
-                if image.ndim not in (2, 3) or (image.ndim == 3 and len(image) > MAX_CHANNELS):
-                    shape = tuple(image.shape)
-                    raise BrokenImage(f"a tensor of {shape}; give (channels, height, width)")
-                image = image.detach().cpu()[None] if image.ndim == 2 else image.detach().cpu()
-                image = image.float() if image.dtype == torch.bfloat16 else image
-                array = np.moveaxis(image.numpy(), 0, -1)
+                image = image.detach().cpu()
+                array = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+                array = np.moveaxis(array, 0, -1) if array.ndim == 3 else channels_last(array)
             elif isinstance(image, np.ndarray):
                 array = channels_last(image)
             else:

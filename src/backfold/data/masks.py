@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from backfold.data.augmentation import ImageSize
@@ -40,38 +40,31 @@ class MaskedSource:
     masks: ParquetSource
     indices: NDArray[np.int64]
 
-    @classmethod
-    def open(cls, files: list[Path]) -> "MaskedSource":
-        """All rows of the files."""
-        masks = ParquetSource(files, labelled=False, column="mask", remedy=REMEDY)
-        return cls(ParquetSource(files, labelled=False), masks, np.arange(len(masks)))
-
     def read(self, row: int, channels: int) -> tuple[Tensor, Tensor]:
         """An image (channels, height, width) and its class ids (height, width), int64."""
         index = int(self.indices[row])
-        where = self.images.describe(index)
         try:
             image = to_channels(self.images.read(index), channels)
+            mask = _read_mask(self.masks.content(index))
+            if mask.shape != image.shape[1:]:
+                raise UserError(
+                    f"the image has shape {(*image.shape[1:],)} and its mask {mask.shape}; "
+                    "give a PNG of class ids, of the image's size"
+                )
         except (BrokenImage, UserError) as error:
-            raise LoadingError(f"{where}: {error}; mend or remove this row") from error
-        try:
-            content = io.BytesIO(self.masks.content(index))
-            with Image.open(content, formats=["PNG"]) as picture:
-                # A palette's colours are for the eye: its indices are the ids.
-                mask = np.array(picture)
-        except (OSError, SyntaxError, ValueError, BrokenImage) as error:
-            raise LoadingError(f"{where}: its mask is no PNG; mend or remove this row") from error
-        if mask.ndim != 2:
             raise LoadingError(
-                f"{where}: its mask has {mask.shape[2]} channels; give a PNG of one, of class ids"
-            )
-        if mask.shape != image.shape[1:]:
-            sides, others = (" x ".join(map(str, each.shape[-2:])) for each in (image, mask))
-            raise LoadingError(
-                f"{where}: the image has {sides} pixels and its mask {others}; give masks of the "
-                "images' size"
-            )
+                f"{self.images.describe(index)}: {error}; mend or remove this row"
+            ) from error
         return image, torch.from_numpy(mask.astype(np.int64))
+
+
+def _read_mask(content: bytes) -> NDArray[Any]:
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+            # A palette's colours are for the eye: its indices are the ids.
+            return np.array(picture)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BrokenImage("its mask is no PNG") from error
 
 
 class MaskedImages:
@@ -80,7 +73,6 @@ class MaskedImages:
     Few stay in memory, others are decoded by so many processes when they are asked for.
     """
 
-    pixels: Counter[int]  # of each id that occurs, how many
     class_ids: tuple[int, ...] = ()  # of the classes, rising; `load_masked` sets them
 
     def __init__(
@@ -89,7 +81,7 @@ class MaskedImages:
         self._source, self._image_size, self._channels = source, image_size, channels
         self._num_workers = num_workers
         self._kept: list[tuple[Tensor, Tensor]] = []
-        self.pixels = Counter()
+        self.pixels: Counter[int] = Counter()  # of each id that occurs, how many
         loaded, size = self._kept.copy(), 0
         for images, ids in self._loaded(torch.arange(len(self)).split(BATCH_SIZE)):
             values, counts = ids.unique(return_counts=True)
@@ -104,18 +96,14 @@ class MaskedImages:
         return len(self._source.indices)
 
     def __getitem__(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        images, masks = [], []
-        for place in places:
-            if self._kept:
-                image, ids = self._kept[place]
-            else:
-                image, mask = self._source.read(place, self._channels)
-                image = TF.resize(image, list(self._image_size), antialias=True)
-                mask = mask[None, None].float()
-                ids = F.interpolate(mask, self._image_size, mode="nearest-exact")[0, 0].int()
-            images.append(image)
-            masks.append(ids)
-        return stack_images(images), torch.stack(masks)
+        pairs = [self._kept[place] if self._kept else self._resized(place) for place in places]
+        return stack_images([image for image, _ in pairs]), torch.stack([ids for _, ids in pairs])
+
+    def _resized(self, place: int) -> tuple[Tensor, Tensor]:
+        image, mask = self._source.read(place, self._channels)
+        size = list(self._image_size)
+        ids = TF.resize(mask[None], size, InterpolationMode.NEAREST_EXACT)[0].int()
+        return TF.resize(image, size, antialias=True), ids
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and masks of each batch of places.
@@ -128,7 +116,7 @@ class MaskedImages:
         """
         classes = torch.tensor(self.class_ids, dtype=torch.int32)
         for images, ids in self._loaded(indices):
-            places = torch.searchsorted(classes, ids).clamp(max=len(classes) - 1)
+            places = torch.bucketize(ids, classes).clamp(max=len(classes) - 1)
             yield images, torch.where(classes[places] == ids, places, VOID).to(torch.uint8)
 
     def _loaded(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -163,10 +151,15 @@ def open_masked(data: Path | str | None, seed: int = 0) -> tuple[MaskedSource, M
         for start in ("train", "test", "val")
     )
     if train and (test or validation):
-        return MaskedSource.open(train), MaskedSource.open(test or validation)
-    whole = MaskedSource.open(list(files))
+        return _open_rows(train), _open_rows(test or validation)
+    whole = _open_rows(list(files))
     training, kept = stratified_split(len(whole.indices), TEST_SHARE, seed)
     return replace(whole, indices=training), replace(whole, indices=kept)
+
+
+def _open_rows(files: list[Path]) -> MaskedSource:
+    masks = ParquetSource(files, labelled=False, column="mask", remedy=REMEDY)
+    return MaskedSource(ParquetSource(files, labelled=False), masks, np.arange(len(masks)))
 
 
 def spread(count: int, limit: int | None) -> Tensor:
