@@ -91,7 +91,7 @@ def test_labels():
             DatasetSource(Failing(wrong))
     with pytest.raises(UserError, match="1 class names and labels to 1; name every class"):
         DatasetSource(Failing([0, 1, 1, 0], ["cat"]))
-    with pytest.raises(UserError, match="is empty"):
+    with pytest.raises(UserError, match="is empty, or has no length"):
         DatasetSource([])
-    with pytest.raises(UserError, match="no length or no items"):
+    with pytest.raises(UserError, match="has no length; give"):
         DatasetSource(iter([1]))

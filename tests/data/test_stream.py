@@ -251,7 +251,7 @@ def test_a_data_set_of_the_hub(contents, workers):
 def test_a_command_is_never_run(tmp_path, data):
     canary = tmp_path / "canary"
     text = data.format(canary)
-    with pytest.raises(UserError, match="does not exist|is elsewhere"):
+    with pytest.raises(UserError, match=r"does not exist|is elsewhere"):
         open_source(text, "train")
     with contextlib.suppress(UserError):  # or else `open_source` is asked, as above
         assert open_stream(text, count=5) is None

@@ -39,13 +39,6 @@ ORIENTATION = 274
 MOST_PAGES = 1000  # channels, thumbnails and the levels of a pyramid
 ALPHA = {EXTRASAMPLE.UNASSALPHA, EXTRASAMPLE.ASSOCALPHA}
 PLAIN = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB)
-# Kinds of colours that Pillow makes RGB, and how many samples they have.
-COLOURS: dict[int, int] = {
-    PHOTOMETRIC.PALETTE: 1,
-    PHOTOMETRIC.YCBCR: 3,
-    PHOTOMETRIC.CIELAB: 3,
-    PHOTOMETRIC.SEPARATED: 4,
-}
 PILLOW_KINDS = {"1": "bool", "I": "int32", "F": "float32"}
 TURNED, ALPHA_ON_BLACK = "turned as EXIF says", "alpha composited on black"
 _OPENING = threading.Lock()
@@ -102,8 +95,7 @@ def examine(
     try:
         if content.startswith(NPY_MAGIC):
             array = channels_last(np.load(io.BytesIO(content), allow_pickle=False))
-            check_size(array.shape, max_pixels)
-            return Decoded(to_tensor(in_range(array)), "NPY", str(array.dtype))
+            return Decoded(decode_array(array, max_pixels), "NPY", str(array.dtype))
         tiff = _decode_tiff(content, max_pixels, page) if content.startswith(TIFF_MAGIC) else None
         if tiff is not None:
             return tiff
@@ -129,13 +121,10 @@ def examine(
             return decode_pillow(image)
     except BrokenImage:
         raise
-    except Exception as error:
-        # Decoders raise whatever damaged bytes lead them to: OSError, SyntaxError, struct.error,
-        # zlib.error, IndexError and more.
-        reason = "empty" if not content else " ".join(f"{type(error).__name__}: {error}".split())
-        if content and isinstance(error, UnidentifiedImageError):
-            reason = "not an image in a known format"
-        raise BrokenImage(reason) from error
+    except UnidentifiedImageError as error:
+        raise BrokenImage("not an image in a known format" if content else "empty") from error
+    except Exception as error:  # whatever damaged bytes lead decoders to
+        raise BrokenImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
 def decode_pillow(image: Image.Image) -> Decoded:
@@ -162,7 +151,7 @@ def decode_pillow(image: Image.Image) -> Decoded:
 def open_tiff(content: bytes) -> tifffile.TiffFile:
     """A file that has at most `MOST_PAGES`, and opens no other that its metadata name."""
     file = tifffile.TiffFile(io.BytesIO(content), _multifile=False)
-    # tifffile itself notices only short chains of pages that lead back.
+    # tifffile itself would follow some chains of pages that lead back for minutes.
     with contextlib.suppress(IndexError):
         file.pages[MOST_PAGES]
         raise BrokenImage(f"pages that lead back, or more than {MOST_PAGES} of them")
@@ -175,16 +164,15 @@ def _decode_tiff(content: bytes, max_pixels: int, number: int | None) -> Decoded
         series = file.series[0] if number is None else file.pages[number]
         page = series.keyframe
         assert page is not None
+        is_plain = page.photometric in PLAIN
         if (number is not None or len(file.series[0]) == 1) and (
             page.bitspersample in (1, 2, 4)
-            or (page.bitspersample == 8 and COLOURS.get(page.photometric) == page.samplesperpixel)
+            or (page.bitspersample == 8 and not is_plain and not page.extrasamples)
         ):
             return None
-        if page.photometric not in PLAIN:
-            raise BrokenImage(
-                f"colours of kind {page.photometric} in {page.bitspersample} bits; "
-                "store grey or RGB"
-            )
+        if not is_plain:
+            kind = f"{page.photometric} in {page.bitspersample} bits"
+            raise BrokenImage(f"colours of kind {kind}; store grey or RGB")
         axes, lengths = series.axes, dict(zip(series.axes, series.shape, strict=True))
         channels = axes.replace("Y", "").replace("X", "")
         if not {"Y", "X"} <= set(axes) or len(channels) > 1:
@@ -229,9 +217,9 @@ def _upright(
 
 
 def check_size(shape: Sequence[int], max_pixels: int) -> None:
-    """Raise `BrokenImage` for an empty or too large image before memory is taken for it.
+    """Raise `BrokenImage` for an empty or too large (height, width, channels).
 
-    Its shape is (height, width, channels). Channels beyond four count as more pixels.
+    Channels beyond four count as more pixels.
     """
     height, width, channels = shape
     if min(height, width, channels) < 1 or channels > MAX_CHANNELS:
@@ -259,6 +247,12 @@ def channels_last(array: Pixels) -> Pixels:
             "(channels, height, width)"
         )
     return np.moveaxis(array, 0, 2) if array.shape[0] < array.shape[2] else array
+
+
+def decode_array(array: Pixels, max_pixels: int) -> Tensor:
+    """(channels, height, width) from (height, width, channels); as `decode` in all else."""
+    check_size(array.shape, max_pixels)
+    return to_tensor(in_range(array))
 
 
 def in_range(array: Pixels, bits: int | None = None) -> Pixels:

@@ -34,8 +34,7 @@ def refuse_missing(data: str) -> None:
 def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     """Sorted paths, relative and with slashes, of the files below a folder; hidden ones left out.
 
-    Suffixes are compared in lower case. Linked folders are followed, but not back to a folder that
-    they lie in.
+    Suffixes are compared in lower case. Links are followed, but not back to where they lie in.
     """
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -44,10 +43,7 @@ def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
             name
             for name in folders
             if not name.startswith(".")
-            and not (
-                (here / name).is_symlink()
-                and here.resolve().is_relative_to((here / name).resolve())
-            )
+            and not here.resolve().is_relative_to((here / name).resolve())
         ]
         found += [
             (here.relative_to(folder) / name).as_posix()
@@ -81,10 +77,8 @@ def expand_braces(pattern: str) -> list[str]:
 def expand_pattern(pattern: str) -> list[Path]:
     """The files that a pattern names: brace ranges as ``{000..012}``, then ``*``, ``?``, ``[..]``.
 
-    Files of brace ranges keep their order, files of one wildcard are sorted.
-
-    Raises:
-        UserError: a name without wildcards that does not exist, or no file at all.
+    Files of brace ranges keep their order, files of one wildcard are sorted. No file at all is a
+    `UserError`.
     """
     files: list[Path] = []
     for name in expand_braces(pattern):

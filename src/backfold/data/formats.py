@@ -21,9 +21,8 @@ from backfold.data.decode import (
     MAX_PIXELS,
     channels_last,
     check_size,
+    decode_array,
     decode_pillow,
-    in_range,
-    to_tensor,
 )
 from backfold.data.files import IMAGE_SUFFIXES, find_files, read_file
 from backfold.data.source import EncodedSource, ImageSource, Labels
@@ -332,12 +331,11 @@ class DatasetSource(ImageSource):
     """The items of a Python data set.
 
     An item is an image, a tuple or list that starts with one, as (image, label), or a mapping with
-    the key ``image``. An image is of Pillow, read as a file of the same kind would be; a tensor,
-    (height, width) or (channels, height, width); or a NumPy array, which may have its channels last
-    too (see `channels_last`). Values are as in files (see `decode`). Random transforms make a run
-    differ from its continuation: let them be done here, after reading. An item that raises is
-    broken. Labels, if ``labelled``, are ``dataset.targets``, integers from 0, and their names
-    ``dataset.classes``, where it has them.
+    the key ``image``. An image is of Pillow; a tensor, (height, width) or (channels, height,
+    width); or a NumPy array, which may have its channels last too (see `channels_last`). Values are
+    as in files (see `decode`). Random transforms make a run differ from its continuation: let them
+    be done here, after reading. An item that raises is broken. Labels, if ``labelled``, are
+    ``dataset.targets``, integers from 0, and their names ``dataset.classes``, where it has them.
 
     Raises:
         UserError: an empty or unsized data set, or labels that don't fit it.
@@ -350,10 +348,8 @@ class DatasetSource(ImageSource):
         self, dataset: MapDataset, max_pixels: int = MAX_PIXELS, labelled: bool = True
     ) -> None:
         self._dataset, self._max_pixels, self.name = dataset, max_pixels, type(dataset).__name__
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise UserError(f"{self.name} has no length or no items; give a map-style Dataset")
-        if not len(dataset):
-            raise UserError(f"{self.name} is empty; give at least one image")
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
+            raise UserError(f"{self.name} is empty, or has no length; give a map-style Dataset")
         given = getattr(dataset, "targets", None) if labelled else None
         if given is None:
             return
@@ -394,8 +390,7 @@ class DatasetSource(ImageSource):
             else:
                 kind = type(image).__name__
                 raise BrokenImage(f"a {kind}; give an image of Pillow, a tensor or array")
-            check_size(array.shape, self._max_pixels)
-            return to_tensor(in_range(array))
+            return decode_array(array, self._max_pixels)
         except BrokenImage:
             raise
         except Exception as error:  # the data set is the user's own: it may raise anything

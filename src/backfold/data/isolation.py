@@ -20,11 +20,9 @@ from backfold.errors import BrokenImage, UserError
 IMAGE_SECONDS = 60.0  # an image that takes longer is broken
 # For most of these PyTorch's workers and runs have handlers, which a child would inherit.
 DEADLY = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGTERM, signal.SIGALRM)
-# Arguments in a message: enough to be worth it, and few enough to stay in the processor's caches.
-TOGETHER = 8
-# Bytes of memory shared with a process, taken when they are first used. Its first word is the
-# argument that the process is at, which survives it; the rest holds results, if there is room:
-# a pipe would take longer.
+TOGETHER = 8  # arguments in a message
+# Bytes of memory shared with a process, taken when they are first used; a pipe would take longer.
+# Its first word is the argument that the process is at, which survives it; the rest holds results.
 SHARED, WORD = 2**26, 8
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")

@@ -106,13 +106,10 @@ class MaskedImages:
         return TF.resize(image, size, antialias=True), ids
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and masks of each batch of places.
+        """Images (see `Batch.images`) and masks of each batch of places.
 
-        Images are (batch, channels, height, width), uint8, or float32 (see `Batch.images`); masks
-        (batch, height, width), uint8: positions in ``class_ids``, or `VOID` for any other id.
-
-        Raises:
-            UserError: a row that can't be read.
+        Masks are (batch, height, width), uint8: positions in ``class_ids``, or `VOID` for any other
+        id. A row that can't be read is a `UserError`.
         """
         classes = torch.tensor(self.class_ids, dtype=torch.int32)
         for images, ids in self._loaded(indices):
@@ -130,10 +127,7 @@ def open_masked(data: Path | str | None, seed: int = 0) -> tuple[MaskedSource, M
 
     Parts are told by the files' names, or their folders' below ``data``, that start with ``train``
     and ``test``; ``val`` is taken where there is no ``test``, and a fifth of the rows is set apart,
-    drawn with ``seed``, where there is neither.
-
-    Raises:
-        UserError: no such files, or files without images or masks.
+    drawn with ``seed``, where there is neither. Files without images or masks are a `UserError`.
     """
     if data is None:
         raise UserError(f"the embedded images have no masks; {REMEDY}")
