@@ -58,18 +58,13 @@ def test_pages_of_a_file_are_frames(tmp_path, suffix):
 
 def test_grey_frames_join_coloured_ones_and_unequal_sizes_are_broken(tmp_path):
     write(tmp_path / "a", [7, 8], mode="RGB")
+    write(tmp_path / "b", [1, 2])  # all clips have the channels of the first ones
+    assert values(ClipSource(tmp_path, 2), 1) == [2, 2, 2, 1, 1, 1]
     frame(9).save(tmp_path / "a" / "00.png")
-    assert ClipSource(tmp_path, 2).read(0)[:, 0, 0].tolist() == [8, 8, 8, 9, 9, 9]
+    assert values(ClipSource(tmp_path, 2), 0) == [8, 8, 8, 9, 9, 9]
     frame(9, size=8).save(tmp_path / "a" / "00.png")
     with pytest.raises(BrokenImage, match="16x16, 8x8 pixels"):
         ClipSource(tmp_path, 2).read(0)
-
-
-def test_all_clips_have_the_channels_of_the_first_ones(tmp_path):
-    write(tmp_path / "a", [7, 8], mode="RGB")
-    write(tmp_path / "b", [1, 2])
-    source = ClipSource(tmp_path, 2)
-    assert source.read(1)[:, 0, 0].tolist() == [2, 2, 2, 1, 1, 1]
 
 
 def test_frames_beside_sub_folders_are_one_clip(tmp_path):
@@ -112,7 +107,7 @@ def test_pages_keep_their_bits_and_large_ones_are_broken(tmp_path):
 
 
 def test_sixteen_bits_stay(tmp_path):
-    (tmp_path / "a").mkdir()
+    write(tmp_path / "a", [])
     for number in range(2):
         array = np.full((SIZE, SIZE), 65535 * number, dtype=np.uint16)
         Image.fromarray(array).save(tmp_path / "a" / f"{number}.png")
@@ -122,14 +117,15 @@ def test_sixteen_bits_stay(tmp_path):
 
 def test_what_holds_no_clips_is_refused(tmp_path):
     write(tmp_path / "a", [1, 2])
-    with pytest.raises(UserError, match="no clip of 3 frames"):
-        open_source(tmp_path, "train", frames=3)
+    for data, frames, message in (
+        (tmp_path, 3, "no clip of 3 frames"),
+        (tmp_path / "a" / "00.png", 2, "is no folder"),
+        (None, 2, "no clips"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_source(data, "train", frames=frames)
     with pytest.raises(NoTestSplit):
         open_source(tmp_path, "test", frames=2)
-    with pytest.raises(UserError, match="is no folder"):
-        open_source(tmp_path / "a" / "00.png", "train", frames=2)
-    with pytest.raises(UserError, match="no clips"):
-        open_source(None, "train", frames=2)
     with pytest.raises(UserError, match="frames is 1"):
         backfold.pretrain(data=tmp_path, frames=1)
     write(tmp_path / "damaged", [3, 4])
@@ -157,14 +153,17 @@ def moving(tmp_path_factory):
     return folder
 
 
+SETTINGS = {
+    "pretext": "frames", "backbone": "vit_tiny_patch16_224", "image_size": SIZE, "epochs": 1,
+    "backbone_options": {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 1},
+    "tasks": {"masking": {"mask_patch_size": 4}}, "batch_size": 4, "num_workers": 0,
+    "accelerator": "cpu",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("energy", ["dense", "conditional"])
 def test_a_run_restores_the_latest_frame_from_those_before(moving, tmp_path, energy):
-    run = backfold.pretrain(
-        data=moving, frames=3, pretext="frames", energy=energy, out=tmp_path / "run",
-        backbone="vit_tiny_patch16_224", image_size=SIZE, epochs=2, batch_size=4, num_workers=0,
-        backbone_options={"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 1},
-        tasks={"masking": {"mask_patch_size": 4}}, accelerator="cpu",
-    )  # fmt: skip
+    run = backfold.pretrain(data=moving, frames=3, energy=energy, out=tmp_path / "run", **SETTINGS)
     assert run.run.channels == 3
     (task,) = build_tasks(run.run.config, 3).values()
     clean = torch.ones(2, 3, SIZE, SIZE)
@@ -174,13 +173,14 @@ def test_a_run_restores_the_latest_frame_from_those_before(moving, tmp_path, ene
 
 
 def test_frames_that_do_not_divide_the_channels_are_refused(moving, tmp_path):
-    settings = {"data": moving, "out": tmp_path / "run", "pretext": "frames", "image_size": SIZE}
-    with pytest.raises(UserError, match="frames None and images of 3 channel"):
-        backfold.pretrain(**settings, channels=3)
-    with pytest.raises(UserError, match="channels is 3 and frames 2"):
-        backfold.pretrain(**settings, frames=2, channels=3)
-    with pytest.raises(UserError, match="images are in memory"):
-        backfold.pretrain(**settings | {"data": torch.zeros(20, 3, SIZE, SIZE)}, frames=3)
+    given = {"data": moving, "out": tmp_path / "run", **SETTINGS}
+    for changes, message in (
+        ({"channels": 3}, "frames None and images of 3 channel"),
+        ({"frames": 2, "channels": 3}, "channels is 3 and frames 2"),
+        ({"frames": 3, "data": torch.zeros(20, 3, SIZE, SIZE)}, "images are in memory"),
+    ):
+        with pytest.raises(UserError, match=message):
+            backfold.pretrain(**given | changes)
 
 
 def test_every_verb_takes_a_run_on_clips(moving, tmp_path, monkeypatch):
@@ -189,12 +189,7 @@ def test_every_verb_takes_a_run_on_clips(moving, tmp_path, monkeypatch):
     for clip in sorted(moving.iterdir()):
         name = "good" if int(clip.name) % 3 else "bad"
         shutil.copytree(clip, tmp_path / "data" / name / clip.name)
-    run = backfold.pretrain(
-        data=moving, frames=2, pretext="frames", energy="dense", out=tmp_path / "run",
-        backbone="vit_tiny_patch16_224", image_size=SIZE, epochs=1, batch_size=4, num_workers=0,
-        backbone_options={"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 1},
-        accelerator="cpu",
-    )  # fmt: skip
+    run = backfold.pretrain(data=moving, frames=2, out=tmp_path / "run", **SETTINGS)
     assert run.run.channels == 2
     given = [f"--checkpoint={run.path}", f"--data={tmp_path / 'data'}", "--accelerator=cpu"]
     monkeypatch.chdir(tmp_path)

@@ -33,25 +33,17 @@ def test_images_at_any_depth_in_path_order(tmp_path, make_folder):
         assert torch.equal(source.read(index), torch.from_numpy(pixels).permute(2, 0, 1))
 
 
-def test_labels_are_first_level_folders(tmp_path, make_folder):
+def test_labels_are_first_level_folders_if_asked_and_possible(tmp_path, make_folder):
     folder = make_folder(tmp_path, ["dog/1.png", "cat/x/2.png", "cat/3.png", "emu/4.png"])
     (folder / "ant").mkdir()  # without images it is no class
     source = FolderSource(folder, labelled=True)
-    assert source.class_names == ("cat", "dog", "emu")
+    assert (source.labels.tolist(), source.class_names) == ([0, 0, 1, 2], ("cat", "dog", "emu"))
     assert source.labels.dtype == np.int64
-    for index, label in enumerate(source.labels):
-        assert f"/{source.class_names[label]}/" in source.describe(index)
-    assert np.bincount(source.labels).tolist() == [2, 1, 1]
     copy = pickle.loads(pickle.dumps(source))
     assert torch.equal(copy.read(1), source.read(1))
-    assert np.array_equal(copy.labels, source.labels)
-
-
-def test_no_labels_unless_asked_and_possible(tmp_path, make_folder):
-    folder = make_folder(tmp_path, ["cat/1.png", "dog/2.png"])
+    named = FolderSource(folder, labelled=True, class_names=["ant", *source.class_names])
+    assert (named.labels.tolist(), named.class_names[1:]) == ([1, 1, 2, 3], source.class_names)
     assert FolderSource(folder).labels is None
-    source = FolderSource(folder, labelled=True, class_names=["ant", "cat", "dog"])
-    assert (source.labels.tolist(), source.class_names) == ([1, 2], ("ant", "cat", "dog"))
     assert FolderSource(folder / "cat", labelled=True).labels is None
     make_folder(tmp_path, ["loose.png"])
     assert FolderSource(folder, labelled=True).class_names == ()
@@ -72,13 +64,10 @@ def test_hugging_face_layout(tmp_path, few):
     features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     images = [{"bytes": content, "path": f"{n}.png"} for n, content in enumerate(few)]
-    path = write_table(
-        tmp_path / "x.parquet", {"image": images, "label": [1, 0, 0, 1, 1]}, metadata
-    )
-    source = ParquetSource(path)
+    columns = {"image": images, "label": [1, 0, 0, 1, 1]}
+    source = ParquetSource(write_table(tmp_path / "x.parquet", columns, metadata))
     assert torch.equal(source.read(3), decode(few[3]))
     assert source.labels.tolist() == [1, 0, 0, 1, 1]
-    assert source.labels.dtype == np.int64
     assert source.class_names == ("cat", "dog")
 
 
@@ -122,20 +111,23 @@ def test_files_and_rows_without_a_readable_image_are_broken(tmp_path, few):
                 source.read(index)
 
 
-def test_wrong_files_are_the_users_error(tmp_path, few):
-    no_image = write_table(tmp_path / "a.parquet", {"picture": few, "label": [0] * 5})
-    with pytest.raises(UserError, match="columns picture, label but no `image`; rename"):
-        ParquetSource(no_image)
-    paths = write_table(tmp_path / "b.parquet", {"image": ["1.png", "2.png"]})
-    with pytest.raises(UserError, match="holds string, not bytes; store"):
-        ParquetSource(paths)
-    empty = write_table(tmp_path / "c.parquet", {"image": pa.array([], pa.binary())})
-    with pytest.raises(UserError, match="no rows; give"):
-        ParquetSource(empty)
-    garbage = tmp_path / "d.parquet"
-    garbage.write_bytes(b"this is not parquet\n" * 10)
-    with pytest.raises(UserError, match="no readable parquet file") as caught:
-        ParquetSource(garbage)
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"picture": [b"x"], "label": [0]}, "columns picture, label but no `image`; rename"),
+        ({"image": ["1.png"]}, "holds string, not bytes; store"),
+        ({"image": pa.array([], pa.binary())}, "no rows; give"),
+        (None, "no readable parquet file"),
+    ],
+)
+def test_wrong_files_are_the_users_error(tmp_path, columns, message):
+    path = tmp_path / "x.parquet"
+    if columns is None:
+        path.write_bytes(b"this is not parquet\n" * 10)
+    else:
+        write_table(path, columns)
+    with pytest.raises(UserError, match=message) as caught:
+        ParquetSource(path)
     assert "\n" not in str(caught.value)
 
 
@@ -184,17 +176,6 @@ def test_the_same_samples_as_webdataset_finds(tmp_path, contents):
     assert source.class_names == ("0", "1", "2")
 
 
-@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_names_and_other_formats_of_tar(tmp_path, contents, kind):
-    member = tarfile.TarInfo("deep/" * 60 + "picture.png")
-    member.size = len(contents[0])
-    with tarfile.open(tmp_path / "0.tar", "w", format=kind) as tar:
-        tar.addfile(member, io.BytesIO(contents[0]))
-    source = TarSource([tmp_path / "0.tar"])
-    assert source.content(0) == contents[0]
-    assert source.describe(0).endswith(member.name)
-
-
 def labelled(contents, labels, kind="cls"):
     members = []
     for number, label in enumerate(labels):
@@ -223,17 +204,17 @@ def test_labels_by_name_or_number_unless_one_is_missing(
 
 def test_links_and_odd_names_reach_nothing_outside(tmp_path, contents):
     (tmp_path / "secret.png").write_bytes(contents[1])
-    (tmp_path / "shards").mkdir()
     members = [
         ("link.png", str(tmp_path / "secret.png")), ("../../outside.png", contents[0]),
-        ("/absolute.png", contents[2]), ("real.png", contents[3]),
+        ("/absolute.png", contents[2]), ("deep/" * 60 + "real.png", contents[3]),
     ]  # fmt: skip
-    path = write(tmp_path / "shards" / "0.tar", members)
+    path = write(tmp_path / "0.tar", members)
     before = sorted(tmp_path.rglob("*"))
     source = TarSource([path])
-    found = [source.content(index) for index in range(len(source))]
-    assert contents[1] not in found
-    assert contents[3] in found
+    assert [source.content(index) for index in range(len(source))] == [
+        contents[number] for number in (0, 2, 3)
+    ]
+    assert source.describe(2).endswith(members[-1][0])
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -270,19 +251,14 @@ def test_a_shard_that_changes_later_has_broken_images(tmp_path, contents):
         source.read(3)
 
 
-@pytest.fixture
-def split_shards(tmp_path, contents):
+@pytest.mark.parametrize("data", ["{}", "{}/*.tar", "{}/{{train-0,train-1,val-0}}.tar"])
+def test_splits_by_names_however_the_shards_are_given(tmp_path, contents, data):
     for name, first in [("train-0", 0), ("train-1", 4), ("val-0", 8)]:
         members = [(f"{n}.png", contents[n]) for n in range(first, first + 4)]
         write(tmp_path / f"{name}.tar", members)
-    return tmp_path
-
-
-@pytest.mark.parametrize("data", ["{}", "{}/*.tar", "{}/{{train-0,train-1,val-0}}.tar"])
-def test_splits_by_names_however_the_shards_are_given(split_shards, contents, data):
-    data = data.format(split_shards)
+    data = data.format(tmp_path)
     train, test = open_source(data, "train"), open_source(data, "test")
     assert [train.content(n) for n in range(len(train))] == contents[:8]
     assert [test.content(n) for n in range(len(test))] == contents[8:]
     with pytest.raises(NoTestSplit):
-        open_source(f"{split_shards}/train-{{0..1}}.tar", "test")
+        open_source(f"{tmp_path}/train-{{0..1}}.tar", "test")
