@@ -80,6 +80,9 @@ def test_several_files_and_row_groups(tmp_path, few, kind):
     pq.write_table(table.slice(0, 0), files[1])
     pq.write_table(table.slice(3), files[2])
     source = ParquetSource(files)
+    files[1].with_name("d.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=r"no readable parquet file .*d\.parquet"):
+        ParquetSource([*files, tmp_path / "d.parquet"])
     assert [torch.equal(source.read(n), decode(c)) for n, c in enumerate(few)] == [True] * 5
     places = [source.describe(index) for index in range(5)]
     rows = [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]

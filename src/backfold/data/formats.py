@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import pyarrow.dataset as ds
 import torch
 from PIL import Image
 from torch import Tensor
@@ -117,25 +117,42 @@ class ParquetSource(EncodedSource):
         self.max_pixels = max_pixels
         self._files = [files] if isinstance(files, Path) else list(files)
         self.name = name or first_and_more(self._files)
-        tables = [_read_parquet(file, column, remedy) for file in self._files]
-        self._ends = np.cumsum([len(table) for table in tables])
-        if not self._ends[-1]:
+        try:
+            found = ds.dataset([str(file) for file in self._files], format="parquet")
+            names = found.schema.names
+            table = found.to_table([name for name in (column, "label") if name in names])
+            rows = [fragment.count_rows() for fragment in found.get_fragments()]
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{self.name}: no readable parquet file ({reason}); replace it"
+            ) from error
+        if column not in names:
+            raise UserError(
+                f"{self.name} has columns {', '.join(names)} but no `{column}`; {remedy}"
+            )
+        self._ends = np.cumsum(rows)
+        if not len(table):
             raise UserError(f"{self.name}: no rows; give parquet files that hold images")
-        chunks: list[pa.Array] = []
-        for file, table in zip(self._files, tables, strict=True):
-            images = table[column]
-            if pa.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
-                images = pc.struct_field(images, "bytes")
-            if not (pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type)):
+        images = table[column]
+        if pa.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
+            images = pc.struct_field(images, "bytes")
+        if not (pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type)):
+            raise UserError(
+                f"{self.name}: column `{column}` holds {table[column].type}, not bytes; store each "
+                "image's encoded file there"
+            )
+        self._images = images
+        if labelled and "label" in names:
+            labels = table["label"]
+            counting = pa.types.is_integer(labels.type) and not labels.null_count
+            if not counting or pc.min(labels).as_py() < 0:
                 raise UserError(
-                    f"{file}: column `{column}` holds {table[column].type}, not bytes; store each "
-                    "image's encoded file there"
+                    f"{self.name}: column `label` is {labels.type} or has nulls or negative "
+                    "numbers; give integers from 0, or drop the column"
                 )
-            chunks += images.cast(pa.large_binary()).chunks
-        self._images = pa.chunked_array(chunks)
-        if labelled and all("label" in table.column_names for table in tables):
-            self.labels = np.concatenate(list(map(_label_column, self._files, tables)))
-            metadata = json.loads((tables[0].schema.metadata or {}).get(b"huggingface", b"{}"))
+            self.labels = np.asarray(labels.to_numpy(), dtype=np.int64)
+            metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
             label = metadata.get("info", {}).get("features", {}).get("label", {})
             self.class_names = tuple(label.get("names") or numbered(self.labels))
 
@@ -164,29 +181,6 @@ def first_and_more(names: Sequence[object]) -> str:
 def numbered(labels: Labels) -> tuple[str, ...]:
     """Names for classes without any: the numbers up to the largest label."""
     return tuple(map(str, range(int(labels.max()) + 1)))
-
-
-def _read_parquet(file: Path, column: str, remedy: str) -> pa.Table:
-    """The column, and the labels if there are any."""
-    try:
-        names = pq.read_schema(file).names
-        if column not in names:
-            raise UserError(f"{file} has columns {', '.join(names)} but no `{column}`; {remedy}")
-        return pq.read_table(file, columns=[name for name in names if name in (column, "label")])
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file} is no readable parquet file ({reason}); replace it") from error
-
-
-def _label_column(file: Path, table: pa.Table) -> Labels:
-    column = table["label"]
-    counting = pa.types.is_integer(column.type) and not column.null_count
-    if not counting or (pc.min(column).as_py() or 0) < 0:
-        raise UserError(
-            f"{file}: column `label` is {column.type} or has nulls or negative numbers; "
-            "give integers from 0, or drop the column"
-        )
-    return np.asarray(column.to_numpy(), dtype=np.int64)
 
 
 class TarSource(EncodedSource):
