@@ -123,5 +123,6 @@ def test_masks_without_two_classes_are_refused(tmp_path):
     write(tmp_path / "test.parquet", [0], ids=(11,))
     write(tmp_path / "train.parquet", [0])
     assert "test.parquet: every pixel of the masks is void, 11" in refusal(tmp_path)
-    write(tmp_path / "train.parquet", [0], ids=(5, 11))
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.parquet", [0], ids=(5, 11))
     assert "1 classes beside void, 11" in refusal(tmp_path)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backfold.data.decode import MAX_PIXELS, TIFF_MAGIC, as_float, decode, open_tiff, to_channels
+from backfold.data.decode import MAX_PIXELS, TIFF_MAGIC, as_float, examine, open_tiff, to_channels
 from backfold.data.files import IMAGE_SUFFIXES, find_files, read_file
 from backfold.data.formats import folder_labels
 from backfold.data.source import ImageSource
@@ -79,7 +79,7 @@ class ClipSource(ImageSource):
             raise BrokenImage(f"its frames differ: {error}") from error
 
     def _frame(self, path: str, page: int | None, min_side: int | None) -> Tensor:
-        return decode(read_file(self._folder / path), min_side, self._max_pixels, page)
+        return examine(read_file(self._folder / path), min_side, self._max_pixels, page).image
 
     def describe(self, index: int) -> str:
         """The path of the earliest frame, and its page."""

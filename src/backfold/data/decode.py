@@ -57,12 +57,7 @@ class Decoded:
     conversions: tuple[str, ...] = ()  # what is not as it was stored, as `ALPHA_ON_BLACK`
 
 
-def decode(
-    content: bytes,
-    min_side: int | None = None,
-    max_pixels: int = MAX_PIXELS,
-    page: int | None = None,
-) -> Tensor:
+def decode(content: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Tensor:
     """The image in a file's bytes, (channels, height, width), turned as its EXIF data say.
 
     uint8, or float32 where the file has more than 8 bits: 16 bits without sign lie in [0, 1] (65535
@@ -77,12 +72,11 @@ def decode(
             their size, as long as both sides keep this length. Their pixels are then close to the
             means of the full ones (45 dB and more), in down to half of the time.
         max_pixels: larger images are refused before memory is taken for them.
-        page: of a TIFF file or an animation, from 0, to read alone.
 
     Raises:
         BrokenImage: no image, a damaged or too large one, or numbers that are not finite.
     """
-    return examine(content, min_side, max_pixels, page).image
+    return examine(content, min_side, max_pixels).image
 
 
 def examine(
@@ -91,7 +85,7 @@ def examine(
     max_pixels: int = MAX_PIXELS,
     page: int | None = None,
 ) -> Decoded:
-    """As `decode`, with what was found out about the file."""
+    """As `decode`, with what was found out; ``page``, from 0, of a TIFF or GIF is read alone."""
     try:
         if content.startswith(NPY_MAGIC):
             array = channels_last(np.load(io.BytesIO(content), allow_pickle=False))
@@ -173,12 +167,13 @@ def _decode_tiff(content: bytes, max_pixels: int, number: int | None) -> Decoded
         if not is_plain:
             kind = f"{page.photometric} in {page.bitspersample} bits"
             raise BrokenImage(f"colours of kind {kind}; store grey or RGB")
-        axes, lengths = series.axes, dict(zip(series.axes, series.shape, strict=True))
+        axes = series.axes
         channels = axes.replace("Y", "").replace("X", "")
         if not {"Y", "X"} <= set(axes) or len(channels) > 1:
             raise BrokenImage(
                 f"axes {axes} of {series.shape}; give height, width and one axis of channels"
             )
+        lengths = dict(zip(axes, series.shape, strict=True))
         shape = lengths["Y"], lengths["X"], lengths.get(channels, 1)
         check_size(shape, max_pixels)
         # One tile or strip may be far larger than the image that it holds a corner of.
@@ -192,7 +187,7 @@ def _decode_tiff(content: bytes, max_pixels: int, number: int | None) -> Decoded
             array = np.bitwise_xor(array, array.dtype.type(2**page.bitspersample - 1))
             conversions.append("white at zero turned round")
         array = in_range(array, page.bitspersample)
-        if page.extrasamples and page.extrasamples[-1] in ALPHA:
+        if array.shape[2] > 1 and page.extrasamples and page.extrasamples[-1] in ALPHA:
             # Colours that alpha is multiplied into are on black.
             is_multiplied = page.extrasamples[-1] == EXTRASAMPLE.ASSOCALPHA
             array = array[..., :-1] if is_multiplied else on_black(array)

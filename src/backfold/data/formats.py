@@ -276,8 +276,7 @@ def image_samples(
 ) -> Iterator[tuple[str, Data, dict[str, Data]]]:
     """The name and the data of each sample's image, and all data of the sample by suffix.
 
-    Raises:
-        UserError: a sample with two members of one name, or two images.
+    A sample with two images is a `UserError`.
     """
     named = (
         (match[1], match[2].lower(), data)
@@ -285,18 +284,15 @@ def image_samples(
         if (match := MEMBER.fullmatch(name))
     )
     for key, neighbours in itertools.groupby(named, itemgetter(0)):
-        sample: dict[str, Data] = {}
-        for _, kind, data in neighbours:
-            if kind in sample:
-                raise UserError(f"sample {key} has two members {kind}; give shards with one each")
-            sample[kind] = data
-        kinds = [kind for kind in sample if kind in IMAGE_KINDS]
-        if len(kinds) > 1:
+        parts = [(kind, data) for _, kind, data in neighbours]
+        images = [kind for kind, _ in parts if kind in IMAGE_KINDS]
+        if len(images) > 1:
             raise UserError(
-                f"{shard}: sample {key} has images {' and '.join(kinds)}; give one image a sample"
+                f"{shard}: sample {key} has images {' and '.join(images)}; give one image a sample"
             )
-        if kinds:
-            yield f"{key}.{kinds[0]}", sample[kinds[0]], sample
+        if images:
+            sample = dict(parts)
+            yield f"{key}.{images[0]}", sample[images[0]], sample
 
 
 def _read_label(shard: BinaryIO, sample: dict[str, Place]) -> str:

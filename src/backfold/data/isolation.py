@@ -89,8 +89,7 @@ class Expendable(Generic[Argument, Result]):
         outcomes: dict[int, Result | BrokenImage] = {}
         suspects = set()
         while len(outcomes) < len(arguments):
-            left = (number for number in range(len(arguments)) if number not in outcomes)
-            todo = list(itertools.islice(left, TOGETHER))
+            todo = [number for number in range(len(arguments)) if number not in outcomes][:TOGETHER]
             child = self._child = self._child or self._start()
             reply = self._ask(child, [arguments[number] for number in todo])
             if isinstance(reply, list):
@@ -157,8 +156,7 @@ class Expendable(Generic[Argument, Result]):
                 buffers = [buffer.raw() for buffer in found]
                 ends = list(itertools.accumulate(map(len, buffers), initial=WORD))
                 if ends[-1] > SHARED:
-                    connection.send((pickle.dumps(reply), [WORD]))
-                    continue
+                    content, buffers, ends = pickle.dumps(reply), [], [WORD]
                 for buffer, (start, end) in zip(buffers, itertools.pairwise(ends), strict=True):
                     memory[start:end] = buffer
                 connection.send((content, ends))

@@ -34,7 +34,7 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class MaskedSource:
-    """Images and masks of all rows, still encoded; ``indices`` are the rows of this part."""
+    """Images and masks, still encoded; ``indices`` are the rows of this part."""
 
     images: ParquetSource
     masks: ParquetSource
@@ -181,17 +181,17 @@ def load_masked(
         kept = spread(len(source.indices), limit).numpy()
         chosen = replace(source, indices=source.indices[kept])
         parts.append(MaskedImages(chosen, image_size, channels, num_workers))
+        if set(parts[-1].pixels) <= {void}:
+            raise UserError(
+                f"{source.images.name}: every pixel of the masks is void, {void}; give masks with "
+                "classes"
+            )
     classes = sorted({value for part in parts for value in part.pixels} - {void})
     if not 2 <= len(classes) <= VOID:
         raise UserError(
             f"{sources[0].images.name}: the masks hold {len(classes)} classes beside void, {void}; "
             f"give 2 to {VOID}, and the id that is no class by --segmentation.void"
         )
-    for part, source in zip(parts, sources, strict=True):
+    for part in parts:
         part.class_ids = tuple(classes)
-        if set(part.pixels) <= {void}:
-            raise UserError(
-                f"{source.images.name}: every pixel of the masks is void, {void}; give masks with "
-                "classes"
-            )
     return parts
