@@ -53,15 +53,17 @@ def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     return sorted(found)
 
 
-def read_file(path: Path) -> bytes:
-    """A regular file's bytes.
+def read_file(path: Path, offset: int = 0, size: int = -1) -> bytes:
+    """A regular file's bytes, or some of them.
 
     What can't be read, or is a pipe or device, which could keep a reader for ever, is broken.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise BrokenImage("no regular file")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
     except OSError as error:
         raise BrokenImage(error.strerror or type(error).__name__) from error
 

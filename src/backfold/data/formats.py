@@ -247,12 +247,7 @@ class TarSource(EncodedSource):
     def content(self, index: int) -> bytes:
         """See `EncodedSource.content`."""
         number, offset, size = self._places[index].tolist()
-        try:
-            with self._files[number].open("rb") as shard:
-                shard.seek(offset)
-                content: bytes = shard.read(size)
-        except OSError as error:
-            raise BrokenImage(error.strerror or type(error).__name__) from error
+        content = read_file(self._files[number], offset, size)
         if len(content) < size:
             raise BrokenImage("the shard has become shorter")
         return content
