@@ -229,20 +229,20 @@ def test_sixteen_bit_colours_keep_their_bits(options):
 @pytest.mark.parametrize(("count", "make"), [(2, u8), (5, u16), (32, u8)])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"metadata": None}, {"planarconfig": "separate"}, {"planarconfig": "contig"}],
+    [
+        {},
+        {"metadata": None},
+        {"planarconfig": "separate"},
+        {"planarconfig": "contig"},
+        {"metadata": {"axes": "CYX"}, "imagej": True},
+        {"metadata": {"axes": "CYX"}, "ome": True},
+    ],
 )
 def test_channels_as_pages_planes_or_samples(count, options, make):
     array = make(9, 11, count)
     stored = array if "contig" in options.values() else first(array)
     image = decode(tiff(stored, photometric="minisblack", **options))
     assert np.array_equal(levels(image, make), first(array))
-
-
-@pytest.mark.parametrize("options", [{"imagej": True}, {"ome": True, "photometric": "minisblack"}])
-def test_named_axes(options):
-    planes = u16(6, 9, 11)
-    image = decode(tiff(planes, metadata={"axes": "CYX"}, **options))
-    assert np.array_equal(levels(image), planes)
 
 
 def values(shape, dtype):

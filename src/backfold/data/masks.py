@@ -48,7 +48,7 @@ class MaskedSource:
             mask = _read_mask(self.masks.content(index))
             if mask.shape != image.shape[1:]:
                 raise UserError(
-                    f"the image has shape {(*image.shape[1:],)} and its mask {mask.shape}; "
+                    f"the image has shape {tuple(image.shape[1:])} and its mask {mask.shape}; "
                     "give a PNG of class ids, of the image's size"
                 )
         except (BrokenImage, UserError) as error:
