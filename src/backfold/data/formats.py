@@ -88,18 +88,11 @@ def folder_labels(
 
 
 class ParquetSource(EncodedSource):
-    """Images in parquet files, held in memory in their compressed form.
+    """Images in parquet files of the same columns, held in memory in their compressed form.
 
-    Column ``image``: bytes of an image file, or a struct with such ``bytes`` (as Hugging Face
-    datasets writes). Column ``label``, optional: integers from 0. Class names are taken from
-    Hugging Face's schema metadata, or else are the numbers.
-
-    Args:
-        files: one or more with the same columns.
-        labelled: read the labels, if there are any.
-        max_pixels: larger images are broken.
-        name: for logs; the files' paths by default.
-        column: another one to take images from, and ``remedy`` what to do where there is none.
+    The ``column`` holds bytes of an image file, or a struct with such ``bytes`` (as Hugging Face
+    datasets writes); ``remedy`` is for where there is none. Column ``label``, optional: integers
+    from 0. Class names are taken from Hugging Face's schema metadata, or else are the numbers.
 
     Raises:
         UserError: no parquet file, no images, or labels that are no integers from 0.

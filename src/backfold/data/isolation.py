@@ -51,8 +51,8 @@ class Expendable(Generic[Argument, Result]):
     """Calls a function in a forked process, which ends with the context or with this process.
 
     One process serves all calls, from the first on, and another takes its place when it dies.
-    Calls cost least by `each`. Worker processes of a DataLoader can use this too, though they may
-    not start what `multiprocessing` starts. Arguments and results are pickled.
+    Workers of a DataLoader can use this too, though they may not start what `multiprocessing`
+    starts. Arguments and results are pickled.
     """
 
     def __init__(self, function: Callable[[Argument], Result], seconds: float) -> None:

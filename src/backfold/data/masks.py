@@ -172,9 +172,8 @@ def load_masked(
 ) -> list[MaskedImages]:
     """At most ``limit`` images of each part, evenly spread, with the classes of all parts.
 
-    Raises:
-        UserError: fewer than 2 or more than 255 classes beside ``void``, a part of nothing else, or
-            what reading raises.
+    Fewer than 2 or more than 255 classes beside ``void``, or a part of nothing else, are a
+    `UserError`.
     """
     parts = []
     for source in sources:
