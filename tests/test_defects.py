@@ -1,5 +1,7 @@
 """Scores and maps of defects, against slow references, and on images with a defect drawn in."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -29,22 +31,6 @@ def waves(count, seed=0):
     x = torch.arange(24) * (2 * torch.pi / 6)
     noise = 0.1 * torch.randn(count, 2, 24, 24, generator=random)
     return 1.4 * torch.sin(x.expand(24, 24) + phases) + noise
-
-
-def test_each_square_is_restored_from_the_others_alone(energy):
-    """Whatever stands in a square changes its own error only by what it is compared to."""
-    images = waves(2)
-    found = error_map(energy, images, MASKING, is_conditional=True, step_size=0.5)
-    changed = images.clone()
-    changed[:, :, 8:12, 4:8] += 1.0
-    after = error_map(energy, changed, MASKING, is_conditional=True, step_size=0.5)
-    square = (slice(None), slice(None), slice(8, 12), slice(4, 8))
-    # error = mean over channels of (restored - x)^2, where restored is the same before and after.
-    # So the two errors differ by 1 - 2 mean(restored - x).
-    offset = (found[square] - after[square] + 1) / 2
-    assert (offset.square() <= found[square] + 1e-5).all()
-    assert not torch.equal(after, found)
-    assert (found > 0).all()
 
 
 def test_errors_are_those_of_the_conditional_energy_part_by_part(energy):
@@ -143,7 +129,7 @@ def test_a_drawn_defect_is_found_and_where_it_is(energy):
 
 def test_a_restoration_that_diverges_is_the_strangest(energy):
     finder = DefectFinder(energy, waves(16).split(8), MASKING, is_conditional=True)
-    finder._step_size = 1e9
+    finder._errors = partial(finder._errors, step_size=1e9)
     scores, _ = finder(waves(2))
     assert torch.isposinf(scores["largest_error"]).all()
     with pytest.raises(UserError, match="diverges for every usual image"):

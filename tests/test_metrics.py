@@ -6,7 +6,6 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.neighbors import KNeighborsClassifier
 
-from backfold.errors import UserError
 from backfold.metrics import energy_auroc, energy_gap, knn_accuracy, psnr_db, rank_me, ssim
 
 MEAN = torch.tensor([0.5, 0.4, 0.3])
@@ -53,11 +52,6 @@ def test_ssim_equals_scikit_image_on_pixels(size):
     assert max(expected) - min(expected) > 0.05
 
 
-def test_ssim_refuses_images_without_a_window():
-    with pytest.raises(UserError, match="2 x 9 pixels"):
-        ssim(torch.zeros(1, 3, 2, 9), torch.zeros(1, 3, 2, 9), MEAN, STD)
-
-
 def test_rank_me_closed_forms():
     orthonormal = torch.linalg.qr(torch.randn(20, 6)).Q
     rank_one = torch.outer(torch.randn(20), torch.randn(6))
@@ -74,8 +68,6 @@ def test_energy_auroc_counts_pairs():
     assert energy_auroc(clean, corrupted) == pytest.approx(sum(pairs) / len(pairs))
     assert energy_auroc(clean, clean + 10) == 1.0
     assert energy_auroc(clean + 10, clean) == 0.0
-    with pytest.raises(ValueError, match="one side is empty"):
-        energy_auroc(torch.zeros(0), torch.ones(3))
     assert energy_gap(clean, corrupted) == pytest.approx(2.5 - 7 / 3)
 
 
@@ -88,7 +80,7 @@ def clusters(num_images, seed, classes=4, features=6):
 
 
 @pytest.mark.parametrize("k", [1, 7, 500])
-def test_knn_equals_scikit_learn(k, monkeypatch):
+def test_knn_equals_scikit_learn(k):
     (train_x, train_y), (test_x, test_y) = clusters(90, seed=1), clusters(70, seed=2)
     classifier = KNeighborsClassifier(
         min(k, 90),
@@ -100,5 +92,3 @@ def test_knn_equals_scikit_learn(k, monkeypatch):
     whole = knn_accuracy(*data, k=k)
     assert whole == pytest.approx(classifier.score(test_x, test_y))
     assert 0.4 < whole < 0.99
-    monkeypatch.setattr("backfold.metrics.KNN_CHUNK_ELEMENTS", 90 * 8)
-    assert knn_accuracy(*data, k=k) == whole

@@ -14,8 +14,10 @@ That a gradient's statistics tell defects at least as well as the energy is from
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from sklearn.covariance import LedoitWolf
@@ -61,18 +63,11 @@ def error_map(
 
     The squares are dealt to `PARTS` parts, alike for all images. A part is filled as in training
     and restored from the squares of the other parts: by the conditional energy, or else by the
-    dense one of the filled image. Where restoring diverges the error is infinite.
+    dense one of the filled image. Where restoring diverges the error is infinite. Squares that do
+    not fit the images raise a UserError.
 
-    Args:
-        energy: whose first head restores pixels.
-        images: normalised, (batch, channels, height, width).
-        masking: its squares and its filling.
-        is_conditional: what the energy was trained as.
-        num_steps: restoration steps.
-        step_size: the gradient's factor.
-
-    Raises:
-        UserError: squares that do not fit the images.
+    The energy's first head restores pixels; images are normalised, (batch, channels, height,
+    width); ``num_steps`` and ``step_size`` are as for `backfold.restoration.restore`.
     """
     # Drawn on the CPU, and for one image: the same whatever the device and the batch.
     generator = torch.Generator().manual_seed(0)
@@ -106,17 +101,15 @@ class Usual:
 
     @classmethod
     def of(cls, features: Tensor) -> "Usual":
-        """Fitted to (any number, features), at most `MOST_POSITIONS` of them."""
+        """Fitted to (any number, features) on the CPU, at most `MOST_POSITIONS` of them."""
         drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-        some = features[drawn[:MOST_POSITIONS].to(features.device)]
-        fitted = LedoitWolf().fit(some.double().cpu().numpy())
+        fitted = LedoitWolf().fit(features[drawn[:MOST_POSITIONS]].double().numpy())
         return cls(torch.tensor(fitted.location_).float(), torch.tensor(fitted.precision_).float())
 
     def distance(self, features: Tensor) -> Tensor:
         """Mahalanobis distance of features (..., features), without the last axis."""
-        off = features.float() - self.mean.to(features.device)
-        squared = ((off @ self.precision.to(features.device)) * off).sum(dim=-1)
-        return squared.clamp(min=0).sqrt()
+        off = features.float() - self.mean
+        return ((off @ self.precision) * off).sum(dim=-1).clamp(min=0).sqrt()
 
 
 def alone(features: Tensor) -> Tensor:
@@ -169,31 +162,40 @@ class DefectFinder:
         num_steps: int = 1,
         step_size: float = 1.0,
     ) -> None:
-        self._energy, self._masking, self._is_conditional = energy, masking, is_conditional
-        self._num_steps, self._step_size = num_steps, step_size
         count = sum(map(len, usual))
         if count < FEWEST:
             raise UserError(f"{count} usual images; give {FEWEST} or more")
         images = torch.cat([batch.cpu() for batch in usual])
-        self._shape, batch_size = images.shape[1:], len(usual[0])
+        self._energy, self._shape = energy, images.shape[1:]
+        self._errors: Callable[[Tensor], Tensor] | None = None
+        if masking is not None and masking.mask_patch_size < max(images.shape[2:]):
+            self._errors = partial(
+                error_map, energy, masking=masking, is_conditional=is_conditional,
+                num_steps=num_steps, step_size=step_size,
+            )  # fmt: skip
         drawn = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         known, others = drawn.tensor_split([3 * count // 4])
-        positions = torch.cat(
-            [self._positions(images[part]) for part in known.sort().values.split(batch_size)]
-        )
-        self._grid = _grid(positions.shape[1], (images.shape[2], images.shape[3]))
+        batches = known.sort().values.split(len(usual[0]))
+        positions = torch.cat([self._positions(images[part]) for part in batches])
+        self._grid: tuple[int, int] | None = None
+        if positions.shape[1] > 1:
+            with suppress(UserError):  # branches of several resolutions are no grid
+                self._grid = grid_shape(positions.shape[1], (images.shape[2], images.shape[3]))
         self._bank = positions.mean(dim=1)
         # Without what a position's features always have: its place in the image, above all.
         self._everywhere = positions.mean(dim=0)
         self._vectors, self._local = Usual.of(self._bank), Usual.of(positions.flatten(0, 1))
-        measured = [self.measure(images[part]) for part in others.split(batch_size)]
+        measured = [self.measure(images[part]) for part in others.split(len(usual[0]))]
         scores, maps = zip(*measured, strict=True)
-        self._levels = {name: _joined(scores, name).sort().values for name in scores[0]}
-        pixels = {name: _joined(maps, name) for name in maps[0]}
-        finite = {name: found[found.isfinite()] for name, found in pixels.items()}
-        if not all(map(len, finite.values())):
-            raise UserError("restoring diverges for every usual image; lower step_size")
-        self._spreads = {name: torch.std_mean(found) for name, found in finite.items()}
+        self._levels = {
+            name: torch.cat([each[name] for each in scores]).sort().values for name in scores[0]
+        }
+        self._spreads = {}
+        for name in maps[0]:
+            pixels = torch.cat([each[name].flatten() for each in maps])
+            if not pixels.isfinite().any():
+                raise UserError("restoring diverges for every usual image; lower step_size")
+            self._spreads[name] = torch.std_mean(pixels[pixels.isfinite()])
 
     @property
     def fingerprint(self) -> str:
@@ -222,28 +224,22 @@ class DefectFinder:
             (maps[name] - mean) / std.clamp(min=LEAST_SPREAD)
             for name, (std, mean) in self._spreads.items()
         ]
-        joined = torch.stack(ranks).mean(dim=0)
-        return {**scores, "joined": joined}, torch.stack(standard).mean(dim=0)
+        scores["joined"] = torch.stack(ranks).mean(dim=0)
+        return scores, torch.stack(standard).mean(dim=0)
 
     @torch.no_grad()
     def _positions(self, images: Tensor) -> Tensor:
         with eval_mode(self._energy):
-            return feature_map(self._energy.backbone, self._moved(images)).float().cpu()
-
-    def _moved(self, images: Tensor) -> Tensor:
-        return images.to(self._energy.head.weight.device)
+            images = images.to(self._energy.head.weight.device)
+            return feature_map(self._energy.backbone, images).float().cpu()
 
     def measure(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The scores that are joined, and the maps by name, smoothed; on the CPU."""
-        images, positions = self._moved(images), self._positions(images)
+        positions, images = self._positions(images), images.to(self._energy.head.weight.device)
         energies, gradient = gradient_map(self._energy, images)
         maps = {"gradient": gradient}
-        masking = self._masking
-        if masking is not None and masking.mask_patch_size < max(images.shape[2:]):
-            maps["error"] = error_map(
-                self._energy, images, masking, is_conditional=self._is_conditional,
-                num_steps=self._num_steps, step_size=self._step_size,
-            )  # fmt: skip
+        if self._errors is not None:
+            maps["error"] = self._errors(images)
         if self._grid is not None:
             for name, found in {
                 "distance": self._local.distance(positions),
@@ -269,15 +265,3 @@ class DefectFinder:
             error = scores["largest_error"]
             scores["largest_error"] = error.where(error.isfinite(), torch.inf)
         return scores, maps
-
-
-def _grid(positions: int, size: tuple[int, int]) -> tuple[int, int] | None:
-    """The feature map's rows and columns; None if it is no grid or has one position."""
-    try:
-        return grid_shape(positions, size) if positions > 1 else None
-    except UserError:  # branches of several resolutions, for instance
-        return None
-
-
-def _joined(parts: Sequence[dict[str, Tensor]], name: str) -> Tensor:
-    return torch.cat([part[name] for part in parts])

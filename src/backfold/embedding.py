@@ -2,9 +2,10 @@
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ from backfold.errors import UserError
 from backfold.restoration import eval_mode
 
 Pooling = Literal["average", "max", "class_token", "grid"]
-POOLINGS: tuple[Pooling, ...] = ("average", "max", "class_token", "grid")
 MOST_LAYERS = 4
 GRID, FINE_GRID, LONGEST_FINE = 2, 4, 2048
+Layer = tuple[Tensor, Tensor | None]  # (batch, positions, features); the class token, if any
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class EmbeddingChoice:
                 f"embedding layer {self.layer} is not negative; layers are counted from the end, "
                 "give -1 for the last"
             )
-        if self.pooling not in POOLINGS:
-            raise UserError(f"unknown pooling {self.pooling!r}; choose from {', '.join(POOLINGS)}")
+        if self.pooling not in get_args(Pooling):
+            known = ", ".join(get_args(Pooling))
+            raise UserError(f"unknown pooling {self.pooling!r}; choose from {known}")
 
     def __str__(self) -> str:
         return f"layer {self.layer}, {self.pooling.replace('_', ' ')}"
@@ -65,11 +67,33 @@ def embed(backbone: nn.Module, images: Tensor, choice: EmbeddingChoice | None = 
     Raises:
         UserError: a layer or a class token that the backbone does not have.
     """
-    choice = choice or EmbeddingChoice()
-    if choice.pooling == "class_token":
-        return _class_token(backbone, images, choice.layer)
-    positions = _positions(backbone, images, choice.layer)
-    return _pooled(positions, choice.pooling, (images.shape[2], images.shape[3]))
+    choice, name = choice or EmbeddingChoice(), type(backbone).__name__
+    if choice.layer < -1:
+        try:
+            _, found = _intermediates(backbone, images, -choice.layer)
+        except (AssertionError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"backbone {name} can't give layer {choice.layer}: {error}; "
+                "choose a layer nearer to -1"
+            ) from error
+        positions, token = found[0]
+    elif choice.pooling == "class_token" and _has_class_token(backbone):
+        positions = token = cast(Any, backbone).forward_features(images)[:, 0]
+    else:
+        positions, token = feature_map(backbone, images), None
+    if choice.pooling != "class_token":
+        return _pooled(positions.float(), choice.pooling, (images.shape[2], images.shape[3]))
+    if token is None:
+        raise UserError(
+            f"backbone {name} has no class token in layer {choice.layer} for pooling "
+            "'class_token'; choose average or max"
+        )
+    return token.float()
+
+
+def _has_class_token(backbone: nn.Module) -> bool:
+    prefix = getattr(backbone, "num_prefix_tokens", 0)
+    return prefix > 0 and getattr(backbone, "cls_token", None) is not None
 
 
 def _pooled(positions: Tensor, pooling: Pooling, image_size: ImageSize) -> Tensor:
@@ -101,96 +125,68 @@ def grid_shape(positions: int, image_size: ImageSize) -> tuple[int, int]:
     return rows, columns
 
 
+def _intermediates(backbone: nn.Module, images: Tensor, layers: int) -> tuple[Tensor, list[Layer]]:
+    """What timm gives as the last features, and so many last layers, without the last norm."""
+    forward = cast(Any, backbone).forward_intermediates
+    options: dict[str, Any] = {"indices": layers, "norm": False, "output_fmt": "NCHW"}
+    known = inspect.signature(forward).parameters
+    with_token = _has_class_token(backbone) and "return_prefix_tokens" in known
+    if with_token:
+        options["return_prefix_tokens"] = True
+    last, found = forward(images, **options)
+    pairs = ((each[0], each[1][:, 0]) if with_token else (each, None) for each in found)
+    return last, [(features.float().flatten(2).transpose(1, 2), token) for features, token in pairs]
+
+
 class Embedder:
     """Vectors of all layers and poolings that a backbone has, from one pass over the images.
+
+    ``choices`` has the last `MOST_LAYERS` layers, as far as there are so many, with each pooling.
 
     Args:
         backbone: a timm model, or any module that `feature_map` takes, in eval mode.
         probe: a few normalised images, (batch, channels, height, width), on which it is found out
             what there is.
-
-    Attributes:
-        choices: the last `MOST_LAYERS` layers, as far as there are so many, with each pooling.
     """
 
+    @torch.no_grad()
     def __init__(self, backbone: nn.Module, probe: Tensor) -> None:
-        self._backbone = backbone
-        self._layers, self._last_is_own = self._look(probe)
+        self._backbone, self._layers, self._last_is_own = backbone, 0, False
+        for layers in range(MOST_LAYERS, 0, -1):
+            try:
+                last, found = _intermediates(backbone, probe, layers)
+            # Each family has its own conditions, and checks them by whatever fails.
+            except Exception:
+                continue
+            if len(found) == layers:
+                expected, given = feature_map(backbone, probe), as_positions(backbone, last)
+                same = expected.shape == given.shape and torch.allclose(expected, given, atol=1e-4)
+                self._layers, self._last_is_own = layers, same
+                break
         self.choices = tuple(self(probe))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[EmbeddingChoice, Tensor]:
         """(batch, features) in float32 for each choice."""
-        if not self._layers:
-            return self._pool({-1: (feature_map(self._backbone, images), None)}, images)
-        last, below = self._forward(images, self._layers)
-        token = last[:, 0] if self._has_token and last.ndim == 3 else None
-        positions = (
-            as_positions(self._backbone, last)
-            if self._last_is_own
-            else feature_map(self._backbone, images)
-        )
-        outputs: dict[int, tuple[Tensor, Tensor | None]] = {-1: (positions, token)}
-        for depth, output in enumerate(reversed(below[:-1]), start=2):
-            features, prefix = output if self._has_token else (output, None)
-            token = None if prefix is None else prefix[:, 0]
-            outputs[-depth] = (features.flatten(2).transpose(1, 2), token)
-        return self._pool(outputs, images)
-
-    @property
-    def _has_token(self) -> bool:
-        if getattr(self._backbone, "cls_token", None) is None:
-            return False
-        forward = getattr(self._backbone, "forward_intermediates", None)
-        return "return_prefix_tokens" in inspect.signature(forward).parameters if forward else False
-
-    def _forward(self, images: Tensor, layers: int) -> tuple[Tensor, list[Any]]:
-        options = {"return_prefix_tokens": True} if self._has_token else {}
-        last, below = cast(Any, self._backbone).forward_intermediates(
-            images, indices=layers, norm=False, output_fmt="NCHW", **options
-        )
-        return last, list(below)
-
-    @torch.no_grad()
-    def _look(self, probe: Tensor) -> tuple[int, bool]:
-        """How many layers there are, 0 if none can be had, and whether the last comes with them."""
-        if not hasattr(self._backbone, "forward_intermediates"):
-            return 0, True
-        for layers in range(MOST_LAYERS, 0, -1):
-            try:
-                last, below = self._forward(probe, layers)
-            # Each family has its own conditions, and checks them by whatever fails.
-            except Exception:
-                continue
-            if len(below) == layers:
-                expected, given = (
-                    feature_map(self._backbone, probe),
-                    as_positions(self._backbone, last),
-                )
-                same = expected.shape == given.shape and torch.allclose(expected, given, atol=1e-4)
-                return layers, same
-        return 0, True
-
-    def _pool(
-        self, outputs: Mapping[int, tuple[Tensor, Tensor | None]], images: Tensor
-    ) -> dict[EmbeddingChoice, Tensor]:
+        below: list[Layer] = []
+        token = positions = None
+        if self._layers:
+            last, below = _intermediates(self._backbone, images, self._layers)
+            token = last[:, 0] if below[-1][1] is not None and last.ndim == 3 else None
+            positions = as_positions(self._backbone, last) if self._last_is_own else None
+        if positions is None:
+            positions = feature_map(self._backbone, images)
+        layers = [(positions.float(), token), *below[-2::-1]]
         found, size = {}, (images.shape[2], images.shape[3])
-        for layer, (features, token) in outputs.items():
-            positions = features.float()
-            found[EmbeddingChoice(layer, "average")] = _pooled(positions, "average", size)
-            found[EmbeddingChoice(layer, "max")] = _pooled(positions, "max", size)
-            if token is not None:
-                found[EmbeddingChoice(layer, "class_token")] = token.float()
-            if self._is_grid(positions.shape[1], size):
-                found[EmbeddingChoice(layer, "grid")] = _pooled(positions, "grid", size)
+        for depth, (features, class_token) in enumerate(layers, start=1):
+            found[EmbeddingChoice(-depth, "average")] = _pooled(features, "average", size)
+            found[EmbeddingChoice(-depth, "max")] = _pooled(features, "max", size)
+            if class_token is not None:
+                found[EmbeddingChoice(-depth, "class_token")] = class_token.float()
+            with suppress(UserError):  # they form no grid
+                if min(grid_shape(features.shape[1], size)) >= GRID:
+                    found[EmbeddingChoice(-depth, "grid")] = _pooled(features, "grid", size)
         return found
-
-    @staticmethod
-    def _is_grid(positions: int, size: ImageSize) -> bool:
-        try:
-            return min(grid_shape(positions, size)) >= GRID
-        except UserError:
-            return False
 
 
 def embed_batches(
@@ -199,18 +195,10 @@ def embed_batches(
     choice: EmbeddingChoice | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Embeddings ``(images, features)`` of all batches, float32 on the CPU.
+    """Embeddings ``(images, features)`` of all batches, float32 on the CPU; see `embed`.
 
-    The backbone runs in eval mode without gradients and gets the mode of each of its modules back.
-
-    Args:
-        backbone: as for `embed`; it must be on ``device`` already.
-        batches: normalised images, (batch, channels, height, width) each.
-        choice: as for `embed`.
-        device: where the batches are sent.
-
-    Raises:
-        UserError: no images, or as `embed`.
+    The backbone runs on its ``device`` in eval mode, without gradients, and gets the mode of each
+    of its modules back. No images raise a UserError.
     """
     with eval_mode(backbone), torch.inference_mode():
         parts = [
@@ -220,57 +208,3 @@ def embed_batches(
     if not parts:
         raise UserError("there are no images to embed: 0 batches; give a data set with images")
     return torch.cat(parts)
-
-
-def _positions(backbone: nn.Module, images: Tensor, layer: int) -> Tensor:
-    """Features of a layer as (batch, positions, features), in float32."""
-    if layer == -1:
-        return feature_map(backbone, images).float()
-    features, _ = _intermediate(backbone, images, layer)
-    return features.float().flatten(2).transpose(1, 2)
-
-
-def _class_token(backbone: nn.Module, images: Tensor, layer: int) -> Tensor:
-    """The class token of a layer as (batch, features), in float32."""
-    num_prefix_tokens = getattr(backbone, "num_prefix_tokens", 0)
-    if not num_prefix_tokens or getattr(backbone, "cls_token", None) is None:
-        raise UserError(
-            f"backbone {type(backbone).__name__} has no class token for pooling 'class_token'; "
-            "choose average or max"
-        )
-    if layer == -1:
-        tokens: Tensor = cast(Any, backbone).forward_features(images)
-    else:
-        _, tokens = _intermediate(backbone, images, layer, prefix_tokens=True)
-    return tokens[:, 0].float()
-
-
-def _intermediate(
-    backbone: nn.Module, images: Tensor, layer: int, prefix_tokens: bool = False
-) -> tuple[Tensor, Tensor]:
-    """A layer's features, without the last norm, and its prefix tokens (none unless asked for).
-
-    Shapes: (batch, features, height, width) and (batch, tokens, features).
-    """
-    name = type(backbone).__name__
-    forward = getattr(backbone, "forward_intermediates", None)
-    options = {"return_prefix_tokens": True} if prefix_tokens else {}
-    if forward is None or not options.keys() <= inspect.signature(forward).parameters.keys():
-        wanted = "class token" if prefix_tokens else "features"
-        raise UserError(
-            f"backbone {name} has no way to give the {wanted} of layer {layer}; use layer -1"
-        )
-    try:
-        (layer_output,) = forward(
-            images,
-            indices=[layer],
-            norm=False,
-            intermediates_only=True,
-            output_fmt="NCHW",
-            **options,
-        )
-    except (AssertionError, IndexError) as error:
-        raise UserError(
-            f"backbone {name} can't give layer {layer}: {error}; choose a layer nearer to -1"
-        ) from error
-    return layer_output if prefix_tokens else (layer_output, images.new_empty(0))

@@ -49,9 +49,8 @@ def vicreg_loss(embeddings: Tensor) -> Tensor:
 def of_all_processes(embeddings: Tensor) -> Tensor:
     """The embeddings of all processes' images, one process after the other.
 
-    Those of this process carry its graph, with a gradient as many times as large as there are
-    processes: each has the same loss of all of them, and DistributedDataParallel takes the mean of
-    gradients, of which each process has its own images' share.
+    The gradient of this process's own is as many times as large as there are processes, as
+    DistributedDataParallel takes the mean of gradients, of which each has its own images' share.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return embeddings

@@ -13,13 +13,10 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from backfold.errors import UserError
-
 MAX_PSNR_DB = 100.0
 SSIM_SIGMA = 1.5
 SSIM_RADIUS = 5
 KNN_TEMPERATURE = 0.07
-KNN_CHUNK_ELEMENTS = 2**24
 NEIGHBOURS = 10  # that `knn_distance` is the mean of
 
 
@@ -31,38 +28,21 @@ def psnr_db(restored: Tensor, clean: Tensor, std: Tensor) -> Tensor:
         clean: as ``restored``.
         std: (channels,), deviation by which pixels in [0, 1] were divided; the peak is 1.
     """
-    scale = _per_channel(std, clean)
+    restored, clean = (images.float() * _per_channel(std, clean) for images in (restored, clean))
     ratio = peak_signal_noise_ratio(
-        restored.float() * scale,
-        clean.float() * scale,
-        data_range=1.0,
-        reduction="none",
-        dim=(1, 2, 3),
+        restored, clean, data_range=1.0, reduction="none", dim=(1, 2, 3)
     )
     return ratio.clamp(max=MAX_PSNR_DB)
 
 
 def ssim(restored: Tensor, clean: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Structural similarity of each image, ``(batch,)``, at most 1.
+    """Structural similarity of each image, ``(batch,)``, at most 1; arguments as for `psnr_db`.
 
     Gaussian windows of deviation 1.5 and 11 pixels across, of which only those wholly inside the
-    image count. In images of fewer than 11 pixels the window shrinks to the largest that fits.
-
-    Args:
-        restored: (batch, channels, height, width), normalised; it is not clipped.
-        clean: as ``restored``.
-        mean: (channels,), mean of the pixels in [0, 1] that was subtracted.
-        std: (channels,), deviation by which they were divided.
-
-    Raises:
-        UserError: images of fewer than 3 pixels in height or width.
+    image count. In images of fewer than 11 pixels, 3 or more, the window shrinks to the largest
+    that fits.
     """
-    height, width = clean.shape[-2:]
-    radius = min(SSIM_RADIUS, (min(height, width) - 1) // 2)
-    if radius < 1:
-        raise UserError(
-            f"ssim can't compare images of {height} x {width} pixels; give at least 3 x 3"
-        )
+    radius = min(SSIM_RADIUS, (min(clean.shape[-2:]) - 1) // 2)
     scale, offset = _per_channel(std, clean), _per_channel(mean, clean)
     _, similarity_map = structural_similarity_index_measure(
         restored.float() * scale + offset,
@@ -97,22 +77,16 @@ def rank_me(embeddings: Tensor) -> float:
 def energy_auroc(clean_energies: Tensor, corrupted_energies: Tensor) -> float:
     """How often, from 0 to 1, a clean image's energy is below a corrupted one's; ties count half.
 
-    All pairs are compared. Energies are ``(clean images,)`` and ``(corrupted images,)``.
-
-    Raises:
-        ValueError: an energy that is not finite, or no energies on one side.
+    All pairs are compared. Energies are finite, (clean images,) and (corrupted images,).
     """
-    energies = torch.cat([clean_energies.detach().cpu(), corrupted_energies.detach().cpu()])
+    energies = torch.cat([clean_energies, corrupted_energies]).cpu().double()
     is_corrupted = torch.arange(len(energies)) >= len(clean_energies)
-    if is_corrupted.all() or not is_corrupted.any():
-        raise ValueError("energy_auroc needs clean and corrupted energies; one side is empty")
-    return float(roc_auc_score(is_corrupted.numpy(), energies.double().numpy()))
+    return float(roc_auc_score(is_corrupted.numpy(), energies.numpy()))
 
 
 def energy_gap(clean_energies: Tensor, corrupted_energies: Tensor) -> float:
     """Mean energy of the corrupted images minus that of the clean ones."""
-    corrupted, clean = corrupted_energies.cpu().double(), clean_energies.cpu().double()
-    return float(corrupted.mean() - clean.mean())
+    return float(corrupted_energies.cpu().double().mean() - clean_energies.cpu().double().mean())
 
 
 def knn_accuracy(
@@ -122,34 +96,23 @@ def knn_accuracy(
     test_labels: Tensor,
     k: int = 20,
 ) -> float:
-    """Accuracy, from 0 to 1, of the k nearest training images' weighted vote.
+    """Accuracy, from 0 to 1, of the k nearest training images' weighted vote; of fewer, all vote.
 
     Neighbours are nearest in cosine similarity and vote with weight exp(similarity / 0.07), the
-    usual protocol of self-supervised learning (Wu et al., CVPR 2018).
-
-    Args:
-        train_embeddings: (training images, features), on any device.
-        train_labels: (training images,), whole numbers.
-        test_embeddings: (test images, features).
-        test_labels: (test images,), whole numbers.
-        k: neighbours that vote; all training images where there are fewer.
+    usual protocol of self-supervised learning (Wu et al., CVPR 2018). Embeddings are (images,
+    features), labels (images,) whole numbers.
     """
-    bank = F.normalize(train_embeddings.float(), dim=1)
-    queries = F.normalize(test_embeddings.float(), dim=1)
-    classes, votes_for = torch.unique(train_labels.to(bank.device), return_inverse=True)
-    chunk = max(1, KNN_CHUNK_ELEMENTS // len(bank))
-    predicted = []
-    for part in queries.split(chunk):
-        nearest, indices = (part @ bank.T).topk(min(k, len(bank)), dim=1)
-        weights = (nearest / KNN_TEMPERATURE).exp()
-        votes = weights.new_zeros(len(part), len(classes))
-        predicted.append(votes.scatter_add_(1, votes_for[indices], weights).argmax(dim=1))
-    return float((classes[torch.cat(predicted)] == test_labels.to(bank.device)).float().mean())
+    bank, queries = (F.normalize(each.float()) for each in (train_embeddings, test_embeddings))
+    classes, votes_for = torch.unique(train_labels, return_inverse=True)
+    nearest, indices = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
+    votes = nearest.new_zeros(len(queries), len(classes))
+    votes.scatter_add_(1, votes_for[indices], (nearest / KNN_TEMPERATURE).exp())
+    return float((classes[votes.argmax(dim=1)] == test_labels).float().mean())
 
 
 def knn_distance(bank: Tensor, queries: Tensor) -> Tensor:
     """Mean distance, 0 to 2, of each query to its 10 nearest neighbours, at unit length."""
     search = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(bank)), algorithm="brute")
-    search.fit(F.normalize(bank.float(), dim=1).numpy())
-    distances, _ = search.kneighbors(F.normalize(queries.float(), dim=1).numpy())
+    search.fit(F.normalize(bank.float()).numpy())
+    distances, _ = search.kneighbors(F.normalize(queries.float()).numpy())
     return torch.from_numpy(distances.mean(axis=1))

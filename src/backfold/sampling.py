@@ -12,6 +12,7 @@ Kadkhodaie and Simoncelli sample (NeurIPS 2021).
 
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,21 +22,9 @@ RHO = 7.0  # Karras et al., section 3.2: how much closer together low levels lie
 
 
 def noise_levels(count: int, largest: float, smallest: float) -> list[float]:
-    """Falling deviations of noise, ``count`` of them and a last one of 0.
-
-    Args:
-        count: 2 or more.
-        largest: the first.
-        smallest: the last but one, above 0 and below ``largest``.
-
-    Raises:
-        ValueError: arguments out of their ranges.
-    """
-    if count < 2 or not 0 < smallest < largest:
-        raise ValueError(f"{count} levels from {largest} to {smallest}; give 2 or more, falling")
-    high, low = largest ** (1 / RHO), smallest ** (1 / RHO)
-    steps = torch.linspace(0, 1, count, dtype=torch.float64)
-    return [*((high + steps * (low - high)) ** RHO).tolist(), 0.0]
+    """Falling deviations of noise, ``count`` of them, 2 or more, and a last one of 0."""
+    roots = np.linspace(largest ** (1 / RHO), smallest ** (1 / RHO), count)
+    return [*(roots**RHO).tolist(), 0.0]
 
 
 def sample(

@@ -55,7 +55,7 @@ def test_broken_files_are_skipped_and_named_until_there_are_too_many(
         ),
         (
             "--tasks.masking.hidden-share=0.5 --tasks.masking.mask-patch-size=5",
-            ("no multiple", "hidden_share"),
+            ("divides both sides", "hidden_share"),
         ),
         ("--init=nowhere.safetensors", ("nowhere.safetensors",)),
         ("--accelerator=abacus", ("can't use accelerator 'abacus'", "--accelerator auto")),

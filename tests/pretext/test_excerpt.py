@@ -88,19 +88,20 @@ def test_every_image_runs_on_as_many_squares_drawn_evenly(share, count):
 
 
 @pytest.mark.parametrize(
-    ("task", "shown"),
+    "task",
     [
-        (SuperResolution(), "superresolution blurs across"),
-        (Masking(0.6, 8, hidden_share=0.5), "hidden_share must be 1"),
-        (Masking(0.6, 8, blocks=True), "blocks false"),
-        (Masking(0.6, 16), "excerpt_patch_size is 8 and tasks.masking.mask_patch_size is 16"),
-        (Sorting(3), "excerpt_patch_size is 8 and tasks.sorting.sorting_patch_size is 3"),
-        (Denoising(octaves=5), "tasks.denoising.octaves, as pixels, is 16"),
+        SuperResolution(), Masking(0.6, 8, hidden_share=0.5), Masking(0.6, 8, blocks=True),
+        Masking(0.6, 16), Sorting(3), Denoising(octaves=5),
+        Mixture((Identity(), SuperResolution()), (1.0, 1.0)),
     ],
-)
-def test_refuses_tasks_that_look_beyond_the_squares(task, shown):
-    with pytest.raises(UserError, match=shown):
+    ids=repr,
+)  # fmt: skip
+def test_refuses_tasks_that_look_beyond_the_squares(task):
+    with pytest.raises(UserError, match=r"share is 0\.5, and .* beyond the edges of squares of 8"):
         Excerpt(task, HALF)
+
+
+def test_refuses_bad_settings():
     with pytest.raises(UserError, match=r"^tasks\.excerpt\.share is nan; "):
         ExcerptSettings(share=float("nan"))
     with pytest.raises(UserError, match=r"^tasks\.excerpt\.excerpt_patch_size is 0; "):

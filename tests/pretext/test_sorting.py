@@ -5,7 +5,7 @@ import torch
 
 from backfold.errors import UserError
 from backfold.pretext import Sorting, patches_placed_right
-from backfold.pretext.corruption import patch_mask_to_pixels, random_order
+from backfold.pretext.corruption import random_order
 from backfold.pretext.sorting import patchify, unpatchify
 
 
@@ -101,13 +101,9 @@ def test_refuses_bad_fields(fields, shown):
         Sorting(**fields)
 
 
-def test_refuses_images_of_fewer_than_two_patches(photographs):
+def test_refuses_images_of_fewer_than_two_patches():
     with pytest.raises(UserError, match="has 1 whole patches"):
         Sorting()(torch.zeros(1, 3, 31, 31), seeded(0))
-    with pytest.raises(UserError, match="patch_size is 65 for 64x96"):
-        patches_placed_right(photographs, photographs, 65)
-    with pytest.raises(UserError, match="give both in one shape"):
-        patches_placed_right(photographs[:1], photographs, 16)
 
 
 @pytest.mark.parametrize("patch_size", [5, 16])
@@ -122,18 +118,6 @@ def test_patchify_cuts_row_by_row_and_unpatchify_inverts_it(photographs, patch_s
     assert torch.equal(patches, torch.stack(expected, dim=1))
     whole = photographs[:, :, : rows * patch_size, : columns * patch_size]
     assert torch.equal(unpatchify(patches, rows), whole)
-
-
-@pytest.mark.parametrize(("height", "width"), [(7, 10), (9, 14)])
-def test_patch_mask_to_pixels(height, width):
-    mask = torch.rand(3, 2, 3, generator=torch.Generator().manual_seed(0)) < 0.5
-    pixels = patch_mask_to_pixels(mask, 4, height, width)
-    assert pixels.shape == (3, 1, height, width)
-    for y in range(height):
-        for x in range(width):
-            inside = y < 8 and x < 12
-            expected = mask[:, y // 4, x // 4] if inside else torch.zeros(3, dtype=torch.bool)
-            assert torch.equal(pixels[:, 0, y, x], expected)
 
 
 def test_random_order_is_a_uniform_permutation():

@@ -2,16 +2,19 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import accumulate
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from backfold.errors import UserError
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -39,47 +42,38 @@ class Corruption:
 
     def split(self, sizes: Sequence[int]) -> "list[Corruption]":
         """The corruption of each part of the batch, of so many images; they add up to all."""
-        return [
-            self._changed(itemgetter(slice(end - size, end)))
-            for end, size in zip(accumulate(sizes), sizes, strict=True)
-        ]
+        parts = (slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True))
+        return [_with_tensors(itemgetter(part), self) for part in parts]
 
     @staticmethod
     def join(parts: "Sequence[Corruption]") -> "Corruption":
         """The inverse of `split`, for parts that run on as many squares of each image."""
-
-        def joined(found: Sequence[Any]) -> Any:
-            first = found[0]
-            names = [each.name for each in fields(first)]
-            columns = {name: [getattr(part, name) for part in found] for name in names}
-            return replace(
-                first,
-                **{n: torch.cat(v) for n, v in columns.items() if isinstance(v[0], Tensor)},
-            )
-
-        whole: Corruption = joined(parts)
-        running = None if whole.running is None else joined([part.running for part in parts])
-        return replace(whole, running=running)
+        return _with_tensors(lambda *tensors: torch.cat(tensors), *parts)
 
     def to(self, device: torch.device) -> "Corruption":
         """The same on another device."""
-        return self._changed(lambda tensor: tensor.to(device))
+        return _with_tensors(lambda tensor: tensor.to(device), self)
 
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Corruption":
-        """With each tensor changed."""
 
-        def changed(part: Any) -> Any:
-            values = {each.name: getattr(part, each.name) for each in fields(part)}
-            return replace(
-                part, **{n: change(v) for n, v in values.items() if isinstance(v, Tensor)}
-            )
+def _with_tensors(change: Callable[..., Tensor], *parts: Part) -> Part:
+    """What ``change`` makes of the parts' tensors, in the place of the first part's."""
+    first: Any = parts[0]
 
-        whole: Corruption = changed(self)
-        return whole if self.running is None else replace(whole, running=changed(self.running))
+    def changed(*values: Any) -> Any:
+        if is_dataclass(values[0]):
+            return _with_tensors(change, *values)
+        return change(*values) if isinstance(values[0], Tensor) else values[0]
+
+    columns = {each.name: [getattr(part, each.name) for part in parts] for each in fields(first)}
+    whole: Part = replace(first, **{name: changed(*values) for name, values in columns.items()})
+    return whole
 
 
 class PretextTask(Protocol):
-    """Corrupts a batch of clean images; each image's corruption is drawn on its own."""
+    """Corrupts a batch of clean images; each image's corruption is drawn on its own.
+
+    Ours raise a UserError, too, if they are made with a field out of its range.
+    """
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """Corrupt the images; the input stays as it is.
@@ -115,6 +109,33 @@ def check_images(images: Tensor) -> None:
         )
 
 
+def check_tiling(images: Tensor, name: str, size: int) -> None:
+    """Raise UserError unless squares of this size divide images into two or more."""
+    height, width = images.shape[2:]
+
+    def fits(side: int) -> bool:
+        return not height % side and not width % side and height * width >= 2 * side**2
+
+    if not fits(size):
+        fitting = max(filter(fits, range(1, size)), default=1)
+        raise UserError(
+            f"{name} is {size} and images are {height}x{width} pixels; give a number that divides "
+            f"both sides into two squares or more, such as {fitting}"
+        )
+
+
+def check_pixels(name: str, size: int) -> None:
+    """Raise UserError unless the size is 1 or more."""
+    if size < 1:
+        raise UserError(f"{name} is {size}; give 1 pixel or more")
+
+
+def check_share(name: str, share: float) -> None:
+    """Raise UserError unless the share is above 0 and at most 1."""
+    if not 0 < share <= 1:
+        raise UserError(f"{name} is {share}; give a share above 0 and at most 1, such as 0.5")
+
+
 def loss_everywhere(clean: Tensor) -> Tensor:
     """A loss mask, (batch, 1, height, width), that is True at every pixel."""
     return torch.ones_like(clean[:, :1], dtype=torch.bool)
@@ -141,14 +162,11 @@ def random_order(batch_size: int, length: int, generator: torch.Generator) -> Te
     return scores.argsort(dim=1, stable=True)
 
 
-def patch_mask_to_pixels(mask: Tensor, patch_size: int, height: int, width: int) -> Tensor:
-    """A patch mask (batch, rows, columns) as pixels (batch, 1, height, width).
+def enlarge(squares: Tensor, side: int, height: int, width: int) -> Tensor:
+    """Squares (..., rows, columns) as pixels (..., height, width).
 
-    Patches that reach over the bottom or right edge are cut off there; pixels that no patch covers
-    are False.
+    Squares that reach over the bottom or right edge are cut off there; pixels that none covers are
+    0.
     """
-    pixels = mask.repeat_interleave(patch_size, dim=1).repeat_interleave(patch_size, dim=2)
-    pixels = pixels[:, :height, :width]
-    covering = mask.new_zeros(len(mask), 1, height, width)
-    covering[:, 0, : pixels.shape[1], : pixels.shape[2]] = pixels
-    return covering
+    pixels = squares.repeat_interleave(side, dim=-2).repeat_interleave(side, dim=-1)
+    return F.pad(pixels, (0, width - pixels.shape[-1], 0, height - pixels.shape[-2]))

@@ -1,6 +1,5 @@
 """Tasks in conditional form: hidden patches are corrupted, the visible ones are clean context."""
 
-import math
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -14,6 +13,8 @@ from backfold.pretext.corruption import (
     PretextTask,
     RunningSquares,
     check_images,
+    check_tiling,
+    enlarge,
     random_order,
 )
 from backfold.pretext.masking import Masking, normalise_squares
@@ -27,16 +28,13 @@ class HiddenPatches:
     Which patches are hidden, how many of them run, and which are restored to normalised pixels is
     for ``masking`` to say, whatever the tasks: as many in every image. A masking task fills them,
     sorting lets them change places with each other, and of any other task they show what it makes
-    of the image there.
+    of the image there. When called, patches that do not tile the image raise a UserError.
 
     Args:
         tasks: what hidden patches are given, one or more.
         weights: one number for each task, above 0; a patch's task is drawn by its weight.
         masking: draws the patches.
         share: of the patches that are used at all, hidden or visible; above 0 and at most 1.
-
-    Raises:
-        UserError: when called, patches that do not tile the image, or what a task refuses.
     """
 
     tasks: tuple[PretextTask, ...]
@@ -47,22 +45,17 @@ class HiddenPatches:
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """See `PretextTask`."""
         check_images(clean)
-        size, (height, width) = self.masking.mask_patch_size, clean.shape[2:]
-        if height % size or width % size or height * width < 2 * size**2:
-            raise UserError(
-                f"mask_patch_size is {size} and images are {height}x{width} pixels; for the "
-                "conditional energy give a number that divides both sides into two patches or "
-                f"more, such as {math.gcd(height, width) // 2 or 1}"
-            )
-        order, most = self.masking.draw(clean, generator)
+        masking, size = self.masking, self.masking.mask_patch_size
+        check_tiling(clean, "mask_patch_size", size)
+        order, most = masking.draw(clean, generator)
         used = max(2, round(self.share * order.shape[1]))
-        count = max(1, min(used - 1, most, round(self.masking.mask_ratio * used)))
-        order = self.masking.shuffle(order, count, generator)
-        hidden, visible = order[:, : self.masking.kept(count)], order[:, most:]
+        count = max(1, min(used - 1, most, round(masking.mask_ratio * used)))
+        order = masking.shuffle(order, count, generator)
+        hidden, visible = order[:, : masking.kept(count)], order[:, most:]
         if self.share < 1:
             some = random_order(len(clean), visible.shape[1], generator)[:, : used - count]
             visible = visible.gather(1, some)
-        masked = self.masking.pixels(order[:, :count], clean)
+        masked = masking.pixels(order[:, :count], clean)
         corrupted = clean
         drawn = self._drawn(hidden, generator)
         for number, task in enumerate(self.tasks):
@@ -72,31 +65,27 @@ class HiddenPatches:
                 made = _swapped(clean, hidden, size)
             else:
                 made = task(clean, generator).corrupted
-            mine = self.masking.pixels(hidden, clean, drawn == number)
+            mine = masking.pixels(hidden, clean, drawn == number)
             corrupted = torch.where(mine, made, corrupted)
-        normalised = self._normalised(hidden)
-        squares = RunningSquares(hidden, size, visible, normalised)
-        target = None
-        if normalised is not None:
-            chosen = self.masking.pixels(hidden, clean, normalised)
+        normalised = target = None
+        if masking.normalised_share:
+            kept = hidden.shape[1]
+            count = min(kept - 1, round(masking.normalised_share * kept))
+            # They are in random order.
+            normalised = (torch.arange(kept, device=clean.device) < count).expand_as(hidden)
+            chosen = masking.pixels(hidden, clean, normalised)
             target = torch.where(chosen, normalise_squares(clean, size), clean)
-        return Corruption(corrupted, self.masking.pixels(hidden, clean), squares, target)
+        squares = RunningSquares(hidden, size, visible, normalised)
+        return Corruption(corrupted, masking.pixels(hidden, clean), squares, target)
 
     def _drawn(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
         """Each hidden patch's task, as an index; the host never asks for it."""
-        if len(self.tasks) == 1:
-            return torch.zeros_like(hidden)
-        places = torch.rand(hidden.shape, generator=generator, device=hidden.device)
-        bounds = list(accumulate(weight / sum(self.weights) for weight in self.weights))[:-1]
-        return torch.stack([places >= bound for bound in bounds]).sum(dim=0)
-
-    def _normalised(self, hidden: Tensor) -> Tensor | None:
-        """Which of the hidden patches, in random order, a second head restores; None if none."""
-        if not self.masking.normalised_share:
-            return None
-        kept = hidden.shape[1]
-        count = min(kept - 1, round(self.masking.normalised_share * kept))
-        return (torch.arange(kept, device=hidden.device) < count).expand_as(hidden)
+        drawn = torch.zeros_like(hidden)
+        if len(self.tasks) > 1:
+            places = torch.rand(hidden.shape, generator=generator, device=hidden.device)
+            for bound in accumulate(weight / sum(self.weights) for weight in self.weights[:-1]):
+                drawn += places >= bound
+        return drawn
 
 
 def _swapped(clean: Tensor, squares: Tensor, size: int) -> Tensor:
@@ -119,12 +108,12 @@ def hidden_by(mask: Tensor, images: Tensor, masking: Masking | None, size: int) 
     Raises:
         UserError: no patch is left visible.
     """
-    touched = F.max_pool2d(mask.float(), size).flatten() > 0
+    touched = F.max_pool2d(mask.float(), size) > 0
     if touched.all():
         raise UserError("the mask leaves no patch untouched; give one that hides less")
-    hidden, visible = (each.nonzero().T for each in (touched, ~touched))
-    pixels = F.interpolate(F.max_pool2d(mask.float(), size), scale_factor=size) > 0
+    hidden, visible = (each.flatten().nonzero().T for each in (touched, ~touched))
     if masking is not None:
+        pixels = enlarge(touched, size, *images.shape[2:])
         filling = masking.filling(images, pixels, torch.Generator(images.device).manual_seed(0))
         images = torch.where(pixels, filling, images)
     return Corruption(images, mask, RunningSquares(hidden, size, visible))

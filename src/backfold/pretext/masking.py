@@ -13,7 +13,10 @@ from backfold.pretext.corruption import (
     Corruption,
     RunningSquares,
     check_images,
-    patch_mask_to_pixels,
+    check_pixels,
+    check_share,
+    check_tiling,
+    enlarge,
     random_order,
 )
 
@@ -34,30 +37,26 @@ class Masking:
     more than one patch, at most all but one. Patches at the bottom and right edges are cut off
     where the image ends, and count as patches.
 
-    With a hidden_share below 1, restoration is sparse: the backbone runs on the visible patches and
-    on a random subset of the hidden ones, exactly max(1, round(hidden_share * hidden patches)) in
-    every image, and the loss counts on the hidden patches that run.
+    With a hidden_share below 1 the backbone runs on the visible patches and on a random subset of
+    the hidden ones, exactly max(1, round(hidden_share * hidden patches)) in every image, and the
+    loss counts on the hidden patches that run.
 
     Args:
-        mask_ratio: share of the patches that is hidden, above 0 and below 1 (default: 0.75).
+        mask_ratio: share of the patches that is hidden, above 0 and below 1.
         mask_patch_size: side of the hidden squares in pixels, 1 or more; for the conditional energy
-            a multiple of the backbone's patches (default: 16).
+            a multiple of the backbone's patches.
         fill: what hidden pixels become: "zero", the data set's mean; "noise", Gaussian noise of
             the data set's deviation; "mean", the mean of the image's own visible pixels in each
-            channel, so that nothing hidden leaks into it (default: "zero").
+            channel, so that nothing hidden leaks into it.
         blocks: hide rectangles of neighbouring patches instead of scattered patches. Rectangles of
             a sixth to a half of the hidden area are laid at random until the ratio is reached; the
-            last one is cut short (default: False).
+            last one is cut short.
         hidden_share: share of the hidden patches that the backbone runs on, above 0 and at most 1;
-            below 1 the image's sides must be multiples of mask_patch_size (default: 1.0).
+            below 1 the image's sides must be multiples of mask_patch_size.
         normalised_share: with the conditional energy, share of each image's hidden patches that a
             second head restores to normalised pixels, as masked autoencoders do: each square's
             minus their mean, over their deviation. That head serves training alone; the others are
-            restored to their pixels, and one patch always is. 0 to 1 (default: 0.75).
-
-    Raises:
-        UserError: a field out of its range or, when called, patches larger than the image, or with
-            a hidden_share below 1 patches that do not tile it.
+            restored to their pixels, and one patch always is. 0 to 1.
     """
 
     mask_ratio: float = 0.75
@@ -72,15 +71,10 @@ class Masking:
             raise UserError(
                 f"mask_ratio is {self.mask_ratio}; give a share above 0 and below 1, such as 0.6"
             )
-        if self.mask_patch_size < 1:
-            raise UserError(f"mask_patch_size is {self.mask_patch_size}; give 1 pixel or more")
+        check_pixels("mask_patch_size", self.mask_patch_size)
+        check_share("hidden_share", self.hidden_share)
         if self.fill not in get_args(Fill):
             raise UserError(f"fill is {self.fill!r}; choose from {', '.join(get_args(Fill))}")
-        if not 0 < self.hidden_share <= 1:
-            raise UserError(
-                f"hidden_share is {self.hidden_share}; give a share above 0 and at most 1, "
-                "such as 0.33; 1 runs the backbone on every hidden patch"
-            )
         if not 0 <= self.normalised_share <= 1:
             raise UserError(
                 f"normalised_share is {self.normalised_share}; give a share of 0 to 1, such as 0.75"
@@ -102,14 +96,16 @@ class Masking:
         return Corruption(corrupted, self.pixels(order[:, :kept], clean), squares)
 
     def draw(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
-        """Each image's patches, (batch, patches), hidden ones first, and how many those are.
-
-        Raises:
-            UserError: patches that do not fit the images.
-        """
-        height, width = clean.shape[2:]
-        self._check_size(height, width)
-        rows, columns = self._grid(height, width)
+        """Each image's patches, (batch, patches), hidden ones first, and how many those are."""
+        (height, width), size = clean.shape[2:], self.mask_patch_size
+        if size > min(height, width):
+            raise UserError(
+                f"mask_patch_size is {size}, larger than the {height}x{width} pixel image; "
+                f"give {min(height, width)} or less"
+            )
+        if self.hidden_share < 1:
+            check_tiling(clean, "hidden_share is below 1, mask_patch_size", size)
+        rows, columns = math.ceil(height / size), math.ceil(width / size)
         count = max(1, min(rows * columns - 1, round(self.mask_ratio * rows * columns)))
         if self.blocks:
             return _block_order(len(clean), rows, columns, count, generator), count
@@ -128,12 +124,11 @@ class Masking:
 
     def pixels(self, patches: Tensor, clean: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Patches, (batch, any number), or those ``chosen``, as a mask of the images' pixels."""
-        height, width = clean.shape[2:]
-        rows, columns = self._grid(height, width)
+        (height, width), size = clean.shape[2:], self.mask_patch_size
+        rows, columns = math.ceil(height / size), math.ceil(width / size)
         mask = torch.zeros(len(patches), rows * columns, dtype=torch.bool, device=clean.device)
         mask = mask.scatter(1, patches, True if chosen is None else chosen)
-        mask = mask.view(-1, rows, columns)
-        return patch_mask_to_pixels(mask, self.mask_patch_size, height, width)
+        return enlarge(mask.view(-1, 1, rows, columns), size, height, width)
 
     def filling(self, clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """What stands where the ``mask``, (batch, 1, height, width), hides the images."""
@@ -146,35 +141,17 @@ class Masking:
         num_visible = (~mask).sum(dim=(2, 3), keepdim=True).clamp(min=1)
         return clean.masked_fill(mask, 0).sum(dim=(2, 3), keepdim=True) / num_visible
 
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
-        return math.ceil(height / self.mask_patch_size), math.ceil(width / self.mask_patch_size)
-
-    def _check_size(self, height: int, width: int) -> None:
-        size = self.mask_patch_size
-        if size > min(height, width):
-            raise UserError(
-                f"mask_patch_size is {size}, larger than the {height}x{width} pixel image; "
-                f"give {min(height, width)} or less"
-            )
-        if self.hidden_share < 1 and (height % size or width % size):
-            raise UserError(
-                f"hidden_share is {self.hidden_share} and mask_patch_size {size}, but the "
-                f"{height}x{width} pixel image is no multiple of it; give a mask_patch_size that "
-                "divides both sides, or a hidden_share of 1"
-            )
-
 
 def normalise_squares(images: Tensor, square_size: int) -> Tensor:
     """Each square's pixels minus their mean, over their deviation, of all channels together.
 
-    The normalised pixels of masked autoencoders (He et al., CVPR 2022, section 3, "Reconstruction
-    target"). Squares at the bottom and right edges end where the image does.
+    As He et al., CVPR 2022, section 3, "Reconstruction target". Squares at the bottom and right
+    edges end where the image does.
     """
 
     def means(values: Tensor) -> Tensor:
         pooled = F.avg_pool2d(values, square_size, ceil_mode=True).mean(dim=1, keepdim=True)
-        pixels = pooled.repeat_interleave(square_size, dim=2).repeat_interleave(square_size, dim=3)
-        return pixels[:, :, : images.shape[2], : images.shape[3]]
+        return enlarge(pooled, square_size, *images.shape[2:])
 
     centered = images - means(images)
     return centered / (means(centered.square()) + FLAT).sqrt()

@@ -13,7 +13,11 @@ from backfold.pretext.corruption import (
     PretextTask,
     RunningSquares,
     check_images,
+    check_pixels,
+    check_share,
+    check_tiling,
     host_random,
+    loss_everywhere,
     random_order,
 )
 from backfold.pretext.masking import Masking
@@ -33,16 +37,14 @@ class Mixture:
             weight divided by their sum.
 
     Raises:
-        UserError: no tasks, weights that don't fit them, a masking with a hidden_share below 1
-            that is not the only task with a weight above 0 or, when called, what a task refuses.
+        UserError: weights that don't fit the tasks, or a masking with a hidden_share below 1 that
+            is not the only task with a weight above 0.
     """
 
     tasks: tuple[PretextTask, ...]
     weights: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not self.tasks:
-            raise UserError("tasks is empty; give one pretext task or more")
         if len(self.weights) != len(self.tasks):
             raise UserError(
                 f"weights has {len(self.weights)} numbers for {len(self.tasks)} tasks; "
@@ -53,8 +55,7 @@ class Mixture:
                 f"weights is {tuple(self.weights)}; give numbers of 0 or more that are not all 0"
             )
         for task in self.tasks:
-            maskings = (each for each in _simple_tasks(task) if isinstance(each, Masking))
-            share = min((masking.hidden_share for masking in maskings), default=1.0)
+            share = task.hidden_share if isinstance(task, Masking) else 1
             if share < 1 and self.drawn != (task,):
                 raise UserError(
                     f"hidden_share is {share} in a mixture, whose other tasks need the backbone to "
@@ -87,13 +88,6 @@ class Mixture:
         return Corruption(corrupted, loss_mask)
 
 
-def _simple_tasks(task: PretextTask) -> list[PretextTask]:
-    """The task itself or, of a mixture, what it draws from, at any depth."""
-    if isinstance(task, Mixture):
-        return [simple for drawn in task.drawn for simple in _simple_tasks(drawn)]
-    return [task]
-
-
 @dataclass(frozen=True)
 class ExcerptSettings:
     """How much of each image training runs on.
@@ -101,28 +95,17 @@ class ExcerptSettings:
     Args:
         share: of each image's squares, drawn at random for each image, that the task corrupts and
             the backbone runs on, above 0 and at most 1. The others are left out, which saves their
-            part of the computation; 1 runs on whole images (default: 1.0).
+            part of the computation; 1 runs on whole images.
         excerpt_patch_size: side of the squares in pixels, a multiple of the backbone's patches; the
-            image's sides must be multiples of it (default: 16).
-
-    Raises:
-        UserError: a field out of its range.
+            image's sides must be multiples of it.
     """
 
     share: float = 1.0
     excerpt_patch_size: int = 16
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise UserError(
-                f"tasks.excerpt.share is {self.share}; give a share above 0 and at most 1, "
-                "such as 0.5; 1 runs on whole images"
-            )
-        if self.excerpt_patch_size < 1:
-            raise UserError(
-                f"tasks.excerpt.excerpt_patch_size is {self.excerpt_patch_size}; "
-                "give 1 pixel or more"
-            )
+        check_share("tasks.excerpt.share", self.share)
+        check_pixels("tasks.excerpt.excerpt_patch_size", self.excerpt_patch_size)
 
 
 @dataclass(frozen=True)
@@ -135,22 +118,21 @@ class Excerpt:
 
     Raises:
         UserError: a task of Backfold's that looks beyond the squares' edges or is sparse itself or,
-            when called, squares that do not tile the image, fewer than two of them, or what the
-            task refuses.
+            when called, squares that do not tile the image, or fewer than two of them.
     """
 
     task: PretextTask
     settings: ExcerptSettings
 
     def __post_init__(self) -> None:
-        for simple in _simple_tasks(self.task):
-            _check_within_squares(simple, self.settings)
+        for task in self.task.drawn if isinstance(self.task, Mixture) else (self.task,):
+            _check_within_squares(task, self.settings)
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """See `PretextTask`."""
         check_images(clean)
         size = self.settings.excerpt_patch_size
-        _check_tiling(clean, size)
+        check_tiling(clean, "tasks.excerpt.excerpt_patch_size", size)
         rows, squares = clean.shape[2] // size, clean.shape[2] * clean.shape[3] // size**2
         count = min(squares, max(2, round(self.settings.share * squares)))
         order = random_order(len(clean), squares, generator)
@@ -163,52 +145,27 @@ class Excerpt:
             return unpatchify(patches, rows)
 
         part = self.task(unpatchify(patchify(clean, size)[images, chosen], count), generator)
-        nowhere = torch.zeros_like(clean[:, :1], dtype=torch.bool)
         return Corruption(
             put_back(part.corrupted, clean),
-            put_back(part.loss_mask, nowhere),
+            put_back(part.loss_mask, ~loss_everywhere(clean)),
             RunningSquares(chosen, size),
         )
 
 
-def _check_tiling(clean: Tensor, size: int) -> None:
-    height, width = clean.shape[2:]
-    common = math.gcd(height, width)
-    if common % size or height * width < 2 * size**2:
-        fitting = (
-            side for side in range(min(common, size), 0, -1)
-            if common % side == 0 and height * width >= 2 * side**2
-        )  # fmt: skip
-        raise UserError(
-            f"tasks.excerpt.excerpt_patch_size is {size} and images are {height}x{width} pixels; "
-            f"give a number that divides both sides into two squares or more, "
-            f"such as {next(fitting, 1)}"
-        )
-
-
 def _check_within_squares(task: PretextTask, settings: ExcerptSettings) -> None:
-    given, side = f"tasks.excerpt.share is {settings.share:g}", settings.excerpt_patch_size
+    side, part = settings.excerpt_patch_size, 1.0
     match task:
-        case SuperResolution():
-            raise UserError(
-                f"{given}, and superresolution blurs across the edges of the squares that it draws;"
-                " set the share to 1, or leave superresolution out"
-            )
-        case Masking() if task.hidden_share < 1 or task.blocks:
-            raise UserError(
-                f"{given}, for which tasks.masking.hidden_share must be 1 and tasks.masking.blocks "
-                "false; set one of them back"
-            )
-        case Masking():
-            name, part = "masking.mask_patch_size", task.mask_patch_size
+        case Masking(blocks=False, hidden_share=1.0):
+            part = task.mask_patch_size
         case Sorting():
-            name, part = "sorting.sorting_patch_size", task.sorting_patch_size
+            part = task.sorting_patch_size
         case Denoising():
-            name, part = "denoising.octaves, as pixels,", 2 ** (task.octaves - 1)
-        case _:
-            return
+            part = 2 ** (task.octaves - 1)
+        case Masking() | SuperResolution():
+            part = math.inf
     if side % part:
         raise UserError(
-            f"tasks.excerpt.excerpt_patch_size is {side} and tasks.{name} is {part}; "
-            f"give the former a multiple of the latter, such as {part}"
+            f"tasks.excerpt.share is {settings.share:g}, and {task} reaches beyond the edges of "
+            f"squares of {side} pixels (tasks.excerpt.excerpt_patch_size); set the share to 1, or "
+            "give the task parts that divide the squares, no blocks and no hidden_share"
         )

@@ -17,9 +17,10 @@ from backfold.errors import UserError
 from backfold.pretext.corruption import (
     Corruption,
     check_images,
+    check_share,
+    enlarge,
     host_random,
     loss_everywhere,
-    patch_mask_to_pixels,
     random_order,
 )
 
@@ -43,11 +44,8 @@ class Colorization:
     images, but not faded ones.
 
     Args:
-        min_faded: smallest share of the chroma that is gone, above 0; 1 is grey (default: 1.0).
-        max_faded: largest share, min_faded or more and at most 1 (default: 1.0).
-
-    Raises:
-        UserError: a field out of its range or, when called, images of one channel.
+        min_faded: smallest share of the chroma that is gone, above 0; 1 is grey.
+        max_faded: largest share, min_faded or more and at most 1.
     """
 
     min_faded: float = 1.0
@@ -75,24 +73,21 @@ class Colorization:
 
 
 def luminance(images: Tensor) -> Tensor:
-    """Weighted sum of the channels: (batch, channels, height, width) -> (batch, 1, height, width).
+    """Weighted sum of the channels, (batch, 1, height, width).
 
-    Three channels are red, green and blue with the weights of Rec. 601; of any other number, all
-    weigh the same.
+    Three channels are red, green and blue with the weights of Rec. 601; others weigh the same.
     """
     if images.shape[1] != len(REC_601_WEIGHTS):
         return images.mean(dim=1, keepdim=True)
     # Numbers, as a tensor of them would be copied to the device, and the host would wait for it.
     red, green, blue = REC_601_WEIGHTS
-    grey: Tensor = red * images[:, :1] + green * images[:, 1:2] + blue * images[:, 2:]
-    return grey
+    return red * images[:, :1] + green * images[:, 1:2] + blue * images[:, 2:]
 
 
 def chroma_error(restored: Tensor, clean: Tensor) -> Tensor:
     """Mean absolute difference of what remains of the channels after subtracting the luminance.
 
-    From two of (batch, channels, height, width), normalised, to (batch,), in units of the data
-    set's deviation; 0 for one channel.
+    (batch,), in units of the data set's deviation; 0 for one channel.
     """
     # Chroma is linear: the difference of two chromas is the chroma of the difference.
     difference = restored - clean
@@ -108,14 +103,10 @@ class Bands:
     the paper's tasks; for images of several sensors, after CrossDiff (Xing et al., 2024).
 
     Args:
-        groups: bands that are hidden together, counted from 0; none hides each alone (default).
+        groups: bands that are hidden together, counted from 0; none hides each alone.
         band_patch_size: side in pixels of the squares that draw for themselves; 0 draws once for
-            the whole image (default: 0).
-        share: of the squares that lose bands, above 0 and at most 1; one does (default: 1.0).
-
-    Raises:
-        UserError: an empty group, a number out of its range or, when called, a band that the images
-            don't have, or a group of all of them.
+            the whole image.
+        share: of the squares that lose bands, above 0 and at most 1; one does.
     """
 
     groups: tuple[tuple[int, ...], ...] = ()
@@ -125,25 +116,17 @@ class Bands:
     def __post_init__(self) -> None:
         if self.band_patch_size < 0:
             raise UserError(f"band_patch_size is {self.band_patch_size}; give 0 or more pixels")
-        if not all(group and min(group) >= 0 for group in self.groups):
-            raise UserError(f"groups are {self.groups}; give bands from 0, some in each group")
-        if not 0 < self.share <= 1:
-            raise UserError(f"share is {self.share}; give a number above 0 and at most 1")
+        check_share("share", self.share)
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """See `PretextTask`."""
         check_images(clean)
         channels, height, width = clean.shape[1:]
-        if channels == 1:
-            raise UserError(
-                "bands got images of 1 channel, from which nothing can be restored; "
-                "load more bands or choose another pretext task"
-            )
         groups = self.groups or tuple((band,) for band in range(channels))
-        if any(max(group) >= channels or len(set(group)) == channels for group in groups):
+        if not all(set() < set(group) < set(range(channels)) for group in groups):
             raise UserError(
-                f"groups of bands are {groups} and images have {channels} channel(s); give bands "
-                f"from 0 to {channels - 1}, never all of them"
+                f"groups of bands are {groups} and images have {channels} channel(s); give some "
+                f"from 0 to {channels - 1} in each group, never all of them"
             )
         size = self.band_patch_size or max(height, width)
         shape = (len(clean), math.ceil(height / size), math.ceil(width / size))
@@ -152,12 +135,12 @@ class Bands:
             order = random_order(len(clean), shape[1] * shape[2], generator)
             loses = order < max(1, round(self.share * order.shape[1]))
             drawn = torch.where(loses.view(shape), drawn, -1)
-        hidden = []
-        for band in range(channels):
-            among = [drawn == number for number, group in enumerate(groups) if band in group]
-            squares = torch.stack(among).any(dim=0) if among else torch.zeros_like(drawn).bool()
-            hidden.append(patch_mask_to_pixels(squares, size, height, width))
-        return Corruption(clean.masked_fill(torch.cat(hidden, dim=1), 0), loss_everywhere(clean))
+        hidden = clean.new_zeros(len(clean), channels, *shape[1:], dtype=torch.bool)
+        for number, group in enumerate(groups):
+            for band in group:
+                hidden[:, band] |= drawn == number
+        hidden = enlarge(hidden, size, height, width)
+        return Corruption(clean.masked_fill(hidden, 0), loss_everywhere(clean))
 
 
 def spectral_angle(restored: Tensor, clean: Tensor) -> Tensor:
@@ -175,15 +158,12 @@ class Denoising:
 
     Args:
         min_noise_std: smallest standard deviation of the noise, 0 or more, in units of the data
-            set's own deviation (default: 0.1).
+            set's own deviation.
         max_noise_std: largest standard deviation of the noise, above 0 and min_noise_std or more,
-            in the same units (default: 0.8).
+            in the same units.
         octaves: how many resolutions the noise has, 1 or more: squares of 1, 2, 4, ... pixels, each
             of one colour, with equal shares in the noise's variance. 1 is noise of single pixels,
-            which a backbone can remove without looking at anything coarse (default: 1).
-
-    Raises:
-        UserError: a field out of its range or, when called, squares larger than the image.
+            which a backbone can remove without looking at anything coarse.
     """
 
     min_noise_std: float = 0.1
@@ -216,8 +196,7 @@ class Denoising:
                 (*clean.shape[:2], math.ceil(height / side), math.ceil(width / side)),
                 generator=generator, device=clean.device, dtype=clean.dtype,
             )  # fmt: skip
-            pixels = squares.repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
-            noise += pixels[:, :, :height, :width]
+            noise += enlarge(squares, side, height, width)
         noise /= math.sqrt(self.octaves)
         noise_std = _uniform(self.min_noise_std, self.max_noise_std, clean, generator)
         return Corruption(clean + noise_std * noise, loss_everywhere(clean))
@@ -231,11 +210,8 @@ class SuperResolution:
     smallest factor to the largest, both included. A factor of 1 leaves the image as it is.
 
     Args:
-        min_factor: smallest factor by which height and width shrink, 1 or more (default: 2.0).
-        max_factor: largest factor, min_factor or more (default: 4.0).
-
-    Raises:
-        UserError: a field out of its range.
+        min_factor: smallest factor by which height and width shrink, 1 or more.
+        max_factor: largest factor, min_factor or more.
     """
 
     min_factor: float = 2.0
@@ -251,9 +227,8 @@ class SuperResolution:
     @property
     def factors(self) -> tuple[float, ...]:
         """The factors that are drawn from, in rising order."""
-        span = self.max_factor - self.min_factor
-        steps = math.ceil(span / LARGEST_FACTOR_STEP)
-        return tuple(self.min_factor + span * step / max(steps, 1) for step in range(steps + 1))
+        steps = math.ceil((self.max_factor - self.min_factor) / LARGEST_FACTOR_STEP)
+        return tuple(np.linspace(self.min_factor, self.max_factor, steps + 1).tolist())
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """See `PretextTask`."""
@@ -269,12 +244,7 @@ class SuperResolution:
 
 def down_and_up(images: Tensor, factor: float) -> Tensor:
     """Shrink height and width by 1 or more, to whole pixels, and enlarge again, as Pillow does."""
-    size = images.shape[-2:]
-    small_size = [max(1, round(side / factor)) for side in size]
-    try:
-        small = F.interpolate(images, small_size, mode="bicubic", antialias=True)
-        return F.interpolate(small, size, mode="bicubic", antialias=True)
-    except NotImplementedError:  # not every device has it
-        if images.device.type == "cpu":
-            raise
-        return down_and_up(images.cpu(), factor).to(images.device)
+    height, width = images.shape[-2:]
+    small_size = [max(1, round(height / factor)), max(1, round(width / factor))]
+    small = F.interpolate(images, small_size, mode="bicubic", antialias=True)
+    return F.interpolate(small, (height, width), mode="bicubic", antialias=True)

@@ -5,9 +5,17 @@ from dataclasses import dataclass
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn import functional as F
 
 from backfold.errors import UserError
-from backfold.pretext.corruption import Corruption, check_images, patch_mask_to_pixels, random_order
+from backfold.pretext.corruption import (
+    Corruption,
+    check_images,
+    check_pixels,
+    check_share,
+    enlarge,
+    random_order,
+)
 
 FARTHEST = 1e18  # between patches; beyond it an image is no longer one
 
@@ -21,29 +29,21 @@ class Sorting:
 
     Args:
         sorting_patch_size: side of the patches in pixels, 1 or more; independent of the backbone's
-            patches (default: 16).
-        share: share of the whole patches that moves, above 0 and up to 1; two at least
-            (default: 0.5).
-
-    Raises:
-        UserError: a field out of its range or, when called, an image of fewer than two patches.
+            patches.
+        share: share of the whole patches that moves, above 0 and up to 1; two at least.
     """
 
     sorting_patch_size: int = 16
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.sorting_patch_size < 1:
-            raise UserError(
-                f"sorting_patch_size is {self.sorting_patch_size}; give 1 pixel or more"
-            )
-        if not 0 < self.share <= 1:
-            raise UserError(f"share is {self.share}; give a share above 0 and up to 1")
+        check_pixels("sorting_patch_size", self.sorting_patch_size)
+        check_share("share", self.share)
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """See `PretextTask`."""
         check_images(clean)
-        batch_size, _, height, width = clean.shape
+        height, width = clean.shape[2:]
         size = self.sorting_patch_size
         rows, columns = height // size, width // size
         if rows * columns < 2:
@@ -51,15 +51,14 @@ class Sorting:
                 f"sorting_patch_size is {size}: a {height}x{width} pixel image has "
                 f"{rows * columns} whole patches of it; make it small enough for 2 or more"
             )
-        sources = self.draw_sources(batch_size, rows * columns, generator)
-        images = torch.arange(batch_size, device=clean.device)[:, None]
+        sources = self.draw_sources(len(clean), rows * columns, generator)
+        images = torch.arange(len(clean), device=clean.device)[:, None]
+        moved = unpatchify(patchify(clean, size)[images, sources], rows)
         corrupted = clean.clone()
-        corrupted[:, :, : rows * size, : columns * size] = unpatchify(
-            patchify(clean, size)[images, sources], rows
-        )
+        corrupted[:, :, : rows * size, : columns * size] = moved
         displaced = sources != torch.arange(rows * columns, device=clean.device)
-        displaced = displaced.view(batch_size, rows, columns)
-        return Corruption(corrupted, patch_mask_to_pixels(displaced, size, height, width))
+        displaced = displaced.view(len(clean), 1, rows, columns)
+        return Corruption(corrupted, enlarge(displaced, size, height, width))
 
     def draw_sources(self, batch_size: int, num_patches: int, generator: torch.Generator) -> Tensor:
         """Where each position's patch comes from: int64, (batch_size, num_patches)."""
@@ -74,18 +73,16 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
     What is left over at the bottom and right edges is not in them.
     """
-    batch_size, channels, height, width = images.shape
-    rows, columns = height // patch_size, width // patch_size
-    whole = images[:, :, : rows * patch_size, : columns * patch_size]
-    grid = whole.reshape(batch_size, channels, rows, patch_size, columns, patch_size)
-    return grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    height, width = (side - side % patch_size for side in images.shape[2:])
+    squares: Tensor = F.pixel_unshuffle(images[:, :, :height, :width], patch_size).flatten(2)
+    return squares.mT.reshape(len(images), -1, images.shape[1], patch_size, patch_size)
 
 
 def unpatchify(patches: Tensor, rows: int) -> Tensor:
     """The inverse of `patchify` for images of this many rows of patches and no remainder."""
-    batch_size, num_patches, *patch_shape = patches.shape
-    grid = patches.reshape(batch_size, rows, num_patches // rows, *patch_shape)
-    return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    grid = patches.flatten(2).mT.unflatten(2, (rows, -1))
+    images: Tensor = F.pixel_shuffle(grid, patches.shape[-1])
+    return images
 
 
 def patches_placed_right(restored: Tensor, clean: Tensor, patch_size: int) -> Tensor:
@@ -95,21 +92,7 @@ def patches_placed_right(restored: Tensor, clean: Tensor, patch_size: int) -> Te
     squared distances is least. A patch is right at its own position, and at that of a pixelwise
     equal patch, such as another piece of a black background. An image with pixels that are not
     finite, or patches beyond 1e18 from each other, scores 0.
-
-    Raises:
-        UserError: shapes that differ, or no whole patch in the image.
     """
-    height, width = clean.shape[-2:]
-    if restored.shape != clean.shape:
-        raise UserError(
-            f"restored images are {tuple(restored.shape)} and clean ones {tuple(clean.shape)}; "
-            "give both in one shape"
-        )
-    if not 1 <= patch_size <= min(height, width):
-        raise UserError(
-            f"patch_size is {patch_size} for {height}x{width} pixel images; "
-            f"give 1 to {min(height, width)}"
-        )
     found, patches = (patchify(images, patch_size).flatten(2).cpu() for images in (restored, clean))
     # In float64, or squares expanded to a matrix product could not tell nearly equal patches apart.
     centre, fast = patches.double().mean(dim=1, keepdim=True), "use_mm_for_euclid_dist"
