@@ -57,12 +57,11 @@ def test_a_dense_energy_sees_the_filled_image(energy):
 
 
 def test_the_gradient_s_map_is_that_of_finite_differences(energy):
-    exact, images = energy.double(), waves(1).double()
+    exact, images, squares = energy.double(), waves(1).double(), []
     energies, found = gradient_map(exact, images)
-    step, squares = 1e-5 * torch.eye(2, dtype=torch.float64)[:, None, :, None, None], []
-    for change in step:
+    for channel in range(2):
         at = torch.zeros_like(images)
-        at[:, :, 5, 7] = change[0, :, 0, 0]
+        at[:, channel, 5, 7] = 1e-5
         with torch.no_grad():
             squares.append(((exact(images + at) - exact(images - at)) / 2e-5).square())
     assert found[0, 0, 5, 7] == pytest.approx(torch.stack(squares).mean().sqrt().item(), rel=1e-4)
@@ -80,13 +79,10 @@ def test_mahalanobis_distance_of_known_features():
 
 
 def test_a_position_alone_is_far_from_the_others():
-    random = torch.Generator().manual_seed(0)
-    features = torch.randn(2, 9, 5, generator=random)
+    features = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0))
     unit = features / features.norm(dim=2, keepdim=True)
-    for image, row in zip(unit, alone(features), strict=True):
-        for place in range(9):
-            apart = sorted((image[place] - each).norm().item() for each in image)[1:5]
-            assert row[place].item() == pytest.approx(sum(apart) / 4, rel=1e-3)
+    expected = torch.cdist(unit, unit).sort(dim=2).values[:, :, 1:5].mean(dim=2)
+    torch.testing.assert_close(alone(features), expected, rtol=1e-3, atol=0)
 
 
 def test_a_square_that_the_image_has_once_stands_alone():
@@ -134,6 +130,9 @@ def test_a_restoration_that_diverges_is_the_strangest(energy):
     assert torch.isposinf(scores["largest_error"]).all()
     with pytest.raises(UserError, match="diverges for every usual image"):
         DefectFinder(energy, [waves(16)], MASKING, is_conditional=True, step_size=1e9)
+    with pytest.raises(UserError, match="7 usual images; give 8 or more"):
+        DefectFinder(energy, [waves(7)], MASKING)
+    assert "largest_error" not in DefectFinder(energy, [waves(8)])(waves(2))[0]
 
 
 def test_usual_images_may_come_in_any_order(energy):
@@ -179,9 +178,3 @@ def test_a_distribution_is_fitted_to_a_fair_sample(monkeypatch):
     random = torch.Generator().manual_seed(0)
     features = torch.stack([columns.float(), torch.randn(28_000, generator=random)], dim=1)
     assert Usual.of(features).mean[0] == pytest.approx(13.5, abs=0.5)
-
-
-def test_bad_input(energy):
-    with pytest.raises(UserError, match="7 usual images; give 8 or more"):
-        DefectFinder(energy, [waves(7)], MASKING)
-    assert "largest_error" not in DefectFinder(energy, [waves(8)])(waves(2))[0]

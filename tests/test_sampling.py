@@ -1,7 +1,6 @@
 """Samples against distributions whose energy is known."""
 
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -101,31 +100,23 @@ def test_a_run_draws_images(denoiser, tmp_path):
         assert picture.width == picture.height > 16  # two rows of two
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"), [({"count": 0}, "count is 0"), ({"levels": 1}, "levels 1")]
-)
-def test_what_can_not_be_drawn_is_said(denoiser, wrong, said):
-    with pytest.raises(backfold.UserError, match=said):
-        denoiser.sample(**wrong)
+def changed(run, pretext="denoising", **wanted):
+    config = run.config
+    tasks = replace(config.tasks, denoising=replace(config.tasks.denoising, **wanted))
+    return replace(run, config=replace(config, tasks=tasks, pretext=pretext))
 
 
-def test_noise_of_several_octaves_is_refused_and_little_noise_is_not(denoiser):
-    config = denoiser.run.config
-    for wanted, refused in ({"max_noise_std": 0.02, "min_noise_std": 0.0}, False), (
-        {"octaves": 3}, True
-    ):  # fmt: skip
-        changed = replace(config.tasks, denoising=replace(config.tasks.denoising, **wanted))
-        run = replace(denoiser.run, config=replace(config, tasks=changed))
-        with pytest.raises(UserError, match="octaves") if refused else nullcontext():
-            assert new_images(run, 1, 3).isfinite().all()
-
-
-def test_a_run_that_knows_no_noise_is_refused(denoiser, capsys):
-    denoiser.run.config.pretext = "masking"
-    try:
-        with pytest.raises(backfold.UserError, match="--pretext denoising"):
-            denoiser.sample(2)
-    finally:
-        denoiser.run.config.pretext = "denoising"
+def test_what_can_not_be_drawn_is_said_and_little_noise_can(denoiser, capsys):
+    run = denoiser.run
+    for given, said in (
+        ((run, 0, 4), "count is 0"),
+        ((run, 1, 1), "levels 1"),
+        ((changed(run, octaves=3), 1, 4), "octaves"),
+        ((changed(run, pretext="masking"), 1, 4), "--pretext denoising"),
+    ):
+        with pytest.raises(UserError, match=said):
+            new_images(*given)
     assert main(["sample", f"--checkpoint={denoiser.path}", "--out=x.txt"]) == 2
     assert "ends in .png" in capsys.readouterr().err
+    little = changed(run, max_noise_std=0.02, min_noise_std=0.0)
+    assert new_images(little, 1, 3).isfinite().all()

@@ -207,10 +207,8 @@ class DefectFinder:
 
         The score of a map is its highest value above the image's own median. ``joined`` is the mean
         of the other scores' ranks among those of usual images, 0 to 1. The map is the mean of the
-        maps, each in deviations from the mean of usual images' pixels.
-
-        Raises:
-            UserError: images of another shape than the usual ones.
+        maps, each in deviations from the mean of usual images' pixels. Images of another shape than
+        the usual ones raise a UserError.
         """
         if images.shape[1:] != self._shape:
             given, known = tuple(images.shape[1:]), tuple(self._shape)
@@ -241,12 +239,10 @@ class DefectFinder:
         if self._errors is not None:
             maps["error"] = self._errors(images)
         if self._grid is not None:
-            for name, found in {
-                "distance": self._local.distance(positions),
-                "alone": alone(positions - self._everywhere),
-            }.items():
-                grid = found.unflatten(1, self._grid)[:, None]
-                maps[name] = F.interpolate(grid, images.shape[2:], mode="bilinear")
+            pair = self._local.distance(positions), alone(positions - self._everywhere)
+            grids = torch.stack(pair, dim=1).unflatten(2, self._grid)
+            pixels = F.interpolate(grids, images.shape[2:], mode="bilinear")
+            maps["distance"], maps["alone"] = pixels.split(1, dim=1)
         maps["pixels"] = alone_pixels(images)
         radius = max(1, min(images.shape[2:]) // SMOOTHING)
         kernel, deviation = [2 * radius + 1] * 2, [radius / 2] * 2
@@ -260,8 +256,7 @@ class DefectFinder:
         }
         for name, found in maps.items():
             pixels = found.flatten(1)
-            scores[f"largest_{name}"] = pixels.amax(dim=1) - pixels.median(dim=1).values
-        if "error" in maps:  # inf - inf, where restoring diverged everywhere
-            error = scores["largest_error"]
-            scores["largest_error"] = error.where(error.isfinite(), torch.inf)
+            largest = pixels.amax(dim=1) - pixels.median(dim=1).values
+            # inf - inf, where restoring diverged everywhere
+            scores[f"largest_{name}"] = largest.nan_to_num(torch.inf, posinf=torch.inf)
         return scores, maps

@@ -74,17 +74,6 @@ def test_seed_decides_every_bit(task, photographs):
 
 
 @each(TASKS)
-def test_global_random_state_plays_no_part(task, photographs):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        state = torch.get_rng_state()
-        first = task(photographs, seeded(0)).corrupted
-        assert torch.equal(torch.get_rng_state(), state)
-        torch.manual_seed(2)
-        assert torch.equal(task(photographs, seeded(0)).corrupted, first)
-
-
-@each(TASKS)
 def test_refuses_what_is_no_batch_of_float_images(task):
     with pytest.raises(UserError, match=r"\(3, 32, 32\) of torch.float32"):
         task(torch.zeros(3, 32, 32), seeded(0))

@@ -44,21 +44,9 @@ def test_loss_counts_on_displaced_patches_only(photographs_of):
     assert not corruption.loss_mask[:, :, :, 80:].any()
 
 
-@pytest.mark.parametrize(("patch_size", "share"), [(8, 0.25), (16, 1.0)])
-def test_placed_right_of_corrupted_is_the_untouched_share(photographs, share, patch_size):
-    corruption = Sorting(patch_size, share)(photographs, seeded(0))
-    # Some photographs hold equal patches in flat areas; where they do, more than these are right.
-    distinct = torch.tensor(
-        [
-            len(torch.unique(patches, dim=0)) == len(patches)
-            for patches in patchify(photographs, patch_size).flatten(2)
-        ]
-    )
-    assert distinct.sum() >= 4
+def test_patches_of_a_little_noise_are_placed_right(photographs):
     noisy = photographs + 0.01 * torch.randn(photographs.shape, generator=seeded(0))
     assert patches_placed_right(noisy, photographs, 16).min() == 1.0
-    right = patches_placed_right(corruption.corrupted, photographs, patch_size)
-    torch.testing.assert_close(right[distinct], torch.full((int(distinct.sum()),), 1 - share))
 
 
 def test_placed_right_agrees_with_trying_all_permutations():
@@ -92,18 +80,13 @@ def test_an_image_out_of_range_scores_zero(photographs, value):
     assert patches_placed_right(restored, photographs, 16).tolist() == [0.0] + [1.0] * 7
 
 
-@pytest.mark.parametrize(
-    ("fields", "shown"),
-    [({"sorting_patch_size": 0}, "sorting_patch_size is 0"), ({"share": 0.0}, "share is 0.0")],
-)
-def test_refuses_bad_fields(fields, shown):
-    with pytest.raises(UserError, match=shown):
-        Sorting(**fields)
-
-
-def test_refuses_images_of_fewer_than_two_patches():
+def test_refusals():
     with pytest.raises(UserError, match="has 1 whole patches"):
         Sorting()(torch.zeros(1, 3, 31, 31), seeded(0))
+    with pytest.raises(UserError, match="sorting_patch_size is 0"):
+        Sorting(sorting_patch_size=0)
+    with pytest.raises(UserError, match=r"share is 0\.0"):
+        Sorting(share=0.0)
 
 
 @pytest.mark.parametrize("patch_size", [5, 16])

@@ -97,16 +97,10 @@ def _swapped(clean: Tensor, squares: Tensor, size: int) -> Tensor:
 
 
 def hidden_by(mask: Tensor, images: Tensor, masking: Masking | None, size: int) -> Corruption:
-    """What is corrupted where somebody says so: of one image, patch by patch.
+    """What is corrupted of one image, (1, channels, height, width), where a bool mask says so.
 
-    Args:
-        mask: bool, (1, 1, height, width), some of it True; hides every patch that it touches.
-        images: normalised, (1, channels, height, width).
-        masking: fills the hidden patches; None leaves them as they are.
-        size: of the patches, in pixels.
-
-    Raises:
-        UserError: no patch is left visible.
+    It hides every patch, ``size`` pixels across, that it touches; ``masking`` fills those, and None
+    leaves them as they are. If no patch is left visible, that is a UserError.
     """
     touched = F.max_pool2d(mask.float(), size) > 0
     if touched.all():
