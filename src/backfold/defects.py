@@ -142,14 +142,9 @@ class DefectFinder:
     Three quarters of those, drawn, are what distances are measured to; the others show how high the
     scores of usual images are. Images are normalised; all have the same shape.
 
-    Args:
-        energy: as it was trained.
-        usual: batches of images without defects, 8 images or more.
-        masking, is_conditional, num_steps, step_size: see `error_map`; without ``masking``, or
-            where images hold one square alone, nothing is restored.
-
-    Raises:
-        UserError: too few images, some that do not fit, or none that can be restored.
+    The ``usual`` are batches of images without defects, 8 images or more; for the other arguments
+    see `error_map`. Without ``masking``, or where an image is one square, nothing is restored. Too
+    few images, or none that can be restored, raise a UserError.
     """
 
     def __init__(

@@ -32,9 +32,6 @@ class EmbeddingChoice:
         pooling: "average" or "max" over the positions, "grid" for the averages over each of the
             image's four quarters, or of its sixteen sixteenths where the vector stays within 2048
             numbers, or "class_token" in backbones that have one.
-
-    Raises:
-        UserError: a layer that is not negative, or an unknown pooling.
     """
 
     layer: int = -1
@@ -62,10 +59,8 @@ def embed(backbone: nn.Module, images: Tensor, choice: EmbeddingChoice | None = 
     Args:
         backbone: a timm model, or for layer -1 any module that `feature_map` takes.
         images: (batch, channels, height, width).
-        choice: the layer and the pooling; None takes the last layer's average.
-
-    Raises:
-        UserError: a layer or a class token that the backbone does not have.
+        choice: the layer and the pooling; None takes the last layer's average. What the backbone
+            does not have raises a UserError.
     """
     choice, name = choice or EmbeddingChoice(), type(backbone).__name__
     if choice.layer < -1:
@@ -109,11 +104,7 @@ def _pooled(positions: Tensor, pooling: Pooling, image_size: ImageSize) -> Tenso
 
 
 def grid_shape(positions: int, image_size: ImageSize) -> tuple[int, int]:
-    """Rows and columns of a feature map that has the image's shape.
-
-    Raises:
-        UserError: no whole numbers of them make up the positions.
-    """
+    """Rows and columns of a feature map that has the image's shape, or a UserError."""
     height, width = image_size
     rows = max(1, round(math.sqrt(positions * height / width)))
     columns = positions // rows
@@ -142,11 +133,8 @@ class Embedder:
     """Vectors of all layers and poolings that a backbone has, from one pass over the images.
 
     ``choices`` has the last `MOST_LAYERS` layers, as far as there are so many, with each pooling.
-
-    Args:
-        backbone: a timm model, or any module that `feature_map` takes, in eval mode.
-        probe: a few normalised images, (batch, channels, height, width), on which it is found out
-            what there is.
+    What there is is found out on the ``probe``, a few normalised images; the backbone is in eval
+    mode.
     """
 
     @torch.no_grad()

@@ -23,10 +23,8 @@ NEIGHBOURS = 10  # that `knn_distance` is the mean of
 def psnr_db(restored: Tensor, clean: Tensor, std: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image in decibels, ``(batch,)``; identical images get 100.
 
-    Args:
-        restored: (batch, channels, height, width), normalised; it is not clipped.
-        clean: as ``restored``.
-        std: (channels,), deviation by which pixels in [0, 1] were divided; the peak is 1.
+    Images are (batch, channels, height, width), normalised, and not clipped; ``std``, (channels,),
+    is the deviation by which pixels in [0, 1] were divided. The peak is 1.
     """
     restored, clean = (images.float() * _per_channel(std, clean) for images in (restored, clean))
     ratio = peak_signal_noise_ratio(

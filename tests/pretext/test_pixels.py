@@ -118,17 +118,11 @@ def fixed(factor):
     return SuperResolution(factor, factor)
 
 
-def pillow_down_and_up(image, factor):
-    """The same by Pillow, for (channels, height, width) in float32."""
-    _, height, width = image.shape
-    channels = []
-    for channel in image.numpy():
-        small = Image.fromarray(channel).resize(
-            (max(1, round(width / factor)), max(1, round(height / factor))),
-            Image.Resampling.BICUBIC,
-        )
-        channels.append(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)))
-    return torch.from_numpy(np.stack(channels))
+def pillow_down_and_up(channel, factor):
+    picture = Image.fromarray(channel.numpy())
+    size = [max(1, round(side / factor)) for side in picture.size]
+    small = picture.resize(size, Image.Resampling.BICUBIC)
+    return torch.tensor(np.array(small.resize(picture.size, Image.Resampling.BICUBIC)))
 
 
 @pytest.mark.parametrize(
@@ -136,23 +130,15 @@ def pillow_down_and_up(image, factor):
 )
 def test_agrees_with_pillow(photographs_of, factor, size):
     clean = photographs_of(3, *size)
-    corruption = fixed(factor)(clean, seeded(0))
-    corrupted = corruption.corrupted
-    assert corruption.loss_mask.all()
-    for image, original in zip(corrupted, clean, strict=True):
-        torch.testing.assert_close(image, pillow_down_and_up(original, factor), atol=2e-5, rtol=0)
+    found = fixed(factor)(clean, seeded(0)).corrupted.flatten(0, 1)
+    expected = torch.stack([pillow_down_and_up(each, factor) for each in clean.flatten(0, 1)])
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("smallest", "largest", "factors"),
-    [
-        (2.0, 4.0, (2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0)),
-        (3.0, 3.0, (3.0,)),
-        (2.0, 2.75 - 0.375, (2.0, 2.1875, 2.375)),
-    ],
-)
-def test_factors_are_evenly_spaced_and_include_both_ends(smallest, largest, factors):
-    assert SuperResolution(smallest, largest).factors == pytest.approx(factors)
+def test_factors_are_evenly_spaced_and_include_both_ends():
+    assert SuperResolution(2.0, 3.0).factors == pytest.approx((2.0, 2.25, 2.5, 2.75, 3.0))
+    assert fixed(3.0).factors == (3.0,)
+    assert SuperResolution(2.0, 2.375).factors == pytest.approx((2.0, 2.1875, 2.375))
 
 
 def test_each_image_has_its_own_factor_and_all_are_equally_frequent(photographs_of):

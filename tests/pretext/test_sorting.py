@@ -34,10 +34,10 @@ def test_every_patch_moves_equally_often_and_anywhere():
 def test_loss_counts_on_displaced_patches_only(photographs_of):
     clean = photographs_of(5, 59, 90)
     corruption = Sorting(sorting_patch_size=16)(clean, seeded(0))
-    changed = (corruption.corrupted != clean).any(dim=1)
-    displaced = patchify(corruption.loss_mask, 16).flatten(2)
-    assert torch.equal(displaced.any(dim=2), displaced.all(dim=2))
-    assert torch.equal(displaced.any(dim=2), patchify(changed[:, None], 16).flatten(2).any(dim=2))
+    changed = (corruption.corrupted != clean).any(dim=1, keepdim=True)
+    displaced, moved = (patchify(each, 16).flatten(2) for each in (corruption.loss_mask, changed))
+    assert torch.equal(moved.any(dim=2), displaced.any(dim=2))
+    assert torch.equal(moved.any(dim=2), displaced.all(dim=2))
     assert (displaced.any(dim=2).sum(dim=1) == 8).all()  # round(0.5 x 3 x 5), halves to even
     # The remainder at the edges stays where it is.
     assert not corruption.loss_mask[:, :, 48:].any()

@@ -72,7 +72,7 @@ def _with_tensors(change: Callable[..., Tensor], *parts: Part) -> Part:
 class PretextTask(Protocol):
     """Corrupts a batch of clean images; each image's corruption is drawn on its own.
 
-    Ours raise a UserError, too, if they are made with a field out of its range.
+    Images that a task can't corrupt raise a UserError, as do ours made with fields out of range.
     """
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
@@ -82,9 +82,6 @@ class PretextTask(Protocol):
             clean: floats (batch, channels, height, width), normalised to zero mean and unit
                 deviation per channel over the data set.
             generator: the only source of randomness, on the images' device.
-
-        Raises:
-            UserError: images that this task can't corrupt.
         """
         ...
 
@@ -125,13 +122,13 @@ def check_tiling(images: Tensor, name: str, size: int) -> None:
 
 
 def check_pixels(name: str, size: int) -> None:
-    """Raise UserError unless the size is 1 or more."""
+    """Raise UserError unless 1 or more."""
     if size < 1:
         raise UserError(f"{name} is {size}; give 1 pixel or more")
 
 
 def check_share(name: str, share: float) -> None:
-    """Raise UserError unless the share is above 0 and at most 1."""
+    """Raise UserError unless above 0 and at most 1."""
     if not 0 < share <= 1:
         raise UserError(f"{name} is {share}; give a share above 0 and at most 1, such as 0.5")
 
@@ -145,9 +142,8 @@ def loss_everywhere(clean: Tensor) -> Tensor:
 class Identity:
     """Leaves images clean; the loss counts everywhere, so that restoring them changes nothing.
 
-    There is nothing to learn from it alone: it belongs in a `Mixture`, where it makes clean images
-    points at which the energy is flat, and gives `backfold.restoration.plausibility_loss` its clean
-    images. Not one of the paper's tasks (Wang et al., ICLR 2023).
+    It belongs in a `Mixture`, where it makes clean images points at which the energy is flat, and
+    gives `backfold.restoration.plausibility_loss` its clean images. Not one of the paper's tasks.
     """
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:  # noqa: ARG002
@@ -163,10 +159,9 @@ def random_order(batch_size: int, length: int, generator: torch.Generator) -> Te
 
 
 def enlarge(squares: Tensor, side: int, height: int, width: int) -> Tensor:
-    """Squares (..., rows, columns) as pixels (..., height, width).
+    """Squares (..., rows, columns) as pixels (..., height, width), cut off at the edges.
 
-    Squares that reach over the bottom or right edge are cut off there; pixels that none covers are
-    0.
+    Pixels at the bottom and right that no square covers are 0.
     """
     pixels = squares.repeat_interleave(side, dim=-2).repeat_interleave(side, dim=-1)
     return F.pad(pixels, (0, width - pixels.shape[-1], 0, height - pixels.shape[-2]))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from backfold.errors import UserError
@@ -34,11 +35,8 @@ class Mixture:
     Args:
         tasks: the pretext tasks, one or more.
         weights: one number for each task, 0 or more and not all 0; a task's probability is its
-            weight divided by their sum.
-
-    Raises:
-        UserError: weights that don't fit the tasks, or a masking with a hidden_share below 1 that
-            is not the only task with a weight above 0.
+            weight divided by their sum. A masking with a hidden_share below 1 must have the only
+            weight above 0.
     """
 
     tasks: tuple[PretextTask, ...]
@@ -67,24 +65,22 @@ class Mixture:
         """The tasks with a weight above 0."""
         return tuple(task for task, weight in zip(self.tasks, self.weights, strict=True) if weight)
 
-    def assign(self, batch_size: int, generator: torch.Generator) -> Tensor:
+    def assign(self, batch_size: int, generator: torch.Generator) -> NDArray[np.int64]:
         """Each image's task, as an index into `tasks`: int64, (batch_size,), on the host."""
         shares = np.array(self.weights) / sum(self.weights)
-        return torch.from_numpy(host_random(generator).choice(len(shares), batch_size, p=shares))
+        return host_random(generator).choice(len(shares), batch_size, p=shares)
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """See `PretextTask`."""
         check_images(clean)
-        assignment = self.assign(len(clean), generator).numpy()
+        assignment = self.assign(len(clean), generator)
         if len(self.drawn) == 1:
             return self.drawn[0](clean, generator)
-        corrupted = torch.empty_like(clean)
-        loss_mask = torch.empty_like(clean[:, :1], dtype=torch.bool)
+        corrupted, loss_mask = torch.empty_like(clean), loss_everywhere(clean)
         for index in np.unique(assignment).tolist():
             images = torch.from_numpy(np.flatnonzero(assignment == index)).to(clean.device)
-            corruption = self.tasks[index](clean.index_select(0, images), generator)
-            corrupted.index_copy_(0, images, corruption.corrupted)
-            loss_mask.index_copy_(0, images, corruption.loss_mask)
+            made = self.tasks[index](clean[images], generator)
+            corrupted[images], loss_mask[images] = made.corrupted, made.loss_mask
         return Corruption(corrupted, loss_mask)
 
 
@@ -113,12 +109,9 @@ class Excerpt:
     """Gives a task exactly max(2, round(share * squares)) random squares of each image.
 
     The task sees them as an image of their own: one below the other, in the order in which they lie
-    in the whole image, row by row. What it hides, moves or adds stays within them. Then they go
-    back to their places, and the backbone runs on them alone, with the loss where the task has it.
-
-    Raises:
-        UserError: a task of Backfold's that looks beyond the squares' edges or is sparse itself or,
-            when called, squares that do not tile the image, or fewer than two of them.
+    in the whole image, row by row. What it hides, moves or adds stays within them: tasks of ours
+    that look beyond the squares' edges, or are sparse themselves, are refused. Then they go back to
+    their places, and the backbone runs on them alone, with the loss where the task has it.
     """
 
     task: PretextTask

@@ -1,8 +1,7 @@
 """Tasks at every pixel: colours fade, noise is added, fine detail goes; the loss counts everywhere.
 
-Images are normalised channel by channel, so luminance means the weighted sum of channels that each
-have zero mean and unit deviation over the data set. It is not the photometric luminance: undoing
-the normalisation turns equal channels into the data set's average tint, not into neutral grey.
+Luminance means the weighted sum of normalised channels. It is not the photometric one: undoing the
+normalisation turns equal channels into the data set's average tint, not into neutral grey.
 """
 
 import math
@@ -39,9 +38,8 @@ def _uniform(low: float, high: float, clean: Tensor, generator: torch.Generator)
 class Colorization:
     """Moves every channel to the luminance, all the way or in part.
 
-    Each image's share of the chroma that is gone is drawn uniformly from the range; where that is
-    one number, nothing is drawn. Training on all the way alone leaves an energy that knows grey
-    images, but not faded ones.
+    Each image's share of the chroma that is gone is drawn uniformly from the range. Training on all
+    the way alone leaves an energy that knows grey images, but not faded ones.
 
     Args:
         min_faded: smallest share of the chroma that is gone, above 0; 1 is grey.
@@ -85,10 +83,7 @@ def luminance(images: Tensor) -> Tensor:
 
 
 def chroma_error(restored: Tensor, clean: Tensor) -> Tensor:
-    """Mean absolute difference of what remains of the channels after subtracting the luminance.
-
-    (batch,), in units of the data set's deviation; 0 for one channel.
-    """
+    """Mean absolute difference of the channels less their luminance, (batch,), normalised."""
     # Chroma is linear: the difference of two chromas is the chroma of the difference.
     difference = restored - clean
     return (difference - luminance(difference)).abs().mean(dim=(1, 2, 3))
@@ -144,10 +139,7 @@ class Bands:
 
 
 def spectral_angle(restored: Tensor, clean: Tensor) -> Tensor:
-    """Mean angle in degrees between each pixel's bands, restored and clean: (batch,).
-
-    Of (batch, bands, height, width), on the scale of the files (Kruse et al., 1993).
-    """
+    """Mean angle in degrees between pixels' bands, as in files: (batch,) (Kruse et al., 1993)."""
     cosine = F.cosine_similarity(restored.float(), clean.float(), dim=1)
     return cosine.clamp(-1, 1).acos().mean(dim=(1, 2)).rad2deg()
 
