@@ -8,47 +8,27 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from backfold.metrics import energy_auroc, energy_gap, knn_accuracy, psnr_db, rank_me, ssim
 
-MEAN = torch.tensor([0.5, 0.4, 0.3])
-STD = torch.tensor([0.25, 0.2, 0.1])
-
-
-def pixels_and_normalised(height, width, batch=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    clean = torch.rand(batch, 3, height, width, generator=generator)
-    noise = torch.randn(clean.shape, generator=generator)
-    amounts = torch.linspace(0.02, 0.3, batch).view(-1, 1, 1, 1)
-    restored = clean + amounts * noise
-    scale, offset = STD.view(-1, 1, 1), MEAN.view(-1, 1, 1)
-    return restored, clean, (restored - offset) / scale, (clean - offset) / scale
-
-
-def test_psnr_equals_scikit_image_on_pixels():
-    restored, clean, restored_normalised, clean_normalised = pixels_and_normalised(12, 17)
-    expected = [
-        peak_signal_noise_ratio(true.numpy(), test.numpy(), data_range=1.0)
-        for true, test in zip(clean, restored, strict=True)
-    ]
-    actual = psnr_db(restored_normalised, clean_normalised, STD)
-    assert actual.tolist() == pytest.approx(expected, abs=1e-3)
-    assert psnr_db(clean_normalised, clean_normalised, STD).tolist() == [100.0] * 3
+MEAN, STD = torch.tensor([[0.5, 0.4, 0.3], [0.25, 0.2, 0.1]]).view(2, 3, 1, 1)
 
 
 @pytest.mark.parametrize("size", [(20, 33), (11, 16), (3, 9)])
-def test_ssim_equals_scikit_image_on_pixels(size):
-    restored, clean, restored_normalised, clean_normalised = pixels_and_normalised(*size)
+def test_psnr_and_ssim_equal_scikit_image_s_on_pixels(size):
+    clean, noise = torch.rand(2, 3, 3, *size, generator=torch.Generator().manual_seed(0))
+    restored = clean + torch.tensor([0.02, 0.16, 0.3]).view(3, 1, 1, 1) * (2 * noise - 1)
+    normalised = [(images - MEAN) / STD for images in (restored, clean)]
+    pairs = list(zip(clean.numpy(), restored.numpy(), strict=True))
+    expected = [peak_signal_noise_ratio(*pair, data_range=1.0) for pair in pairs]
+    assert psnr_db(*normalised, STD).tolist() == pytest.approx(expected, abs=1e-3)
+    assert psnr_db(normalised[1], normalised[1], STD).tolist() == [100.0] * 3
     radius = min(5, (min(size) - 1) // 2)
-    # With truncate fixed at 3.5 the window's radius is int(3.5 * sigma + 0.5).
-    sigma = 1.5 if radius == 5 else radius / 3.5
     as_published = {
+        # With truncate fixed at 3.5 the window's radius is int(3.5 * sigma + 0.5).
+        "sigma": 1.5 if radius == 5 else radius / 3.5,
         "data_range": 1.0, "channel_axis": 0, "gaussian_weights": True,
         "use_sample_covariance": False,
     }  # fmt: skip
-    expected = [
-        structural_similarity(true.numpy(), test.numpy(), sigma=sigma, **as_published)
-        for true, test in zip(clean, restored, strict=True)
-    ]
-    actual = ssim(restored_normalised, clean_normalised, MEAN, STD)
-    assert actual.tolist() == pytest.approx(expected, abs=1e-4)
+    expected = [structural_similarity(*pair, **as_published) for pair in pairs]
+    assert ssim(*normalised, MEAN, STD).tolist() == pytest.approx(expected, abs=1e-4)
     assert max(expected) - min(expected) > 0.05
 
 

@@ -7,7 +7,6 @@ import torch
 from backfold.errors import UserError
 from backfold.pretext import (
     Colorization,
-    Corruption,
     Denoising,
     Excerpt,
     ExcerptSettings,
@@ -41,11 +40,6 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def mark(number):
-    """A task that adds a number to the images."""
-    return lambda clean, _: Corruption(clean + number, torch.ones_like(clean[:, :1]).bool())
-
-
 def test_shares_follow_the_weights():
     weights = (1e-60, 2e-60, 0.0, 5e-60)  # of any scale
     assigned = Mixture(TASKS[:4], weights).assign(8000, seeded(0))
@@ -67,13 +61,6 @@ def test_each_image_is_what_its_own_task_makes_of_it(photographs):
         expected = task(clean[images], generator)
         assert torch.equal(corruption.corrupted[images], expected.corrupted)
         assert torch.equal(corruption.loss_mask[images], expected.loss_mask)
-
-
-def test_a_mixture_is_a_pretext_task(photographs):
-    inner = Mixture((mark(1), mark(2)), (1.0, 1.0))
-    outer = Mixture((inner, mark(3)), (1.0, 0.0))
-    added = (outer(photographs, seeded(0)).corrupted - photographs).mean(dim=(1, 2, 3)).round()
-    assert set(added.tolist()) == {1.0, 2.0}
 
 
 @pytest.mark.parametrize(
