@@ -39,10 +39,7 @@ class EmbeddingChoice:
 
     def __post_init__(self) -> None:
         if self.layer >= 0:
-            raise UserError(
-                f"embedding layer {self.layer} is not negative; layers are counted from the end, "
-                "give -1 for the last"
-            )
+            raise UserError(f"embedding layer {self.layer} is not negative; give -1 for the last")
         if self.pooling not in get_args(Pooling):
             known = ", ".join(get_args(Pooling))
             raise UserError(f"unknown pooling {self.pooling!r}; choose from {known}")
@@ -68,8 +65,7 @@ def embed(backbone: nn.Module, images: Tensor, choice: EmbeddingChoice | None = 
             _, found = _intermediates(backbone, images, -choice.layer)
         except (AssertionError, AttributeError, IndexError) as error:
             raise UserError(
-                f"backbone {name} can't give layer {choice.layer}: {error}; "
-                "choose a layer nearer to -1"
+                f"backbone {name} can't give layer {choice.layer}: {error}; choose one nearer to -1"
             ) from error
         positions, token = found[0]
     elif choice.pooling == "class_token" and _has_class_token(backbone):
@@ -80,8 +76,7 @@ def embed(backbone: nn.Module, images: Tensor, choice: EmbeddingChoice | None = 
         return _pooled(positions.float(), choice.pooling, (images.shape[2], images.shape[3]))
     if token is None:
         raise UserError(
-            f"backbone {name} has no class token in layer {choice.layer} for pooling "
-            "'class_token'; choose average or max"
+            f"backbone {name} has no class token in layer {choice.layer}; choose average or max"
         )
     return token.float()
 

@@ -68,17 +68,13 @@ class Masking:
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
-            raise UserError(
-                f"mask_ratio is {self.mask_ratio}; give a share above 0 and below 1, such as 0.6"
-            )
+            raise UserError(f"mask_ratio is {self.mask_ratio}; give a share above 0 and below 1")
         check_pixels("mask_patch_size", self.mask_patch_size)
         check_share("hidden_share", self.hidden_share)
         if self.fill not in get_args(Fill):
             raise UserError(f"fill is {self.fill!r}; choose from {', '.join(get_args(Fill))}")
         if not 0 <= self.normalised_share <= 1:
-            raise UserError(
-                f"normalised_share is {self.normalised_share}; give a share of 0 to 1, such as 0.75"
-            )
+            raise UserError(f"normalised_share is {self.normalised_share}; give a share of 0 to 1")
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """See `PretextTask`."""
@@ -135,8 +131,7 @@ class Masking:
         if self.fill == "zero":
             return torch.zeros_like(clean)
         if self.fill == "noise":
-            shape, device, dtype = clean.shape, clean.device, clean.dtype
-            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+            return clean.new_empty(clean.shape).normal_(generator=generator)
         # With a single patch nothing is visible; the fill is then the data set's mean, 0.
         num_visible = (~mask).sum(dim=(2, 3), keepdim=True).clamp(min=1)
         return clean.masked_fill(mask, 0).sum(dim=(2, 3), keepdim=True) / num_visible
@@ -162,8 +157,7 @@ def _block_order(
 ) -> Tensor:
     """Patch indices in the order in which random rectangles hide them: (batch, rows * columns).
 
-    Rectangles may reach over the edges, where they are cut off: so each covers the border as often
-    as the middle.
+    Rectangles are cut off at the edges, so that they cover the border as often as the middle.
     """
     area, aspect, place_row, place_column = torch.rand(
         4, batch_size, NUM_RECTANGLES, 1, generator=generator, device=generator.device

@@ -43,14 +43,11 @@ class Mixture:
     weights: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if len(self.weights) != len(self.tasks):
+        good = all(0 <= weight < math.inf for weight in self.weights) and any(self.weights)
+        if not good or len(self.weights) != len(self.tasks):
             raise UserError(
-                f"weights has {len(self.weights)} numbers for {len(self.tasks)} tasks; "
-                "give one for each"
-            )
-        if not (all(0 <= weight < math.inf for weight in self.weights) and any(self.weights)):
-            raise UserError(
-                f"weights is {tuple(self.weights)}; give numbers of 0 or more that are not all 0"
+                f"weights is {tuple(self.weights)} for {len(self.tasks)} tasks; "
+                "give each a number of 0 or more, not all 0"
             )
         for task in self.tasks:
             share = task.hidden_share if isinstance(task, Masking) else 1

@@ -29,9 +29,7 @@ LARGEST_FACTOR_STEP = 0.25
 
 def _uniform(low: float, high: float, clean: Tensor, generator: torch.Generator) -> Tensor:
     """One number an image, (batch, 1, 1, 1)."""
-    shape = (len(clean), 1, 1, 1)
-    drawn = torch.rand(shape, generator=generator, device=clean.device, dtype=clean.dtype)
-    return low + (high - low) * drawn
+    return clean.new_empty(len(clean), 1, 1, 1).uniform_(low, high, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -163,8 +161,7 @@ class Denoising:
     octaves: int = 1
 
     def __post_init__(self) -> None:
-        ordered = 0 <= self.min_noise_std <= self.max_noise_std < math.inf
-        if not ordered or self.max_noise_std == 0:
+        if not (0 <= self.min_noise_std <= self.max_noise_std < math.inf and self.max_noise_std):
             raise UserError(
                 f"min_noise_std is {self.min_noise_std} and max_noise_std {self.max_noise_std}; "
                 "give 0 <= min_noise_std <= max_noise_std, the latter above 0"
@@ -184,10 +181,8 @@ class Denoising:
             )
         noise = torch.zeros_like(clean)
         for side in (2**octave for octave in range(self.octaves)):
-            squares = torch.randn(
-                (*clean.shape[:2], math.ceil(height / side), math.ceil(width / side)),
-                generator=generator, device=clean.device, dtype=clean.dtype,
-            )  # fmt: skip
+            shape = (*clean.shape[:2], math.ceil(height / side), math.ceil(width / side))
+            squares = clean.new_empty(shape).normal_(generator=generator)
             noise += enlarge(squares, side, height, width)
         noise /= math.sqrt(self.octaves)
         noise_std = _uniform(self.min_noise_std, self.max_noise_std, clean, generator)
