@@ -2,7 +2,7 @@
 
 import random
 import time
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +61,6 @@ def fit(method: str, model: nn.Module, images: Images, settings: PretrainConfig)
         UserError: the checkpoint is another method's, or was started otherwise.
     """
     device, path = choose_device(settings.accelerator), settings.out / "rival.ckpt"
-    size = parse_image_size(settings.image_size)
     per_epoch = steps_per_epoch(images.count, settings.batch_size)
     total = settings.max_steps or round(settings.epochs * per_epoch)
     model.to(device).train()
@@ -78,7 +77,7 @@ def fit(method: str, model: nn.Module, images: Images, settings: PretrainConfig)
         optimizer.load_state_dict(state["optimizer"])
     workers = default_workers() if settings.num_workers is None else settings.num_workers
     loader = training_loader(
-        images.training, cast(tuple[int, int], size), images.channels, model.augmentation,
+        images.training, parse_image_size(settings.image_size), images.channels, model.augmentation,
         settings.batch_size, settings.seed, done, total, num_workers=workers,
     )  # fmt: skip
     mixed, saved = settings.precision == "bf16-mixed", time.monotonic()
@@ -102,4 +101,4 @@ def fit(method: str, model: nn.Module, images: Images, settings: PretrainConfig)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save_checkpoint(path, {"signature": signature, "step": step, **state})
             saved = time.monotonic()
-    return cast(nn.Module, model.backbone)
+    return model.backbone

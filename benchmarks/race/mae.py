@@ -64,8 +64,7 @@ class MaskedAutoencoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Squared error of the hidden patches' normalised pixels."""
-        loss: Tensor = self.rival(pixels).loss
-        return loss
+        return self.rival(pixels).loss
 
 
 def train(

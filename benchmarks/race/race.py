@@ -122,8 +122,7 @@ def train(cell: Cell, common: PretrainConfig, data: TensorDataset, runs: Path) -
         return run.run.energy.backbone
     if cell.method == "untrained":
         return start(*given)
-    trained: nn.Module = importlib.import_module(f"race.{cell.method}").train(*given)
-    return trained
+    return importlib.import_module(f"race.{cell.method}").train(*given)
 
 
 def judge(

@@ -44,8 +44,7 @@ class TwoViews(nn.Module):
         batch = torch.cat([torch.stack(views) for views in zip(*pairs, strict=True)])
         normalised = self.statistics.normalize(batch.to(pixels.device))
         projected = self.head(feature_map(self.backbone, normalised).mean(dim=1))
-        loss: Tensor = self.loss(*projected.float().chunk(2))
-        return loss
+        return self.loss(*projected.float().chunk(2))
 
 
 def train(

@@ -46,8 +46,7 @@ class MaskedImages(nn.Module):
         """Absolute error of the hidden pixels."""
         shape = (len(pixels), self.backbone.patch_embed.num_patches)
         order = torch.rand(shape, device=pixels.device).argsort(1).argsort(1)
-        loss: Tensor = self.rival(pixels, order < MASK_RATIO * shape[1]).loss
-        return loss
+        return self.rival(pixels, order < MASK_RATIO * shape[1]).loss
 
 
 def train(
