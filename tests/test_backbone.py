@@ -7,7 +7,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from backfold.backbone import (
-    DEFAULT_IMAGE_SIZE,
     balance_positions,
     check_options,
     create_backbone,
@@ -18,11 +17,6 @@ from backfold.errors import UserError
 
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
 SWIN = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 8}
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 class Returns(nn.Module):
@@ -145,7 +139,7 @@ def test_positions_become_as_loud_as_the_patches_and_nothing_else_changes():
 def test_the_size_defaults_to_the_one_the_model_was_designed_for():
     assert default_image_size(timm.get_pretrained_cfg("test_vit")) == (160, 160)
     assert default_image_size({"input_size": (3, 48, 64)}) == (48, 64)
-    assert default_image_size({}) == default_image_size(None) == DEFAULT_IMAGE_SIZE == (224, 224)
+    assert default_image_size({}) == default_image_size(None) == (224, 224)
     backbone = create_backbone("test_vit").eval()
     assert feature_map(backbone, torch.zeros(1, 3, 160, 160)).shape == (1, 100, 64)
 

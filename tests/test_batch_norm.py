@@ -1,6 +1,5 @@
 """Batch normalisation on fixed statistics: images stay apart, and refreshing keeps the function."""
 
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -11,11 +10,6 @@ from backfold.energy import EnergyModel
 from backfold.restoration import energy_gradient
 
 SIDE = 48
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def drifted():

@@ -13,11 +13,6 @@ VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 SWIN = {"depths": (1, 2), "num_heads": (1, 2), "embed_dim": 16}
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def vit(**arguments):
     return EnergyModel("vit_tiny_patch16_224", image_size=32, backbone_options=VIT, **arguments)
 

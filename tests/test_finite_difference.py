@@ -11,12 +11,10 @@ from backfold.errors import UserError
 from backfold.finite_difference import (
     DISPLACEMENTS,
     best_displacement,
-    displaced_energy,
+    check_first_order,
     finite_difference_losses,
-    random_state,
-    restoration_direction,
+    full_float32,
 )
-from backfold.full_precision import check_first_order, check_precision, full_float32
 from backfold.restoration import training_step
 
 SMALL = {
@@ -30,12 +28,6 @@ SMALL = {
     ),
     "ConvNeXt": ("convnext_atto", {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48)}),
 }
-EVERYWHERE = torch.ones(1, dtype=torch.bool)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def small(family):
@@ -133,34 +125,28 @@ def test_an_image_without_loss_gives_no_gradient_and_no_nan():
     assert not found[2].any()
 
 
-def test_the_displacement_is_measured_where_the_loss_counts():
-    energy = QuadraticEnergy(48)
+def test_parts_may_be_forwards_of_a_wrapped_module_at_points_beside_the_images():
+    energy, calls = QuadraticEnergy(48), []
+
+    def wrapped(displaced, weights):
+        calls.append(displaced)
+        return (weights * energy(displaced)).sum()
+
     corrupted, clean, mask = masked_images(side=4, dtype=torch.float64)
-    moves = restoration_direction(energy, corrupted, clean, mask, 1.0, 0.02).displacement
-    hidden = mask.expand_as(moves)
+    losses_of(energy, corrupted, clean, mask, displacement=0.02)
+    plain = gradient(energy)
+    energy.zero_grad()
+    given = (energy, corrupted, clean, mask, 1.0, 0.02, wrapped)
+    for number, (part, _, _) in enumerate(finite_difference_losses(*given), 1):
+        part.backward()
+        assert len(calls) == number
+    torch.testing.assert_close(gradient(energy), plain)
+    # The displacement is measured where the loss counts.
+    moves, hidden = calls[0] - corrupted, mask.expand_as(corrupted)
+    torch.testing.assert_close(corrupted - calls[1], moves)
     assert not moves[~hidden].any()
     for move, inside in zip(moves, hidden, strict=True):
         assert move[inside].square().mean().sqrt().item() == pytest.approx(0.02)
-
-
-def test_parts_may_be_forwards_of_a_wrapped_module_one_at_a_time():
-    model, calls = small("ViT"), []
-
-    def wrapped(displaced, weights):
-        calls.append(weights)
-        return displaced_energy(model, displaced, weights)
-
-    corrupted, clean, mask = masked_images()
-    go_back = random_state(corrupted)
-    losses_of(model, corrupted, clean, mask)
-    plain = gradient(model)
-    model.zero_grad()
-    go_back()
-    parts = finite_difference_losses(model, corrupted, clean, mask, displaced=wrapped)
-    for number, (part, _, _) in enumerate(parts, 1):
-        part.backward()
-        assert len(calls) == number
-    torch.testing.assert_close(gradient(model), plain)
 
 
 def test_the_best_displacement_is_the_nearest_to_the_exact_gradient_and_leaves_no_trace():
@@ -199,28 +185,27 @@ def test_kinks_that_no_layer_shows_are_refused_by_measurement():
     assert "\n" not in str(refusal.value)
 
 
+def refused(energy, message, dtype=torch.float32):
+    with pytest.raises(UserError, match=message) as refusal:
+        check_first_order(energy, torch.zeros(2, 3, 32, 32, dtype=dtype))
+    assert "\n" not in str(refusal.value)
+
+
 def test_half_precision_images_parameters_and_autocast_are_refused():
     model = small("ViT")
-    corrupted, clean, mask = masked_images()
-    with pytest.raises(UserError, match=r"images are torch\.float16.*32-true"):
-        restoration_direction(model, corrupted.half(), clean, mask)
-    with pytest.raises(UserError, match=r"parameter backbone\.\S+ is torch\.bfloat16.*32-true"):
-        restoration_direction(small("ViT").bfloat16(), corrupted, clean, mask)
+    refused(model, r"images: torch\.float16.*32-true", torch.float16)
     with torch.autocast("cpu", torch.bfloat16):
-        with pytest.raises(UserError, match=r"autocast to torch\.bfloat16 is on.*32-true"):
-            restoration_direction(model, corrupted, clean, mask)
-        with pytest.raises(UserError, match="autocast"):
-            displaced_energy(model, corrupted, torch.ones(4))
+        refused(model, r"autocast: torch\.bfloat16.*32-true")
+    refused(model.bfloat16(), r"parameter backbone\.\S+: torch\.bfloat16.*32-true")
 
 
 def test_rounded_products_are_refused_and_full_float32_mends_it():
-    images, before = torch.zeros(1, 3, 4, 4), torch.backends.cudnn.allow_tf32
+    model, before = small("ViT"), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")
     try:
-        with pytest.raises(UserError, match=r"full_float32\(\)"):
-            check_precision(images)
+        refused(model, r"full_float32\(\)")
         with full_float32():
-            check_precision(images)
+            check_first_order(model, torch.zeros(1))
             assert not torch.backends.cudnn.allow_tf32
         assert torch.get_float32_matmul_precision() == "high"
         assert torch.backends.cudnn.allow_tf32 == before
@@ -230,16 +215,10 @@ def test_rounded_products_are_refused_and_full_float32_mends_it():
 
 def test_batch_normalisation_in_train_mode_and_kinks_are_refused():
     foreign = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
-    images = torch.zeros(2, 3, 8, 8)
     for energy in (foreign, functools.partial(foreign)):
-        with pytest.raises(UserError, match=r"batch normalisation 1 is in train mode") as refusal:
-            check_first_order(energy, images)
-        assert "\n" not in str(refusal.value)
-    check_first_order(foreign.eval(), images)
+        refused(energy, "batch normalisation 1 is in train mode")
+    check_first_order(foreign.eval(), torch.zeros(1))
+    refused(nn.BatchNorm2d(3, track_running_stats=False).eval(), "batch normalisation")
     kinked = EnergyModel("test_resnet", image_size=32)
-    with pytest.raises(UserError, match=r"layer backbone\.\S+ is ReLU, whose slope jumps"):
-        check_first_order(kinked, torch.zeros(1, 3, 32, 32))
-    check_first_order(EnergyModel("test_efficientnet", image_size=32).train(), images)
-    stateless = nn.BatchNorm2d(3, track_running_stats=False).eval()
-    with pytest.raises(UserError, match="batch normalisation"):
-        check_first_order(stateless, images)
+    refused(kinked, r"layer backbone\.\S+ is ReLU, whose slope jumps")
+    check_first_order(EnergyModel("test_efficientnet", image_size=32).train(), torch.zeros(1))

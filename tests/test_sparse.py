@@ -184,6 +184,10 @@ REFUSED = {
         lambda: timm.create_model("vit_small_patch16_rope_224", patch_drop_rate=0.5, **SMALL),
         "patch_drop_rate",
     ),
+    "random zeros": (
+        lambda: timm.create_model("vit_tiny_patch16_224", pos_drop_rate=0.5, **SMALL),
+        "pos_drop_rate is not 0",
+    ),
     "own forward": (lambda: OwnForward(img_size=32, **SMALL), "changes timm's forward pass"),
     "own blocks": (
         lambda: timm.models.VisionTransformer(img_size=32, block_fn=OwnBlock, **SMALL),

@@ -41,7 +41,7 @@ from backfold.inference.restored import new_images, read_images
 from backfold.pretext.corruption import Corruption
 from backfold.pretext.hidden import hidden_by
 from backfold.reporting.report import write_report
-from backfold.restoration import RestorationResult, eval_mode, restore, status_of
+from backfold.restoration import RestorationResult, RestorationStatus, eval_mode, restore
 from backfold.sparse import token_size
 from backfold.training import pretrain as training
 from backfold.training.config import config_from_dict, task_names
@@ -231,7 +231,7 @@ class Backfold:
             paths.append(torch.where(hidden, found.trajectory, image))
             energies.append(found.energies)
             diverged.append(found.status.diverged)
-        path, status = torch.cat(paths, dim=1), status_of(torch.cat(diverged), step_size)
+        path, status = torch.cat(paths, dim=1), RestorationStatus(torch.cat(diverged), step_size)
         return RestorationResult(path[-1], path, torch.cat(energies, dim=1), status)
 
     def _prepare(self, images: Images) -> Tensor:

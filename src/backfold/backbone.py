@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from backfold.activation import TwiceDifferentiableGELU
-from backfold.convolution import TwiceDifferentiableConv2d, is_plain_grouped
 from backfold.errors import UserError
+from backfold.layers import make_twice_differentiable
 
 ImageSize = tuple[int, int]
-DEFAULT_IMAGE_SIZE: ImageSize = (224, 224)
 
 
 def create_backbone(
@@ -33,7 +31,7 @@ def create_backbone(
     Args:
         name: as in ``timm.list_models()``.
         image_size: (height, width) in pixels; None takes the size the model was designed for.
-        channels: image channels, timm's ``in_chans``.
+        channels: of the images.
         options: further keyword arguments of the model, such as ``depth`` or ``patch_size``.
 
     Raises:
@@ -59,17 +57,10 @@ def create_backbone(
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Let plain values for parameters of the architecture pass, and nothing else.
+    """Raise UserError for all but plain values for parameters of the architecture.
 
     Options come from settings, checkpoints and exported folders of anybody, and
     `timm.create_model` also takes addresses to download from and files to unpickle.
-
-    Args:
-        name: of a timm model.
-        options: see `create_backbone`.
-
-    Raises:
-        UserError: the first option that is none of these.
     """
     module = sys.modules[timm.models.model_entrypoint(name).__module__]
     known = {
@@ -103,19 +94,6 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float))
 
 
-def make_twice_differentiable(backbone: nn.Module) -> None:
-    """Replace, in place, layers by equals whose second derivative exists, or is cheaper."""
-    for parent in list(backbone.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Hardsigmoid):
-                setattr(parent, name, _HardSigmoid())
-            elif type(child) in (nn.GELU, timm.layers.GELU):
-                if getattr(child, "approximate", "none") == "none":
-                    setattr(parent, name, TwiceDifferentiableGELU())
-            elif is_plain_grouped(child):
-                setattr(parent, name, TwiceDifferentiableConv2d.sharing(child))
-
-
 def use_plain_attention(backbone: nn.Module) -> None:
     """Let timm's attention layers use matrix products and softmax, in place of fused kernels.
 
@@ -135,11 +113,6 @@ def is_convolutional(backbone: nn.Module) -> bool:
     return 2 * convolutions > sum(parameter.numel() for parameter in backbone.parameters())
 
 
-class _HardSigmoid(nn.Module):
-    def forward(self, inputs: Tensor) -> Tensor:
-        return F.relu6(inputs + 3.0) / 6.0
-
-
 def _create(name: str, size: ImageSize, arguments: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, img_size=size, **arguments)
@@ -151,10 +124,9 @@ def _create(name: str, size: ImageSize, arguments: dict[str, Any]) -> nn.Module:
 
 def default_image_size(config: PretrainedCfg | Mapping[str, Any] | None) -> ImageSize:
     """(height, width) that a timm model was designed for; 224 x 224 where nothing says so."""
-    if config is None:
-        return DEFAULT_IMAGE_SIZE
-    input_size = config.get("input_size") if isinstance(config, Mapping) else config.input_size
-    return (input_size[1], input_size[2]) if input_size else DEFAULT_IMAGE_SIZE
+    known = config if isinstance(config, Mapping) else vars(config or PretrainedCfg())
+    _, height, width = known.get("input_size") or (3, 224, 224)
+    return height, width
 
 
 def check_image_size(backbone: nn.Module, size: ImageSize, channels: int, name: str) -> None:
@@ -173,9 +145,7 @@ def check_image_size(backbone: nn.Module, size: ImageSize, channels: int, name: 
             f"image size {_describe(size)} is no multiple of the {_describe(patch)} patches of "
             f"{name!r}; give a multiple, or another patch size in the backbone options"
         )
-    parameter = next(backbone.parameters(), None)
-    like = parameter if parameter is not None else torch.zeros(())
-    image = torch.zeros(2, channels, *size, dtype=like.dtype, device=like.device)
+    image = next(backbone.parameters(), torch.zeros(())).new_zeros(2, channels, *size)
     was_training = backbone.training
     try:
         with torch.no_grad():
@@ -197,9 +167,9 @@ def _tiling_patch(backbone: nn.Module) -> ImageSize | None:
     patch_size = getattr(embedding, "patch_size", None)
     if patch_size is None or getattr(embedding, "dynamic_img_pad", False):
         return None
-    patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
-    stride = getattr(getattr(embedding, "proj", None), "stride", patch)
-    return None if tuple(stride) != patch else (patch[0], patch[1])
+    height, width = timm.layers.to_2tuple(patch_size)
+    stride = getattr(getattr(embedding, "proj", None), "stride", (height, width))
+    return (height, width) if tuple(stride) == (height, width) else None
 
 
 @torch.no_grad()
@@ -209,11 +179,8 @@ def balance_positions(backbone: nn.Module, images: Tensor) -> None:
     timm starts them at a deviation of 0.02, some thirty times below the patches. The first norm
     then makes the energy all but blind to where a hidden patch lies, and masking and sorting take
     longer to start (measured: `docs/method.md`). Fixed sines, as masked autoencoders have them, are
-    as loud as this.
-
-    Args:
-        backbone: with random weights; one without ``pos_embed`` and ``patch_embed`` is left alone.
-        images: of unit variance, (batch, channels, height, width).
+    as loud as this. Backbones without ``pos_embed`` and ``patch_embed`` are left alone; the images
+    are of unit variance, (batch, channels, height, width).
     """
     positions = getattr(backbone, "pos_embed", None)
     patch_embed = getattr(backbone, "patch_embed", None)
@@ -232,21 +199,13 @@ def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
     the last counts, a list of parallel branches of tokens, which are joined) and other modules that
     return a feature map or one vector an image.
     """
-    if _needs_company(backbone, images):
+    alone = len(images) == 1 and images.device.type == "cpu" and torch.is_grad_enabled()
+    if alone and any(isinstance(module, _BatchNorm) for module in backbone.modules()):
+        # On the CPU the backward pass of batch normalisation (torch 2.15) reads a gradient that
+        # comes from tokens in the wrong memory order if the batch size is 1, and says nothing.
         return feature_map(backbone, images.repeat(2, 1, 1, 1))[:1]
     forward = getattr(backbone, "forward_features", backbone)
     return as_positions(backbone, forward(images))
-
-
-def _needs_company(backbone: nn.Module, images: Tensor) -> bool:
-    """Whether PyTorch may get this batch's gradient wrong, because it is of one image.
-
-    On the CPU the backward pass of batch normalisation (seen in torch 2.15) reads a gradient that
-    comes from tokens in the wrong memory order if the batch size is 1, and says nothing.
-    """
-    if len(images) != 1 or images.device.type != "cpu" or not torch.is_grad_enabled():
-        return False
-    return any(isinstance(module, _BatchNorm) for module in backbone.modules())
 
 
 def as_positions(backbone: nn.Module, features: object) -> Tensor:

@@ -9,6 +9,7 @@ mode starts near it.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +49,19 @@ def refresh_batch_norm(backbone: nn.Module, batches: Iterable[Tensor]) -> None:
 
     With running mean m and deviation s, measured m' and s' (both with epsilon), the weight becomes
     w s' / s and the bias b + w (m' - m) / s. Channels that do not vary keep what they have.
-
-    Args:
-        backbone: in eval mode, on the batches' device.
-        batches: normalised images, (batch, channels, height, width) each.
+    The backbone is in eval mode, on the device of the batches of normalised images.
     """
     norms = [norm for norm in batch_norms(backbone) if norm.affine]
-    moments = {norm: _Moments() for norm in norms}
-    hooks = [norm.register_forward_pre_hook(moments[norm].add) for norm in norms]
+    seen: dict[nn.Module, list[Tensor]] = {norm: [] for norm in norms}
+
+    def note(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Count, mean and variance of one batch by channel; the device may have no doubles."""
+        values = inputs[0].detach().transpose(0, 1).flatten(1)
+        values = values if values.dtype == torch.float64 else values.float()
+        variance, mean = (part.cpu().double() for part in torch.var_mean(values, 1, correction=0))
+        seen[norm].append(torch.stack([torch.full_like(mean, values.shape[1]), mean, variance]))
+
+    hooks = [norm.register_forward_pre_hook(note) for norm in norms]
     try:
         if norms:
             for images in batches:
@@ -64,41 +70,17 @@ def refresh_batch_norm(backbone: nn.Module, batches: Iterable[Tensor]) -> None:
         for hook in hooks:
             hook.remove()
     for norm in norms:
-        if seen := moments[norm].count:
-            _reparametrise(norm, moments[norm].mean, moments[norm].squares / seen)
+        if seen[norm]:
+            counts, means, variances = torch.stack(seen[norm], dim=1)
+            share = counts / counts.sum(dim=0)
+            mean = (share * means).sum(dim=0)
+            variance = (share * (variances + (means - mean).square())).sum(dim=0)
+            _reparametrise(norm, mean, variance)
 
 
-class _Moments:
-    """Mean and variance of a batch norm's inputs, by channel, over all batches.
-
-    Each batch's are float32 on the device, which may have no doubles; they are joined in float64 on
-    the CPU (Chan et al., 1979).
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean, self.squares = torch.zeros((), dtype=torch.float64), torch.zeros(())
-
-    def add(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values = inputs[0].detach().transpose(0, 1).flatten(1)
-        values = values if values.dtype == torch.float64 else values.float()
-        count = values.shape[1]
-        variance, mean = (part.cpu().double() for part in torch.var_mean(values, 1, correction=0))
-        total, ahead = self.count + count, mean - self.mean
-        self.squares = (
-            self.squares + variance * count + ahead.square() * (self.count * count / total)
-        )
-        self.mean = self.mean + ahead * (count / total)
-        self.count = total
-
-
-def _reparametrise(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    old_mean, old_variance, weight, bias = (
-        part.detach().cpu().double()
-        for part in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    )
+def _reparametrise(norm: Any, mean: Tensor, variance: Tensor) -> None:
+    parts = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    old_mean, old_variance, weight, bias = (part.detach().cpu().double() for part in parts)
     varies = variance > norm.eps
     mean = torch.where(varies, mean, old_mean)
     variance = torch.where(varies, variance, old_variance)

@@ -12,11 +12,10 @@ stream alone: the visible one is an ordinary forward and backward pass. As hidde
 each other, any part of them is an unbiased sample of all.
 
     context = visible(backbone, clean, visible_tokens)
-    energy = partial(conditional_energy, backbone, head, tokens=hidden_tokens, context=context)
+    energy = lambda images: head(hidden(backbone, images, hidden_tokens, context))
     loss, restored, _ = training_step(energy, corrupted, clean, loss_mask)
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backfold.errors import UserError
-from backfold.sparse import check_sparse, embed_tokens
+from backfold.sparse import check_sparse, embed_tokens, run_tokens
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,7 @@ class Context:
 
 def check_conditional(backbone: nn.Module, num_blocks: int = 1) -> None:
     """Raise UserError unless hidden patches can enter the last blocks: timm's ViTs and EVAs."""
-    check_sparse(backbone)
-    blocks = getattr(backbone, "blocks", [])
+    blocks = check_sparse(backbone).blocks
     if not 1 <= num_blocks <= len(blocks):
         raise UserError(f"hidden_blocks is {num_blocks}; give 1 to {len(blocks)}")
     attentions = (Attention, AttentionRope, EvaAttention)
@@ -66,18 +64,12 @@ def visible(backbone: nn.Module, images: Tensor, tokens: Tensor) -> Context:
     """The visible patches' last output.
 
     Args:
-        backbone: one that `backfold.sparse.check_sparse` accepts.
+        backbone: one that `check_conditional` accepts, or UserError is raised.
         images: clean and normalised, (batch, channels, height, width).
         tokens: int64, (batch, visible tokens); each image's patches, row by row.
-
-    Raises:
-        UserError: another backbone.
     """
     check_conditional(backbone)
-    features, rotations = embed_tokens(backbone, images, tokens)
-    for block, rotation in zip(_blocks(backbone), rotations, strict=True):
-        features = block(features) if rotation is None else block(features, rope=rotation)
-    return Context(features, rotations)
+    return Context(*run_tokens(backbone, images, tokens))
 
 
 def hidden(
@@ -85,53 +77,27 @@ def hidden(
 ) -> Tensor:
     """The hidden patches' last features, (batch, hidden tokens, features), normed.
 
+    A linear head of them, such as `LinearHead`, gives their energies.
+
     Args:
         backbone: as for `visible`.
         images: corrupted, (batch, channels, height, width); only the hidden patches are read.
         tokens: int64, (batch, hidden tokens).
         context: of the same images' visible patches.
-        num_blocks: how many of the last blocks they run through, 1 to all.
-
-    Raises:
-        UserError: more blocks than there are, or none.
+        num_blocks: how many of the last blocks they run through; UserError unless 1 to all.
     """
     check_conditional(backbone, num_blocks)
-    blocks, prefix = _blocks(backbone), int(getattr(backbone, "num_prefix_tokens", 0))
+    backbone = check_sparse(backbone)
     sequence, rotations = embed_tokens(backbone, images, tokens)
-    features = sequence[:, prefix:]
-    for index in range(len(blocks) - num_blocks, len(blocks)):
-        block = blocks[index]
+    features = sequence[:, backbone.num_prefix_tokens :]
+    for index in range(-num_blocks, 0):
+        block: Any = backbone.blocks[index]
         own, read = (block.norm1(each) for each in (features, context.tokens))
         attended = _attend(block.attn, own, read, rotations[index], context.rotations[index])
         features = features + block.drop_path1(_scaled(block, 1, attended))
         features = features + block.drop_path2(_scaled(block, 2, block.mlp(block.norm2(features))))
-    normed: Tensor = backbone.norm(features)  # type: ignore[operator]
+    normed: Tensor = backbone.norm(features)
     return normed
-
-
-def conditional_energy(
-    backbone: nn.Module,
-    head: Callable[[Tensor], Tensor],
-    images: Tensor,
-    tokens: Tensor,
-    context: Context,
-    num_blocks: int = 1,
-) -> Tensor:
-    """Energies ``(batch,)`` of the hidden patches, given the context; see `hidden`.
-
-    Args:
-        backbone: as for `visible`.
-        head: from (batch, tokens, features) to (batch,), summed over tokens, as `LinearHead`.
-        images: corrupted.
-        tokens: the hidden ones.
-        context: of the visible ones.
-        num_blocks: see `hidden`.
-    """
-    return head(hidden(backbone, images, tokens, context, num_blocks))
-
-
-def _blocks(backbone: Any) -> list[Any]:
-    return list(backbone.blocks)
 
 
 def _scaled(block: Any, number: int, values: Tensor) -> Tensor:

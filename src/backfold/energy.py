@@ -20,11 +20,11 @@ from backfold.backbone import (
     create_backbone,
     default_image_size,
     feature_map,
-    make_twice_differentiable,
 )
 from backfold.batch_norm import batch_norms, measure_batch_norm
 from backfold.conditional import Context, hidden, visible
 from backfold.invariance import Projector
+from backfold.layers import make_twice_differentiable
 from backfold.pretext.corruption import Corruption
 from backfold.restoration import EnergyFn, at_least_float32, energy_gradient, eval_mode
 from backfold.sparse import running_tokens, sparse_feature_map
@@ -85,11 +85,11 @@ class EnergyModel(nn.Module):
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         if isinstance(backbone, str):
             self.backbone = create_backbone(backbone, size, channels, backbone_options)
-            size = size or default_image_size(getattr(self.backbone, "pretrained_cfg", None))
         else:
             self.backbone = backbone
             make_twice_differentiable(backbone)
-            size = size or default_image_size(getattr(backbone, "pretrained_cfg", None))
+        size = size or default_image_size(getattr(self.backbone, "pretrained_cfg", None))
+        if not isinstance(backbone, str):
             check_image_size(backbone, size, channels, type(backbone).__name__)
         parameter = next(self.backbone.parameters(), torch.zeros(()))
         with eval_mode(self.backbone), torch.random.fork_rng(devices=[]):
@@ -129,13 +129,14 @@ class EnergyModel(nn.Module):
             features = sparse_feature_map(self.backbone, images, tokens)
         else:
             features = hidden(self.backbone, images, tokens, context, self.hidden_blocks)
+        energies: Tensor
         if normalised is None:
-            energies: Tensor = self.head(features)
-            return energies
-        assert self.second_head is not None
-        chosen, others = (features * mask[:, :, None] for mask in (normalised, ~normalised))
-        summed: Tensor = self.head(others) + self.second_head(chosen)
-        return summed
+            energies = self.head(features)
+        else:
+            assert self.second_head is not None
+            chosen, others = (features * mask[:, :, None] for mask in (normalised, ~normalised))
+            energies = self.head(others) + self.second_head(chosen)
+        return energies
 
     def given(
         self,
@@ -144,10 +145,9 @@ class EnergyModel(nn.Module):
         visible_tokens: Tensor | None = None,
         normalised: Tensor | None = None,
     ) -> partial[Tensor]:
-        """The energy of what is corrupted in these images, as a function of images alone.
+        """The energy as a function of images alone; arguments are those of `RunningTokens`.
 
-        Without ``visible_tokens`` that of all ``tokens``; with them the conditional one, whose
-        context is these images' visible patches. Arguments are those of `RunningTokens`.
+        With ``visible_tokens`` the conditional one, whose context is these images' visible patches.
         """
         if visible_tokens is None:
             return partial(self, tokens=tokens)
@@ -195,12 +195,11 @@ class EnergyModel(nn.Module):
         with eval_mode(self):
             if batch_norm:
                 measure_batch_norm(self.backbone, images)
-            _, gradient = energy_gradient(self if energy_fn is None else energy_fn, images)
-            scale = gradient[gradient != 0].float().square().mean().sqrt()
-            if not (torch.isfinite(scale) and scale > 0):
-                return
+            _, gradient = energy_gradient(energy_fn or self, images)
+        scale = gradient[gradient != 0].float().square().mean().sqrt()
+        if torch.isfinite(scale) and scale > 0:
             with torch.no_grad():
-                self.head.weight.copy_(self.head.weight / scale)
+                self.head.weight.div_(scale)
                 if self.second_head is not None:
                     other = self.second_head.weight
                     other.copy_(other * self.head.weight.norm() / other.norm())

@@ -13,12 +13,7 @@ class BrokenImage(Exception):  # noqa: N818 - it is an event to count, not yet a
 
 
 class RunStopped(Exception):  # noqa: N818 - nothing went wrong
-    """The run was asked to stop, and did so behind a checkpoint.
-
-    Args:
-        number: the signal's.
-        message: one line for the user.
-    """
+    """The run was asked to stop, by the signal of this number, and did so behind a checkpoint."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)

@@ -22,8 +22,7 @@ def refuse_missing_run(path: Path) -> None:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside the path, sync, rename: a reader sees the old file or the new one.
 
-    Raises:
-        UserError: the disk is full or the folder can't be written; the old file is intact.
+    UserError is raised where the disk is full or the folder can't be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -49,10 +48,7 @@ def write_json(path: Path, content: Any) -> None:
 def hold(folder: Path) -> Iterator[None]:
     """Make a folder where there is none, and keep other processes out until the block ends.
 
-    By a file lock, which the system drops when a process dies.
-
-    Raises:
-        UserError: the folder is in use or can't be written.
+    By a file lock, which the system drops when a process dies. UserError says that it is taken.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -33,14 +33,14 @@ more), and refused by measurement.
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from backfold.errors import UserError
-from backfold.full_precision import check_first_order, check_precision
 from backfold.restoration import EnergyFn, energy_gradient, restoration_loss, training_step
 
 DISPLACEMENT = 1e-3
@@ -48,80 +48,65 @@ DISPLACEMENTS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 TOLERANCE = 0.01
 
 
-@dataclass(frozen=True)
-class RestorationDirection:
-    """A restoration step, and in which direction the images matter to its loss.
+# Their slope jumps. The exact second derivative leaves jumps out; a finite difference that meets
+# one divides it by the step, and is far off.
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid)
+KINKED = (*ACTIVATIONS, nn.MaxPool2d, nn.AdaptiveMaxPool2d)
 
-    Attributes:
-        loss: the training loss, a scalar without graph.
-        restored: (batch, channels, height, width).
-        energies: (batch,), of the images given.
-        displacement: h v, shaped as the images; zero where an image's loss is.
-        weights: step_size / (2 h), (batch,); zero where an image's loss is.
+
+def check_first_order(energy_fn: EnergyFn, images: Tensor) -> None:
+    """Raise UserError where a finite difference would be wrong.
+
+    In half precision or TF32 rounding is larger than the difference; batch normalisation on a
+    batch's own statistics ties its images together; at kinks a difference is no derivative. Parts
+    of a module, or of one bound by `functools.partial`, are looked at.
     """
+    while isinstance(energy_fn, functools.partial):
+        energy_fn = energy_fn.func
+    module, device = energy_fn if isinstance(energy_fn, nn.Module) else nn.Module(), images.device
+    used = {f"parameter {name}": value.dtype for name, value in module.named_parameters()}
+    if torch.is_autocast_enabled(device.type):
+        used["autocast"] = torch.get_autocast_dtype(device.type)
+    for name, dtype in {"images": images.dtype, **used}.items():
+        if dtype.is_floating_point and dtype.itemsize < 4:
+            raise UserError(
+                f"{name}: {dtype}, and a finite difference needs float32, since rounding would be "
+                "larger than the difference; use precision 32-true"
+            )
+    on_cuda = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    if on_cuda or torch.get_float32_matmul_precision() != "highest":
+        raise UserError(
+            "float32 products may be rounded to TF32 or bf16 here, by more than a finite "
+            "difference measures; take the step, backward included, within "
+            "backfold.finite_difference.full_float32()"
+        )
+    for name, layer in module.named_modules():
+        if isinstance(layer, KINKED):
+            raise UserError(
+                f"layer {name} is {type(layer).__name__}, whose slope jumps: use the exact step, "
+                "or a backbone of smooth activations (GELU, SiLU)"
+            )
+        if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
+            raise UserError(
+                f"batch normalisation {name} is in train mode, which ties a batch's images "
+                "together: put it in eval mode, as EnergyModel does, or use the exact step"
+            )
 
-    loss: Tensor
-    restored: Tensor
-    energies: Tensor
-    displacement: Tensor
-    weights: Tensor
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products and convolutions of float32 keep all its digits within, on every device.
 
-def restoration_direction(
-    energy_fn: EnergyFn,
-    images: Tensor,
-    clean: Tensor,
-    loss_mask: Tensor,
-    step_size: float = 1.0,
-    displacement: float = DISPLACEMENT,
-) -> RestorationDirection:
-    """The first pass: restore, without touching the parameters' gradients or keeping a graph.
-
-    Args:
-        energy_fn: images -> energies; under DistributedDataParallel the module inside the wrapper.
-        images: float32 or float64, (batch, channels, height, width), of unit variance.
-        clean: as ``images``.
-        loss_mask: bool, broadcastable to the images; the loss counts where it is true.
-        step_size: of the restoration step.
-        displacement: root mean square of h v over the pixels where the loss has a slope.
-
-    Raises:
-        UserError: as `backfold.full_precision.check_first_order`.
+    Convolutions on CUDA use TF32 unless told otherwise. Backward passes belong inside, too.
     """
-    check_first_order(energy_fn, images)
-    energies, gradient = energy_gradient(energy_fn, images)
-    restored = (images.detach() - step_size * gradient).requires_grad_()
-    with torch.enable_grad():
-        loss = restoration_loss(restored, clean, loss_mask)
-        (slope,) = torch.autograd.grad(loss, restored)
-    moves, weights = _scale(slope, step_size, displacement)
-    return RestorationDirection(loss.detach(), restored.detach(), energies, moves, weights)
-
-
-def _scale(slope: Tensor, step_size: float, displacement: float) -> tuple[Tensor, Tensor]:
-    """The displacement h v, shaped as the slope v, and step_size / (2 h), (batch,)."""
-    # In units of the largest value, since a loss's slope can be too small to be squared.
-    largest = slope.abs().amax(dim=(1, 2, 3), keepdim=True)
-    unit = slope / torch.where(largest > 0, largest, 1.0)
-    count = unit.count_nonzero(dim=(1, 2, 3))[:, None, None, None]
-    size = (unit.square().sum(dim=(1, 2, 3), keepdim=True) / count.clamp(min=1)).sqrt()
-    moves = unit * (displacement / torch.where(largest > 0, size, 1.0))
-    return moves, (step_size * largest * size / (2 * displacement)).flatten()
-
-
-def displaced_energy(energy_fn: EnergyFn, displaced: Tensor, weights: Tensor) -> Tensor:
-    """The second or third pass: a scalar whose gradient is one half of the central difference.
-
-    Args:
-        energy_fn: images -> energies.
-        displaced: the images plus or minus the displacement.
-        weights: (batch,); minus the direction's weights for plus, the weights for minus.
-
-    Raises:
-        UserError: under autocast, which a wrapper of the module may turn on.
-    """
-    check_precision(displaced)
-    return (weights * energy_fn(displaced.detach())).sum()
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
 
 
 def finite_difference_losses(
@@ -139,22 +124,59 @@ def finite_difference_losses(
     the training loss, and the memory is that of one ordinary step. The parts' values add up to the
     loss. All passes draw the same dropout masks, and the random state is then as after one pass.
 
-    Arguments are those of `restoration_direction`, and ``displaced``: it calls `displaced_energy`
-    with (displaced images, weights), in the forward of a module that DistributedDataParallel wraps;
-    only the second needs to reduce gradients. None calls the energy itself.
+    Args:
+        energy_fn: images -> energies; under DistributedDataParallel the module inside the wrapper.
+        images: float32 or float64, (batch, channels, height, width), of unit variance.
+        clean: as ``images``.
+        loss_mask: bool, broadcastable to the images; the loss counts where it is true.
+        step_size: of the restoration step.
+        displacement: root mean square of h v over the pixels where the loss has a slope.
+        displaced: (images, weights) -> the sum of weighted energies, as the forward of a module
+            that DistributedDataParallel wraps; only the second needs to reduce gradients. None
+            calls the energy itself.
 
     Raises:
-        UserError: as `backfold.full_precision.check_first_order`.
+        UserError: as `check_first_order`.
     """
-    part_of = displaced or functools.partial(displaced_energy, energy_fn)
-    go_back = random_state(images)
-    direction = restoration_direction(energy_fn, images, clean, loss_mask, step_size, displacement)
+    check_first_order(energy_fn, images)
+    part_of = displaced or (lambda points, weights: (weights * energy_fn(points)).sum())
+    go_back = _random_state(images)
+    loss, restored, energies, moves, weights = _direction(
+        energy_fn, images.detach(), clean, loss_mask, step_size, displacement
+    )
     for sign in (1, -1):
         go_back()
-        part = part_of(images + sign * direction.displacement, -sign * direction.weights)
-        loss = part - part.detach() + direction.loss / 2
-        yield loss, direction.restored, direction.energies
-        del part, loss
+        part = part_of(images.detach() + sign * moves, -sign * weights)
+        half = part - part.detach() + loss / 2
+        yield half, restored, energies
+        del part, half
+
+
+def _direction(
+    energy_fn: EnergyFn,
+    images: Tensor,
+    clean: Tensor,
+    loss_mask: Tensor,
+    step_size: float,
+    displacement: float,
+) -> tuple[Tensor, ...]:
+    """Loss, restored images and energies, all without graph; h v, and step_size / (2 h), (batch,).
+
+    The last two are zero where an image's loss is.
+    """
+    energies, gradient = energy_gradient(energy_fn, images)
+    restored = (images - step_size * gradient).requires_grad_()
+    with torch.enable_grad():
+        loss = restoration_loss(restored, clean, loss_mask)
+        (slope,) = torch.autograd.grad(loss, restored)
+    # In units of the largest value, since a loss's slope can be too small to be squared.
+    largest = slope.abs().amax(dim=(1, 2, 3), keepdim=True)
+    unit = slope / torch.where(largest > 0, largest, 1.0)
+    count = unit.count_nonzero(dim=(1, 2, 3))[:, None, None, None]
+    size = (unit.square().sum(dim=(1, 2, 3), keepdim=True) / count.clamp(min=1)).sqrt()
+    moves = unit * (displacement / torch.where(largest > 0, size, 1.0))
+    weights = (step_size * largest * size / (2 * displacement)).flatten()
+    return loss.detach(), restored.detach(), energies, moves, weights
 
 
 def best_displacement(
@@ -168,13 +190,13 @@ def best_displacement(
     """The displacement whose gradient is nearest to the exact one, and its relative distance.
 
     One exact step and two passes for each of `DISPLACEMENTS`: a few images are enough. Gradients
-    and the random state are left as they were. Arguments are those of `restoration_direction`, and
-    the parameters that train.
+    and the random state are left as they were. Arguments are those of `finite_difference_losses`,
+    and the parameters that train.
 
     Raises:
-        UserError: none comes within `TOLERANCE`, or as `backfold.full_precision.check_first_order`.
+        UserError: none comes within `TOLERANCE`, or as `check_first_order`.
     """
-    go_back = random_state(images)
+    go_back = _random_state(images)
     loss, _, _ = training_step(energy_fn, images, clean, loss_mask, step_size)
     exact = _flat_gradient(loss, parameters)
     distances = []
@@ -203,7 +225,7 @@ def _flat_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def random_state(images: Tensor) -> Callable[[], None]:
+def _random_state(images: Tensor) -> Callable[[], None]:
     """Goes back, when called, to the present random state of the CPU and of the images' device."""
     cpu, (ids, states) = torch.get_rng_state(), get_device_states(images)
 

@@ -72,12 +72,23 @@ class RestorationStatus:
     """Whether a restoration went well: ``diverged`` is a bool for each image, ``(batch,)``."""
 
     diverged: Tensor
-    message: str
+    step_size: float
 
     @property
     def ok(self) -> bool:
         """Whether no image diverged."""
         return not bool(self.diverged.any())
+
+    @property
+    def message(self) -> str:
+        """What happened, and what to do about it; "ok" where nothing is to be done."""
+        if self.ok:
+            return "ok"
+        return (
+            f"{int(self.diverged.sum())} of {len(self.diverged)} images diverged and kept their "
+            f"last finite state; lower step_size (now {self.step_size:g}), take fewer steps, or "
+            "train the energy longer"
+        )
 
 
 @dataclass(frozen=True)
@@ -95,11 +106,7 @@ class RestorationResult:
 
 
 def restore(
-    energy_fn: EnergyFn,
-    corrupted: Tensor,
-    num_steps: int = 1,
-    step_size: float = 1.0,
-    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    energy_fn: EnergyFn, corrupted: Tensor, num_steps: int = 1, step_size: float = 1.0
 ) -> RestorationResult:
     """Restore images by ``num_steps`` descent steps on their energy.
 
@@ -113,23 +120,43 @@ def restore(
         corrupted: (batch, channels, height, width), in the units that the energy was trained with.
         num_steps: how many steps; 0 returns the input.
         step_size: the gradient's factor; 1 is what `EnergyModel` is calibrated for.
-        callback: called with (step, images, energies) at each point of the trajectory, from step 0
-            (the corrupted images) to ``num_steps``.
 
     Raises:
         ValueError: a negative ``num_steps``, or images that are not four-dimensional floats.
     """
-    _check_restore_input(corrupted, num_steps)
+    if num_steps < 0:
+        raise ValueError(f"num_steps is {num_steps}; give 0 or more")
+    if corrupted.ndim != 4 or not corrupted.is_floating_point():
+        raise ValueError(
+            f"images are {tuple(corrupted.shape)} of {corrupted.dtype}; "
+            "give floats of shape (batch, channels, height, width)"
+        )
+    images = corrupted.detach()
+    limit = DIVERGENCE_FACTOR * _rms(images).clamp(min=1.0)
+    diverged = ~torch.isfinite(_rms(images))
+    trajectory, energies = [images], []
     with eval_mode(energy_fn):
-        return _descend(energy_fn, corrupted, num_steps, step_size, callback)
+        for _ in range(num_steps):
+            proposed, energy = restoration_step(energy_fn, images, step_size)
+            diverged = diverged | ~(torch.isfinite(energy) & (_rms(proposed) <= limit))
+            images = torch.where(diverged[:, None, None, None], images, proposed)
+            trajectory.append(images)
+            energies.append(energy)
+        with torch.no_grad():
+            energies.append(energy_fn(images))
+    status = RestorationStatus(diverged | ~torch.isfinite(energies[-1]), step_size)
+    return RestorationResult(images, torch.stack(trajectory), torch.stack(energies), status)
+
+
+def _rms(images: Tensor) -> Tensor:
+    return at_least_float32(images).square().mean(dim=(1, 2, 3)).sqrt()
 
 
 @contextmanager
 def eval_mode(energy_fn: EnergyFn) -> Iterator[None]:
-    """Eval mode within; afterwards each part of a module has its own mode again.
+    """Eval mode within, of a module or of those that a partial or method has.
 
-    Args:
-        energy_fn: a module, or a partial or method of one; for other callables nothing happens.
+    Afterwards each part of a module has its own mode again.
     """
     roots = _modules_behind(energy_fn)
     modules = [module for root in roots for module in root.modules()]
@@ -154,73 +181,13 @@ def _modules_behind(function: object) -> list[nn.Module]:
     return [owner] if isinstance(owner, nn.Module) else []
 
 
-def _check_restore_input(corrupted: Tensor, num_steps: int) -> None:
-    if num_steps < 0:
-        raise ValueError(f"num_steps is {num_steps}; give 0 or more")
-    if corrupted.ndim != 4 or not corrupted.is_floating_point():
-        raise ValueError(
-            f"images are {tuple(corrupted.shape)} of {corrupted.dtype}; "
-            "give floats of shape (batch, channels, height, width)"
-        )
-
-
-def _descend(
-    energy_fn: EnergyFn,
-    corrupted: Tensor,
-    num_steps: int,
-    step_size: float,
-    callback: Callable[[int, Tensor, Tensor], None] | None,
-) -> RestorationResult:
-    images = corrupted.detach()
-    limit = DIVERGENCE_FACTOR * _rms(images).clamp(min=1.0)
-    diverged = ~torch.isfinite(_rms(images))
-    trajectory: list[Tensor] = []
-    energies: list[Tensor] = []
-
-    def record(step: int, energy: Tensor) -> None:
-        trajectory.append(images)
-        energies.append(energy)
-        if callback is not None:
-            callback(step, images, energy)
-
-    for step in range(num_steps):
-        proposed, energy = restoration_step(energy_fn, images, step_size)
-        record(step, energy)
-        diverged = diverged | ~(torch.isfinite(energy) & (_rms(proposed) <= limit))
-        images = torch.where(diverged[:, None, None, None], images, proposed)
-    with torch.no_grad():
-        record(num_steps, energy_fn(images))
-    diverged = diverged | ~torch.isfinite(energies[-1])
-    status = status_of(diverged, step_size)
-    return RestorationResult(images, torch.stack(trajectory), torch.stack(energies), status)
-
-
-def _rms(images: Tensor) -> Tensor:
-    return at_least_float32(images).square().mean(dim=(1, 2, 3)).sqrt()
-
-
-def status_of(diverged: Tensor, step_size: float) -> RestorationStatus:
-    """What to say of the images, of which some, bool (batch,), ``diverged``."""
-    count, message = int(diverged.sum()), "ok"
-    if count:
-        message = (
-            f"{count} of {len(diverged)} images diverged and kept their last finite state; "
-            f"lower step_size (now {step_size:g}), take fewer steps, or train the energy longer"
-        )
-    return RestorationStatus(diverged, message)
-
-
 def restoration_loss(restored: Tensor, clean: Tensor, loss_mask: Tensor) -> Tensor:
     """Smooth L1 distance where ``loss_mask`` is true, averaged in each image, then over images.
 
-    Args:
-        restored: (batch, channels, height, width).
-        clean: as ``restored``.
-        loss_mask: bool, (batch, 1, height, width) or broadcastable to the images.
+    The mask is bool, (batch, 1, height, width) or broadcastable to the images.
     """
-    distance = F.smooth_l1_loss(
-        at_least_float32(restored), at_least_float32(clean), reduction="none"
-    )
+    restored, clean = at_least_float32(restored), at_least_float32(clean)
+    distance = F.smooth_l1_loss(restored, clean, reduction="none")
     mask = loss_mask.to(distance.dtype).expand_as(distance)
     per_image = (distance * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3)).clamp(min=1.0)
     return per_image.mean()
@@ -235,13 +202,8 @@ def plausibility_loss(energies: Tensor, images: Tensor, clean: Tensor) -> Tensor
     noise be told apart by logistic regression is noise-contrastive estimation (Gutmann and
     Hyvarinen, AISTATS 2010); here corrupted images are the noise. Not a part of Wang et al.
 
-    Args:
-        energies: (batch,), of the images.
-        images: (batch, channels, height, width); those equal to their clean image are clean.
-        clean: as ``images``.
-
-    Returns:
-        The mean over the images: log(1 + exp(E / sqrt(n))) of clean ones, with -E of corrupted.
+    Images that equal their clean ones are clean. The mean over the images is returned:
+    log(1 + exp(E / sqrt(n))) of clean ones, with -E of corrupted.
     """
     is_corrupted = (images != clean).flatten(1).any(dim=1)
     logits = at_least_float32(energies) / math.sqrt(images[0].numel())
@@ -282,17 +244,12 @@ def restoration_losses(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The training loss over K detached steps, one step at a time.
 
-    Yields (loss / num_steps, restored, energies) for each step. Call backward on each loss before
-    asking for the next: then only one step's graph is alive, and memory does not grow with K.
-
-    Args:
-        step: images -> (loss, restored, energies), as `training_step` with the rest bound.
-        corrupted: (batch, channels, height, width).
-        num_steps: K.
+    Yields (loss / num_steps, restored, energies) for each step, which is `training_step` with all
+    but the images bound. Call backward on each loss before asking for the next: then only one
+    step's graph is alive, and memory does not grow with K.
     """
     images = corrupted
     for _ in range(num_steps):
-        loss, restored, energies = step(images)
-        yield loss / num_steps, restored, energies
+        loss, images, energies = step(images)
+        yield loss / num_steps, images, energies
         del loss
-        images = restored

@@ -13,7 +13,7 @@ from backfold.evaluation.adaptation import AS_THEY_ARE, IMPLAUSIBLE, RESTORED, U
 from backfold.evaluation.restoration import pretext_severities
 from backfold.evaluation.results import ACCURACY, OVER, severity_case
 from backfold.pretext import Masking, Sorting
-from backfold.restoration import RestorationResult, restore, status_of
+from backfold.restoration import RestorationResult, RestorationStatus, restore
 from backfold.training.config import PretrainConfig, TaskSettings
 from backfold.training.run import Pretrained
 
@@ -121,7 +121,8 @@ def test_images_without_an_energy_are_left_alone_but_refused_among_the_clean():
 def test_each_image_stays_where_its_energy_last_fell():
     energies = torch.tensor([[3.0, 3.0, 3.0], [2.0, 4.0, 2.0], [1.0, 1.0, 2.0], [0.0, 0.0, 0.0]])
     trajectory = torch.arange(12.0).view(4, 3, 1, 1, 1)
-    result = RestorationResult(trajectory[-1], trajectory, energies, status_of(energies[0] > 9, 1))
+    status = RestorationStatus(energies[0] > 9, 1)
+    result = RestorationResult(trajectory[-1], trajectory, energies, status)
     found = [module.settled(result, steps).flatten().tolist() for steps in (0, 1, 3)]
     assert found == [[0, 1, 2], [3, 1, 5], [9, 1, 5]]
 

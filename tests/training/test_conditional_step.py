@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 from torch._dynamo.utils import counters
 
 from backfold.cli.main import main
-from backfold.conditional import conditional_energy, visible
+from backfold.conditional import hidden, visible
 from backfold.data.loading import StepSampler
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
@@ -68,14 +68,12 @@ def one_by_one(energy, corruption, number, points):
     context = visible(energy.backbone, points, seen[one])
 
     def energies(images):
-        return sum(
-            conditional_energy(
-                energy.backbone,
-                energy.second_head if second else energy.head,
-                images, torch.tensor([[token]]), context, energy.hidden_blocks,
-            )
-            for token, second in zip(tokens[number], normalised[number], strict=True)
-        )  # fmt: skip
+        total = 0.0
+        for token, second in zip(tokens[number], normalised[number], strict=True):
+            given = images, torch.tensor([[token]]), context, energy.hidden_blocks
+            head = energy.second_head if second else energy.head
+            total = total + head(hidden(energy.backbone, *given))
+        return total
 
     return energies
 

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backfold.finite_difference import best_displacement
-from backfold.full_precision import full_float32
+from backfold.finite_difference import best_displacement, full_float32
 from backfold.memory import out_of_memory
 from backfold.restoration import eval_mode
 from backfold.training.devices import largest

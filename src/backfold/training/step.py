@@ -17,8 +17,7 @@ from torch.optim import Optimizer
 from backfold.backbone import use_plain_attention
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
-from backfold.finite_difference import DISPLACEMENT, displaced_energy, finite_difference_losses
-from backfold.full_precision import full_float32
+from backfold.finite_difference import DISPLACEMENT, finite_difference_losses, full_float32
 from backfold.invariance import of_all_processes, vicreg_loss
 from backfold.metrics import energy_gap, psnr_db
 from backfold.pretext.corruption import Corruption, PretextTask
@@ -171,8 +170,9 @@ class DisplacedEnergy(nn.Module):
         self.energy = energy
 
     def forward(self, displaced: Tensor, weights: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """See `backfold.finite_difference.displaced_energy`."""
-        return displaced_energy(partial(self.energy, tokens=tokens), displaced, weights)
+        """The sum of weighted energies."""
+        energies: Tensor = self.energy(displaced, tokens)
+        return (weights * energies).sum()
 
 
 @dataclass(frozen=True)
