@@ -66,11 +66,6 @@ def test_images_of_a_batch_do_not_see_each_other_in_training():
         together = energies[index : index + 1], gradient[index : index + 1]
         torch.testing.assert_close(alone, together)
     torch.testing.assert_close(dict(model.named_buffers()), before, rtol=0, atol=0)
-    for norm in batch_norms(model.backbone):
-        norm.train()
-    _, tied = energy_gradient(model, images)
-    _, tied_pair = energy_gradient(model, images[:2])
-    assert float((tied[:2] - tied_pair).norm() / tied_pair.norm()) > 0.05
 
 
 def test_measured_statistics_are_those_of_the_images_alone():

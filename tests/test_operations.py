@@ -17,23 +17,12 @@ from backfold.restoration import training_step
 from backfold.sparse import running_tokens
 from step_cost.operations import count_operations
 
-ROWS, INPUTS, OUTPUTS = 5, 7, 3
-PRODUCT = 2 * ROWS * INPUTS * OUTPUTS
-
 
 def double_backward(module, inputs):
     """A restoration step's shape: gradient with respect to the inputs, then to the parameters."""
     energy = module(inputs).square().sum()
     (gradient,) = torch.autograd.grad(energy, inputs, create_graph=True)
     gradient.square().sum().backward(inputs=list(module.parameters()))
-
-
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_linear_forward_with_and_without_autograd(mode):
-    layer, inputs = nn.Linear(INPUTS, OUTPUTS), torch.randn(1, ROWS, INPUTS)
-    with mode():
-        assert count_operations(lambda: layer(inputs)) == PRODUCT
-        assert count_operations(lambda: inputs[0].mv(torch.ones(INPUTS)).exp()) == 2 * ROWS * INPUTS
 
 
 @pytest.mark.parametrize(("groups", "stride"), [(1, 1), (2, 2), (4, 1)])
@@ -51,24 +40,18 @@ def test_convolution_forward_backward_and_double_backward(groups, stride):
     assert count_operations(lambda: double_backward(layer, inputs)) == 5 * product
 
 
-def attend(backend, queries, keys, values):
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(queries, keys, values)
-
-
-def attention_inputs():
+# The fused kernel computes the scores again in its backward pass.
+@pytest.mark.parametrize(
+    ("backend", "factor"), [(SDPBackend.MATH, 6), (SDPBackend.FLASH_ATTENTION, 7)]
+)
+def test_plain_and_fused_attention(backend, factor):
     batch, heads, tokens, width = 2, 3, 6, 8
-    inputs = torch.randn(3, batch, heads, tokens, width).unbind()
-    return [tensor.requires_grad_() for tensor in inputs], 2 * batch * heads * tokens**2 * width
-
-
-def test_plain_and_fused_attention():
-    inputs, product = attention_inputs()
-    # The fused kernel computes the scores again in its backward pass.
-    for backend, factor in ((SDPBackend.MATH, 6), (SDPBackend.FLASH_ATTENTION, 7)):
-        forward = partial(attend, backend, *inputs)
+    inputs = torch.randn(3, batch, heads, tokens, width).requires_grad_()
+    product = 2 * batch * heads * tokens**2 * width
+    with sdpa_kernel(backend):
+        forward = partial(F.scaled_dot_product_attention, *inputs)
         assert count_operations(forward) == 2 * product
-        assert count_operations(lambda f=forward: f().sum().backward()) == factor * product
+        assert count_operations(lambda: forward().sum().backward()) == factor * product
 
 
 VIT_TINY = {64: (32, {"patch_size": 4, "depth": 6}), 196: (224, {"patch_size": 16, "depth": 6})}

@@ -4,27 +4,18 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.pretext import Identity
-from backfold.restoration import plausibility_loss, restoration_loss, training_step
+from backfold.restoration import plausibility_loss
 from backfold.training.config import PretrainConfig, TaskSettings, build_tasks, combine_tasks
 from backfold.training.optimizer import freeze_unreachable
 
-EVERYWHERE = torch.ones(1, dtype=torch.bool)
-
 
 def vit():
-    torch.manual_seed(0)
     options = {"patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 2}
     return EnergyModel("vit_tiny_patch16_224", image_size=8, backbone_options=options)
-
-
-def half_clean(count=4, dtype=torch.float32):
-    images, clean = torch.randn(2, count, 3, 8, 8, dtype=dtype)
-    return torch.where((torch.arange(count) % 2 == 0)[:, None, None, None], images, clean), clean
 
 
 def test_values_by_hand():
@@ -36,39 +27,6 @@ def test_values_by_hand():
         math.log(1 + math.exp(0.5)) + math.log(1 + math.exp(-1.5)) + math.log(1 + math.exp(-1.0))
     ) / 3
     assert plausibility_loss(energies, images, clean).item() == pytest.approx(expected)
-
-
-def test_it_is_added_to_the_restoration_loss():
-    energy, (images, clean) = vit(), half_clean()
-    plain, restored, energies = training_step(energy, images, clean, EVERYWHERE)
-    both, _, _ = training_step(energy, images, clean, EVERYWHERE, plausibility_weight=0.3)
-    assert plain.item() == pytest.approx(restoration_loss(restored, clean, EVERYWHERE).item())
-    more = 0.3 * plausibility_loss(energies, images, clean)
-    assert both.item() == pytest.approx((plain + more).item())
-
-
-def test_parameter_gradients_equal_central_differences():
-    energy = vit().double()
-    images, clean = half_clean(dtype=torch.float64)
-    parameters = list(energy.parameters())
-
-    def loss():
-        return training_step(energy, images, clean, EVERYWHERE, plausibility_weight=2.0)[0]
-
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss(), parameters)])
-    values = nn.utils.parameters_to_vector(parameters).detach()
-    for seed in range(3):
-        direction = torch.randn(
-            values.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-        )
-        sides = []
-        for sign in (1, -1):
-            nn.utils.vector_to_parameters(values + sign * 1e-6 * direction, parameters)
-            sides.append(loss().item())
-        nn.utils.vector_to_parameters(values, parameters)
-        assert (sides[0] - sides[1]) / 2e-6 == pytest.approx(
-            (gradient @ direction).item(), rel=1e-5
-        )
 
 
 def test_the_last_bias_is_trained_with_it_only():

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backfold.energy import EnergyModel
 from backfold.restoration import (
+    plausibility_loss,
     restoration_loss,
     restoration_losses,
     restoration_step,
@@ -43,12 +44,14 @@ def two_batches(count=2, dtype=torch.float32):
     return torch.randn(2, count, 3, 32, 32, dtype=dtype).unbind()
 
 
-@pytest.mark.parametrize("family", TINY)
-def test_parameter_gradients_equal_central_differences(family):
+@pytest.mark.parametrize(("family", "weight"), [*((name, 0.0) for name in TINY), ("ViT", 2.0)])
+def test_parameter_gradients_equal_central_differences(family, weight):
     model = tiny(family).double()
     corrupted, clean = two_batches(dtype=torch.float64)
+    corrupted[0] = clean[0]
     mask = torch.rand(2, 1, *corrupted.shape[2:]) < 0.7
-    training_step(model, corrupted, clean, mask)[0].backward()
+    loss, _, _ = training_step(model, corrupted, clean, mask, plausibility_weight=weight)
+    loss.backward()
     trained = [p for p in model.parameters() if p.grad is not None]
     gradient = torch.cat([p.grad.flatten() for p in trained])
     values = nn.utils.parameters_to_vector(trained).detach()
@@ -57,8 +60,11 @@ def test_parameter_gradients_equal_central_differences(family):
     @torch.no_grad()
     def loss_at(moved):
         nn.utils.vector_to_parameters(moved, trained)
-        return restoration_loss(restoration_step(model, corrupted)[0], clean, mask).item()
+        restored, energies = restoration_step(model, corrupted)
+        plausibility = plausibility_loss(energies, corrupted, clean)
+        return (restoration_loss(restored, clean, mask) + weight * plausibility).item()
 
+    assert loss_at(values) == pytest.approx(loss.item())
     for _ in range(3):
         step = 1e-5 * sizes * torch.randn(len(values), dtype=torch.float64)
         change = loss_at(values + step) - loss_at(values - step)

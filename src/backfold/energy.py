@@ -27,7 +27,7 @@ from backfold.invariance import Projector
 from backfold.layers import make_twice_differentiable
 from backfold.pretext.corruption import Corruption
 from backfold.restoration import EnergyFn, at_least_float32, energy_gradient, eval_mode
-from backfold.sparse import running_tokens, sparse_feature_map
+from backfold.sparse import check_sparse, running_tokens, sparse_feature_map
 
 CALIBRATION_BATCH = 8
 
@@ -157,9 +157,9 @@ class EnergyModel(nn.Module):
     def projected(self, context: Context) -> Tensor:
         """The mean of each image's visible tokens through the projector: (batch, width)."""
         assert self.projector is not None
-        tokens = self.backbone.norm(context.tokens)  # type: ignore[operator]
-        prefix = int(getattr(self.backbone, "num_prefix_tokens", 0))
-        projected: Tensor = self.projector(tokens[:, prefix:].mean(dim=1))
+        backbone = check_sparse(self.backbone)
+        tokens = backbone.norm(context.tokens)[:, backbone.num_prefix_tokens :]
+        projected: Tensor = self.projector(tokens.mean(dim=1))
         return projected
 
     @torch.no_grad()

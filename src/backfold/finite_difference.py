@@ -9,25 +9,13 @@ loss is the change of the energy's own, first-order gradient in one direction of
 Three ordinary passes replace one forward pass, its gradient and the gradient of both. Fused
 attention, checkpointing and sharding work, in the memory of one ordinary pass.
 
-Each h_i displaces the pixels where the loss counts by `DISPLACEMENT` in root mean square. Measured
-in float32 (torch 2.15, CPU): a small ViT at 32 pixels, Swin and ConvNeXt with drop path at 64,
-untrained and after 150 steps, on images with 10 % or 60 % of the patches hidden or noise on every
-pixel. Relative distance from the exact gradient over all parameters, the worst of these images:
-
-    displacement               1e-4     3e-4     1e-3     3e-3     1e-2
-    ViT, untrained             2.3e-3   7.9e-4   2.6e-4   1.0e-4   1.4e-4
-    ViT, trained               2.9e-2   1.1e-2   3.5e-3   1.2e-3   3.5e-4
-    Swin, untrained            3.7e-4   1.3e-4   2.7e-4   2.5e-3   2.7e-2
-    Swin, trained              4.4e-3   1.6e-3   4.9e-4   2.9e-4   3.0e-3
-    ConvNeXt, noise            9.6e-3   3.4e-3   1.0e-3   3.3e-4   1.1e-4
-    ConvNeXt, hidden, trained  3.1e-4   2.6e-3   2.9e-2   2.4e-1   9.4e-1
-
+Each h_i displaces the pixels where the loss counts by `DISPLACEMENT` in root mean square. Taken
+over these, the best value depends less on the share of hidden pixels than over the whole image.
 Rounding falls with the displacement, curvature grows with its square; `best_displacement` measures
-where they meet. Taken over the pixels where the loss counts, the best value depends less on the
-share of hidden pixels than over the whole image. Two cases are beyond any displacement. At kinks a
-difference is no derivative (ResNet-18: distances of 2 to 50), so they are refused by name. Layer
-norms over constant patches are too sharp (untrained ConvNeXt, masking with fill "zero": 0.9 and
-more), and refused by measurement.
+where they meet, and `docs/method.md` has measured distances. Two cases are beyond any displacement
+and refused by that measurement: kinks, at which a difference is no derivative (ResNet-18: distances
+of 2 to 50), and layer norms over constant patches, which are too sharp (untrained ConvNeXt, masking
+with fill "zero": 0.9 and more).
 """
 
 import functools
@@ -37,7 +25,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from backfold.errors import UserError
@@ -48,49 +35,31 @@ DISPLACEMENTS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 TOLERANCE = 0.01
 
 
-# Their slope jumps. The exact second derivative leaves jumps out; a finite difference that meets
-# one divides it by the step, and is far off.
-ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid)
-KINKED = (*ACTIVATIONS, nn.MaxPool2d, nn.AdaptiveMaxPool2d)
+def check_precision(energy_fn: EnergyFn, images: Tensor) -> None:
+    """Raise UserError where rounding would be larger than the difference.
 
-
-def check_first_order(energy_fn: EnergyFn, images: Tensor) -> None:
-    """Raise UserError where a finite difference would be wrong.
-
-    In half precision or TF32 rounding is larger than the difference; batch normalisation on a
-    batch's own statistics ties its images together; at kinks a difference is no derivative. Parts
-    of a module, or of one bound by `functools.partial`, are looked at.
+    It would be in half precision, of a module's parameters or of images, and in TF32. Parameters of
+    a module that is bound by `functools.partial` are looked at, too.
     """
     while isinstance(energy_fn, functools.partial):
         energy_fn = energy_fn.func
-    module, device = energy_fn if isinstance(energy_fn, nn.Module) else nn.Module(), images.device
+    module = energy_fn if isinstance(energy_fn, nn.Module) else nn.Module()
     used = {f"parameter {name}": value.dtype for name, value in module.named_parameters()}
-    if torch.is_autocast_enabled(device.type):
-        used["autocast"] = torch.get_autocast_dtype(device.type)
+    if torch.is_autocast_enabled(images.device.type):
+        used["autocast"] = torch.get_autocast_dtype(images.device.type)
     for name, dtype in {"images": images.dtype, **used}.items():
         if dtype.is_floating_point and dtype.itemsize < 4:
             raise UserError(
                 f"{name}: {dtype}, and a finite difference needs float32, since rounding would be "
                 "larger than the difference; use precision 32-true"
             )
-    on_cuda = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    on_cuda = images.device.type == "cuda" and torch.backends.cudnn.allow_tf32
     if on_cuda or torch.get_float32_matmul_precision() != "highest":
         raise UserError(
             "float32 products may be rounded to TF32 or bf16 here, by more than a finite "
             "difference measures; take the step, backward included, within "
             "backfold.finite_difference.full_float32()"
         )
-    for name, layer in module.named_modules():
-        if isinstance(layer, KINKED):
-            raise UserError(
-                f"layer {name} is {type(layer).__name__}, whose slope jumps: use the exact step, "
-                "or a backbone of smooth activations (GELU, SiLU)"
-            )
-        if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
-            raise UserError(
-                f"batch normalisation {name} is in train mode, which ties a batch's images "
-                "together: put it in eval mode, as EnergyModel does, or use the exact step"
-            )
 
 
 @contextmanager
@@ -136,9 +105,9 @@ def finite_difference_losses(
             calls the energy itself.
 
     Raises:
-        UserError: as `check_first_order`.
+        UserError: as `check_precision`.
     """
-    check_first_order(energy_fn, images)
+    check_precision(energy_fn, images)
     part_of = displaced or (lambda points, weights: (weights * energy_fn(points)).sum())
     go_back = _random_state(images)
     loss, restored, energies, moves, weights = _direction(
@@ -194,7 +163,7 @@ def best_displacement(
     and the parameters that train.
 
     Raises:
-        UserError: none comes within `TOLERANCE`, or as `check_first_order`.
+        UserError: none comes within `TOLERANCE`, or as `check_precision`.
     """
     go_back = _random_state(images)
     loss, _, _ = training_step(energy_fn, images, clean, loss_mask, step_size)
@@ -214,8 +183,8 @@ def best_displacement(
         raise UserError(
             f"the first-order step's gradient is {distance:.2g} times the exact one's length away "
             f"from it on the first images (at most {TOLERANCE} would do): the energy has kinks "
-            'such as ReLU, or norms over constant patches (try masking with fill "noise"); use '
-            "the exact step"
+            "such as ReLU (take a backbone of smooth activations: GELU, SiLU), or norms over "
+            'constant patches (try masking with fill "noise"); or use the exact step'
         )
     return displacement, distance
 

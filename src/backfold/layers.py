@@ -5,8 +5,8 @@ tensor: a quarter of the whole restoration step of a small ViT on a CPU. Written
 
     gelu(x) = x Phi(x),   gelu'(x) = Phi(x) + x phi(x),   gelu''(x) = (2 - x^2) phi(x),
 
-with the normal distribution Phi and its density phi, the same numbers take two kernels and a few
-operations in place.
+with the normal distribution Phi and its density phi, it takes two kernels and a few operations in
+place.
 
 PyTorch's double backward of a convolution with groups computes the weight's part one group after
 another: thousands of tiny convolutions in the restoration step of a ConvNeXt. Nothing in the
@@ -14,9 +14,9 @@ mathematics asks for it. With the trilinear form T(g, x, w) = <g, conv(x, w)>,
 
     conv(x, w) = dT/dg,   input_gradient(g, w) = dT/dx,   weight_gradient(g, x) = dT/dw,
 
-and each of the three has the other two as its derivatives, to any order, all with groups.
+and each of the three has the other two as its derivatives, all with groups.
 
-`torch.compile` gets PyTorch's own layers instead: it fuses the chain, and traced these convolutions
+`torch.compile` gets PyTorch's own layers: it fuses the chain, and it traced these convolutions
 inside `torch.func.grad` without a word, and to wrong gradients (torch 2.15).
 """
 
@@ -117,7 +117,7 @@ class TwiceDifferentiableConv2d(nn.Conv2d):
         geometry: Geometry = (self.stride, (top, left), self.dilation, self.groups)
         inputs, weight, bias = (_autocast(each) for each in (input, self.weight, self.bias))
         edges = _Parameters.apply(weight, bias, inputs.detach(), geometry)
-        outputs: Tensor = _Convolution.apply(inputs, weight, *edges, geometry)
+        outputs: Tensor = _Convolution.apply(*edges, inputs, weight, geometry)
         return outputs
 
 
@@ -176,28 +176,22 @@ class _Convolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        inputs: Tensor,  # noqa: ARG004
-        weight: Tensor,  # noqa: ARG004
-        outputs: Tensor,
-        input_edge: Tensor,  # noqa: ARG004
-        geometry: Geometry,  # noqa: ARG004
-    ) -> Tensor:
+    def forward(outputs: Tensor, *_: Any) -> Tensor:
         return outputs.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        ctx.save_for_backward(*inputs[:2])
-        ctx.geometry = inputs[-1]
+        _, _, *tensors, ctx.geometry = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         (gradient,) = gradients
         result = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[2]:
             result = _Gradient.apply(0, gradient, inputs.detach(), weight, ctx.geometry)
-        return result, None, gradient, inputs, None
+        return gradient, inputs, result, None, None
 
 
 class _Gradient(torch.autograd.Function):

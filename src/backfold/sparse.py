@@ -85,20 +85,15 @@ def running_tokens(
             f"mask_patch_size or excerpt_patch_size is {size} and the backbone's patches are "
             f"{patch[0]}x{patch[1]} pixels; to run on a part of them, give a multiple"
         )
+    down, across = image_size[0] // size, image_size[1] // size
     rows, columns = size // patch[0], size // patch[1]
-    squares_across, tokens_across = image_size[1] // size, image_size[1] // patch[1]
-    row = torch.arange(rows, device=running.indices.device)[:, None] * tokens_across
-    within = (row + torch.arange(columns, device=row.device)).flatten()
-
-    def tokens(squares: Tensor) -> Tensor:
-        square_row, square_column = squares // squares_across, squares % squares_across
-        corner = square_row * rows * tokens_across + square_column * columns
-        return (corner[:, :, None] + within).flatten(1)
-
+    grid = torch.arange(down * rows * across * columns, device=running.indices.device)
+    grid = grid.view(down, rows, across, columns).transpose(1, 2)
+    of_square = grid.reshape(down * across, rows * columns)
     visible, normalised = running.visible, running.normalised
     return RunningTokens(
-        tokens(running.indices),
-        None if visible is None else tokens(visible),
+        of_square[running.indices].flatten(1),
+        None if visible is None else of_square[visible].flatten(1),
         None if normalised is None else normalised.repeat_interleave(rows * columns, dim=1),
     )
 
