@@ -16,7 +16,7 @@ from backfold.energy import EnergyModel
 from backfold.pretext import Masking
 from backfold.training import pretrain as trainer
 from backfold.training import step
-from backfold.training.config import OptimizerSettings, PretrainConfig
+from backfold.training.config import OptimizerSettings, PretrainConfig, TaskSettings
 from backfold.training.step import Part, Restored, Stepper
 
 STATISTICS = ChannelStatistics((0.3,), (0.35,))
@@ -82,8 +82,7 @@ def test_the_logged_energy_gap_is_corrupted_minus_clean(energy, pictures, monkey
 
 
 def test_warm_up_sees_the_run_s_own_images(tmp_path, monkeypatch):
-    seen = []
-    real = trainer.warm_up
+    seen, real = [], trainer.warm_up
 
     def looks(taken, images, *rest):
         seen.append(images)
@@ -92,17 +91,14 @@ def test_warm_up_sees_the_run_s_own_images(tmp_path, monkeypatch):
     config = PretrainConfig(
         out=tmp_path / "run", backbone="vit_tiny_patch16_224", backbone_options=OPTIONS,
         image_size=28, batch_size=8, max_steps=1, held_out=8, num_workers=0, accelerator="cpu",
-        devices=1, precision="32-true", tasks=PretrainConfig().tasks.__class__(masking=TASK),
+        devices=1, precision="32-true", tasks=TaskSettings(masking=TASK),
     )  # fmt: skip
 
     def check():
         trainer.pretrain(config, overwrite=True)
-        (images,) = seen
-        seen.clear()
-        deviations = images.flatten(1).std(dim=1)
-        assert len(images) == 8
-        assert (deviations > 0.1).all()
-        assert len(images.flatten(1).unique(dim=0)) == 8
+        images = seen.pop()
+        assert (images.flatten(1).std(dim=1) > 0.1).all()
+        assert len(images.flatten(1).unique(dim=0)) == len(images) == 8
 
     monkeypatch.setattr(trainer, "warm_up", looks)
     blank = lambda taken, images, *rest: looks(taken, torch.zeros_like(images), *rest)  # noqa: E731

@@ -5,7 +5,7 @@ import torch
 
 from cost import PAGE
 from step_cost.comparing import Case, measure
-from step_cost.measuring import PRODUCTS, REST, peak_memory, spread, time_interleaved
+from step_cost.measuring import peak_memory, spread, time_interleaved
 from step_cost.page import fill, write_page
 from step_cost.tables import bars_table, cost_tables, growth_tables
 from step_cost.workload import TITLES, Model, Variant, Workload
@@ -94,22 +94,13 @@ def test_every_step_gives_its_parameters_gradients_that_can_be_cleared(method):
     assert all(value.grad is None for module in modules for value in module.parameters())
 
 
-def row(method="ordinary", seconds=1.0, peak=2**20, operations=10**9, **facts):
+def row(method="ordinary", seconds=1.0, **facts):
     return {
         "model": "vit_tiny_32", "method": method, "title": TITLES[method], "compiled": False,
-        "precision": "float32", "num_steps": 1, "batch": 1, "warnings": [], "peak_bytes": peak,
+        "precision": "float32", "num_steps": 1, "batch": 1, "warnings": [], "peak_bytes": 2**20,
         "seconds": {"median": seconds, "lower": seconds, "upper": seconds, "count": 1},
-        "images_per_second": 1 / seconds, "operations": operations,
-        "time_by_kind": {PRODUCTS: 0.75, REST: 0.25}, **facts,
+        "images_per_second": 1 / seconds, "operations": 10**9, **facts,
     }  # fmt: skip
-
-
-def content(*rows, left_out=()):
-    facts = {
-        "date": "2026-01-01", "command": "python benchmarks/cost.py", "commit": "", "device": "cpu",
-        "hardware": "a processor", "threads": 2, "load": 0.0, "versions": {"torch": "2"},
-    }  # fmt: skip
-    return {"facts": facts, "rows": list(rows), "left_out": list(left_out)}
 
 
 def cells(table, start):
@@ -118,15 +109,15 @@ def cells(table, start):
 
 
 def test_tables_divide_by_the_ordinary_step_of_the_same_precision_and_mode():
-    measured = content(
+    rows = [
         row(),
         row("ordinary-plain"),
         row("ordinary", 5.0, compiled=True),
-        row("exact", 2.5, 3 * 2**20, 2.05 * 10**9),
+        row("exact", 2.5, operations=2.05 * 10**9),
         row("exact", 6.0, compiled=True, warnings=["can't be compiled"]),
         row("exact", 6.0, precision="bf16"),
-        left_out=["MAE: no time left"],
-    )
+    ]
+    measured = {"facts": {"device": "cpu"}, "rows": rows, "left_out": ["MAE: no time left"]}
     table = cost_tables(measured)
     assert cells(table, "Backfold, dense | float32 | eager")[5] == "2.50"
     compiled = cells(table, "Backfold, dense | float32 | compiled (fell back to eager)")
@@ -141,14 +132,12 @@ def test_tables_divide_by_the_ordinary_step_of_the_same_precision_and_mode():
 
 def test_growth_is_relative_to_the_first_point_of_the_same_step():
     rows = [
-        row(method, factor * ratio, factor * ratio * 2**20, factor * 10**9 * ratio,
-            factor="batch", value=4 * factor, tokens=64, depth=4)
-        for factor in (1, 2, 4)
-        for method, ratio in (("ordinary", 1), ("exact", 2))
+        row(method, size * ratio, operations=size * ratio, factor="batch", value=4 * size,
+            tokens=64, depth=4)
+        for size in (1, 2, 4) for method, ratio in (("ordinary", 1), ("exact", 2))
     ]  # fmt: skip
-    table = growth_tables(content(*rows))
-    assert cells(table, "16 | Backfold, dense")[4:] == ["4.00", "4.00", "4.00", "2.00", "2.00"]
-    assert cells(table, "4 | ordinary")[4:] == ["1.00"] * 5
+    table = growth_tables({"rows": rows, "left_out": []})
+    assert cells(table, "16 | Backfold, dense")[4:] == ["4.00", "4.00", "1.00", "2.00", "2.00"]
 
 
 def test_the_docs_page_has_a_place_for_every_table(tmp_path):

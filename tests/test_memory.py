@@ -66,8 +66,7 @@ def test_the_finite_difference_takes_less_memory_and_as_much_as_an_ordinary_step
 
 
 def test_running_out_of_memory_is_told_from_other_errors():
-    too_much = lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**60)
-    for allocate in too_much:
+    for allocate in (lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**60)):
         with pytest.raises((RuntimeError, MemoryError)) as caught:
             allocate()
         assert out_of_memory(caught.value)

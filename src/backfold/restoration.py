@@ -163,8 +163,7 @@ def eval_mode(energy_fn: EnergyFn) -> Iterator[None]:
     modes = [module.training for module in modules]
     try:
         for root in roots:
-            root.train()  # timm's LeViT and others drop what they cached of older weights
-            root.eval()
+            root.eval()  # in which timm's LeViT and others drop what they cached of older weights
         yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
