@@ -10,13 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backfold.energy import EnergyModel
 from backfold.layers import (
     TwiceDifferentiableConv2d,
     TwiceDifferentiableGELU,
     make_twice_differentiable,
 )
-from backfold.restoration import training_step
 
 GEOMETRIES = [
     {"groups": 4, "kernel_size": 2, "stride": 2, "bias": False},
@@ -173,24 +171,6 @@ def test_a_compiled_or_exported_graph_has_the_plain_convolution():
     assert [node.target for node in exported].count(torch.ops.aten.conv2d.default) == 1
 
 
-def test_the_training_step_of_a_convnext_has_the_same_gradient(monkeypatch):
-    options = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
-    energy = EnergyModel("convnext_atto", image_size=32, backbone_options=options).double()
-    assert sum(isinstance(layer, TwiceDifferentiableConv2d) for layer in energy.modules()) == 4
-    points, clean = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64).unbind()
-    mask = torch.rand(2, 1, 32, 32) < 0.5
-
-    def gradients():
-        energy.zero_grad()
-        training_step(energy, points, clean, mask)[0].backward()
-        return {name: parameter.grad for name, parameter in energy.named_parameters()}
-
-    ours = gradients()
-    monkeypatch.setattr(TwiceDifferentiableConv2d, "forward", nn.Conv2d.forward)
-    torch.testing.assert_close(ours, gradients(), rtol=1e-9, atol=1e-12)
-    assert all(ours[name].any() for name in ours if name.endswith("conv_dw.weight"))
-
-
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)]
 )
@@ -209,10 +189,9 @@ def test_gelus_derivatives_equal_those_of_pytorch(dtype, tolerance):
 def test_only_exact_gelus_are_replaced():
     others = nn.GELU(approximate="tanh"), timm.layers.GELUTanh(), nn.SiLU()
     layers = nn.Sequential(nn.GELU(), timm.layers.GELU(), *others)
-    kinds, before = [type(layer) for layer in others], layers(inputs := torch.randn(20))
+    kinds = [type(layer) for layer in others]
     make_twice_differentiable(layers)
     assert [type(layer) for layer in layers] == [*[TwiceDifferentiableGELU] * 2, *kinds]
-    assert torch.equal(layers(inputs), before)
 
 
 def test_hard_sigmoids_become_twice_differentiable_and_keep_their_values():
