@@ -95,9 +95,9 @@ def finite_difference_losses(
 
     Args:
         energy_fn: images -> energies; under DistributedDataParallel the module inside the wrapper.
-        images: float32 or float64, (batch, channels, height, width), of unit variance.
+        images: float32 or float64, of unit variance; other arguments as for `training_step`.
         clean: as ``images``.
-        loss_mask: bool, broadcastable to the images; the loss counts where it is true.
+        loss_mask: bool.
         step_size: of the restoration step.
         displacement: root mean square of h v over the pixels where the loss has a slope.
         displaced: (images, weights) -> the sum of weighted energies, as the forward of a module
@@ -109,43 +109,31 @@ def finite_difference_losses(
     """
     check_precision(energy_fn, images)
     part_of = displaced or (lambda points, weights: (weights * energy_fn(points)).sum())
-    go_back = _random_state(images)
-    loss, restored, energies, moves, weights = _direction(
-        energy_fn, images.detach(), clean, loss_mask, step_size, displacement
-    )
-    for sign in (1, -1):
-        go_back()
-        part = part_of(images.detach() + sign * moves, -sign * weights)
-        half = part - part.detach() + loss / 2
-        yield half, restored, energies
-        del part, half
-
-
-def _direction(
-    energy_fn: EnergyFn,
-    images: Tensor,
-    clean: Tensor,
-    loss_mask: Tensor,
-    step_size: float,
-    displacement: float,
-) -> tuple[Tensor, ...]:
-    """Loss, restored images and energies, all without graph; h v, and step_size / (2 h), (batch,).
-
-    The last two are zero where an image's loss is.
-    """
+    go_back, images = _random_state(images), images.detach()
     energies, gradient = energy_gradient(energy_fn, images)
     restored = (images - step_size * gradient).requires_grad_()
     with torch.enable_grad():
         loss = restoration_loss(restored, clean, loss_mask)
         (slope,) = torch.autograd.grad(loss, restored)
+    moves, weights = _scale(slope, step_size, displacement)
+    del gradient, slope
+    for sign in (1, -1):
+        go_back()
+        part = part_of(images + sign * moves, -sign * weights)
+        half = part - part.detach() + loss.detach() / 2
+        yield half, restored.detach(), energies
+        del part, half
+
+
+def _scale(slope: Tensor, step_size: float, displacement: float) -> tuple[Tensor, Tensor]:
+    """The displacement h v, shaped as the slope v, and step_size / (2 h), (batch,)."""
     # In units of the largest value, since a loss's slope can be too small to be squared.
     largest = slope.abs().amax(dim=(1, 2, 3), keepdim=True)
     unit = slope / torch.where(largest > 0, largest, 1.0)
     count = unit.count_nonzero(dim=(1, 2, 3))[:, None, None, None]
     size = (unit.square().sum(dim=(1, 2, 3), keepdim=True) / count.clamp(min=1)).sqrt()
     moves = unit * (displacement / torch.where(largest > 0, size, 1.0))
-    weights = (step_size * largest * size / (2 * displacement)).flatten()
-    return loss.detach(), restored.detach(), energies, moves, weights
+    return moves, (step_size * largest * size / (2 * displacement)).flatten()
 
 
 def best_displacement(

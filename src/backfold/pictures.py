@@ -38,9 +38,8 @@ def restoration_grid(
     """
     columns = torch.cat([trajectory, clean[None]]).transpose(0, 1)
     tiles = to_display(columns.flatten(0, 1), statistics)
-    picture: Image.Image = to_pil_image(
-        make_grid(tiles, nrow=columns.shape[1], padding=4, pad_value=1.0)
-    )
+    grid = make_grid(tiles, nrow=columns.shape[1], padding=4, pad_value=1.0)
+    picture: Image.Image = to_pil_image(grid)
     return picture
 
 
