@@ -105,15 +105,6 @@ def test_parameter_gradients_are_finite_differences(name):
     assert (values[0] - values[1]) / (2 * h) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_hidden_patch_sees_no_other():
-    energy = make_energy("class token")
-    images, seen, unseen = draw(energy)
-    context = visible(energy.backbone, images, seen)
-    whole = hidden(energy.backbone, images, unseen, context, 1)
-    part = hidden(energy.backbone, images, unseen[:, 1::2], context, 1)
-    torch.testing.assert_close(part, whole[:, 1::2])
-
-
 def test_other_backbones_and_depths_are_refused():
     energy = make_energy("class token")
     images, seen, unseen = draw(energy)

@@ -7,7 +7,7 @@ from cost import PAGE
 from step_cost.comparing import Case, measure
 from step_cost.measuring import peak_memory, spread, time_interleaved
 from step_cost.page import fill, write_page
-from step_cost.tables import bars_table, cost_tables, growth_tables
+from step_cost.tables import bars_table, cost_tables
 from step_cost.workload import TITLES, Model, Variant, Workload
 
 CPU = torch.device("cpu")
@@ -128,16 +128,6 @@ def test_tables_divide_by_the_ordinary_step_of_the_same_precision_and_mode():
     assert "2.500 **above**" in cells(bars, "time, dense eager")[2]
     assert cells(bars, "operations, dense over ordinary, 64")[2].endswith(": 2.050")
     assert cells(bars, "time, sparse compiled")[2] == "not measured"
-
-
-def test_growth_is_relative_to_the_first_point_of_the_same_step():
-    rows = [
-        row(method, size * ratio, operations=size * ratio, factor="batch", value=4 * size,
-            tokens=64, depth=4)
-        for size in (1, 2, 4) for method, ratio in (("ordinary", 1), ("exact", 2))
-    ]  # fmt: skip
-    table = growth_tables({"rows": rows, "left_out": []})
-    assert cells(table, "16 | Backfold, dense")[4:] == ["4.00", "4.00", "1.00", "2.00", "2.00"]
 
 
 def test_the_docs_page_has_a_place_for_every_table(tmp_path):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backfold.energy import EnergyModel
 from backfold.restoration import (
@@ -26,13 +25,6 @@ TINY = {
     ),
     "ConvNeXt": ("convnext_atto", {"depths": (1, 1, 1, 2), "dims": (4, 8, 8, 12)}),
 }
-# The energy's gradient does not depend on what is only added to the features before a linear head.
-# ConvNeXt's last norm belongs to its classifier: `forward_features` leaves it out.
-WITHOUT_GRADIENT = {
-    "ViT": {"norm.bias"},
-    "Swin": {"norm.bias"},
-    "ConvNeXt": {"stages.3.blocks.1.mlp.fc2.bias", "head.norm.weight", "head.norm.bias"},
-}
 
 
 def tiny(family):
@@ -52,14 +44,15 @@ def test_parameter_gradients_equal_central_differences(family, weight):
     mask = torch.rand(2, 1, *corrupted.shape[2:]) < 0.7
     loss, _, _ = training_step(model, corrupted, clean, mask, plausibility_weight=weight)
     loss.backward()
-    trained = [p for p in model.parameters() if p.grad is not None]
-    gradient = torch.cat([p.grad.flatten() for p in trained])
-    values = nn.utils.parameters_to_vector(trained).detach()
-    sizes = torch.cat([p.detach().abs().mean().expand(p.numel()) for p in trained]) + 1e-3
+    parameters = list(model.parameters())  # those without a gradient must not matter
+    reached = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    gradient, values = (nn.utils.parameters_to_vector(each) for each in (reached, parameters))
+    values = values.detach()
+    sizes = torch.cat([p.detach().abs().mean().expand(p.numel()) for p in parameters]) + 1e-3
 
     @torch.no_grad()
     def loss_at(moved):
-        nn.utils.vector_to_parameters(moved, trained)
+        nn.utils.vector_to_parameters(moved, parameters)
         restored, energies = restoration_step(model, corrupted)
         plausibility = plausibility_loss(energies, corrupted, clean)
         return (restoration_loss(restored, clean, mask) + weight * plausibility).item()
@@ -70,39 +63,6 @@ def test_parameter_gradients_equal_central_differences(family, weight):
         change = loss_at(values + step) - loss_at(values - step)
         assert change == pytest.approx(2 * float(gradient @ step), rel=1e-6)
         assert abs(change) > 1e-8
-
-
-def test_first_and_second_derivatives_in_the_images_pass_gradcheck():
-    options = {"patch_size": 4, "embed_dim": 4, "depth": 1, "num_heads": 1}
-    model = EnergyModel(
-        "vit_tiny_patch16_224", image_size=8, channels=1, backbone_options=options
-    ).double()
-    images = torch.randn(1, 1, 8, 8, dtype=torch.float64, requires_grad=True)
-    with sdpa_kernel(SDPBackend.MATH):
-        assert torch.autograd.gradcheck(model, images)
-        assert torch.autograd.gradgradcheck(model, images)
-
-
-def parameters_without_gradient(model):
-    return {
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.grad is None or not parameter.grad.any()
-    }
-
-
-@pytest.mark.parametrize("family", TINY)
-def test_all_parameters_but_the_known_few_get_a_gradient(family):
-    model = tiny(family)
-    corrupted, clean = two_batches(4)
-    corrupted.requires_grad_()
-    loss, restored, energies = training_step(model, corrupted, clean, EVERYWHERE)
-    assert not restored.requires_grad
-    assert not energies.requires_grad
-    loss.backward()
-    assert parameters_without_gradient(model) == {f"backbone.{n}" for n in WITHOUT_GRADIENT[family]}
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    assert corrupted.grad is None
 
 
 def test_training_uses_plain_attention_only_and_restoring_the_fused_kernels(monkeypatch):

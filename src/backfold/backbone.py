@@ -70,17 +70,12 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         for parameter in inspect.signature(member.__init__).parameters
     } - {"self", "args", "kwargs", "device", "dtype"}
     for option, value in options.items():
-        if option not in known:
+        if option not in known or not _is_plain(value):
             nearest = difflib.get_close_matches(option, known, n=3)
-            hint = f"nearest: {', '.join(nearest)}; " if nearest else ""
+            hint = f", such as {', '.join(nearest)}" if nearest else ""
             raise UserError(
-                f"{option!r} is no part of the architecture of {name!r}; "
-                f"{hint}change the backbone options"
-            )
-        if not _is_plain(value):
-            raise UserError(
-                f"backbone option {option} is {value!r}; give numbers, booleans, names, or lists "
-                "of them"
+                f"backbone option {option} is {value!r}; give parameters of {name!r}{hint}, as "
+                "numbers, booleans, names, or lists of them"
             )
 
 

@@ -16,8 +16,7 @@ each other, any part of them is an unbiased sample of all.
     loss, restored, _ = training_step(energy, corrupted, clean, loss_mask)
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import apply_rot_embed_cat
@@ -31,18 +30,11 @@ from backfold.errors import UserError
 from backfold.sparse import check_sparse, embed_tokens, run_tokens
 
 
-@dataclass(frozen=True)
-class Context:
-    """What hidden patches read.
+class Context(NamedTuple):
+    """What hidden patches read of the visible ones."""
 
-    Attributes:
-        tokens: the last block's output before the last norm, prefix tokens first: (batch, prefix
-            and visible tokens, features).
-        rotations: of the visible patch tokens for each block; None where there is none.
-    """
-
-    tokens: Tensor
-    rotations: list[Tensor | None]
+    tokens: Tensor  # the last block's output, prefix first, not normed: (batch, tokens, features)
+    rotations: list[Tensor | None]  # of the patch tokens for each block; None where there is none
 
 
 def check_conditional(backbone: nn.Module, num_blocks: int = 1) -> None:
