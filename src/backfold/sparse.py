@@ -18,7 +18,6 @@ from backfold.backbone import ImageSize
 from backfold.errors import UserError
 from backfold.pretext.corruption import RunningSquares
 
-OWN_FORWARDS = (VisionTransformer.forward_features, Eva.forward_features)
 OWN_BLOCKS = (vision_transformer.__name__, eva.__name__)
 
 
@@ -28,9 +27,10 @@ def check_sparse(backbone: nn.Module) -> VisionTransformer | Eva:
     It is for timm's vision transformers whose blocks treat tokens as a set, with one token for each
     patch and positions that are added to tokens or rotate them.
     """
+    forward = getattr(type(backbone), "forward_features", None)
     if not isinstance(backbone, (VisionTransformer, Eva)):  # older compilers stumble over a union
         reason = "it is neither timm's VisionTransformer nor its Eva"
-    elif type(backbone).forward_features not in OWN_FORWARDS:
+    elif forward is not VisionTransformer.forward_features and forward is not Eva.forward_features:
         reason = "it changes timm's forward pass"
     elif not _embeds_alone(backbone.patch_embed):
         reason = "its tokens do not come from one patch each"
