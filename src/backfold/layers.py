@@ -48,11 +48,10 @@ def _takes_plain() -> bool:
     return torch.compiler.is_compiling() or not torch.is_grad_enabled()
 
 
-class HardSigmoid(nn.Module):
+class _HardSigmoid(nn.Module):
     """As `nn.Hardsigmoid`, which has no second derivative."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Any shape -> the same shape."""
         return F.relu6(inputs + 3.0) / 6.0
 
 
@@ -228,7 +227,7 @@ class _Gradient(torch.autograd.Function):
 
 
 EQUALS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Hardsigmoid: HardSigmoid,
+    nn.Hardsigmoid: _HardSigmoid,
     nn.GELU: TwiceDifferentiableGELU,
     timm.layers.GELU: TwiceDifferentiableGELU,
     nn.Conv2d: TwiceDifferentiableConv2d,
