@@ -28,7 +28,7 @@ def main(run_folder: Path) -> None:
     """Write docs/images/trajectory.png."""
     run = load_pretrained(run_folder)
     source = open_source(run.config.data, "test")
-    (batch,) = evaluation_batches(source, run.image_size, run.channels, 8, indices=IMAGES)
+    (batch,) = evaluation_batches(source, run.image_size, run.channels, [IMAGES])
     clean = run.statistics.normalize(batch.images)
     tasks, points = cycle(used_tasks(run.config, run.channels).values()), []
     for image, task in zip(clean.split(1), tasks, strict=False):

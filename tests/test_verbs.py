@@ -96,7 +96,7 @@ def test_a_run_goes_through_the_other_verbs(images, run, tmp_path):
 
 
 def test_images_in_memory_have_a_limit_too(images, tmp_path):
-    with pytest.raises(UserError, match=r"none of .* can be read"):
+    with pytest.raises(UserError, match=r"none of .* can be used"):
         backfold.pretrain(images.images, out=tmp_path / "run", max_pixels=100, **SETTINGS)
 
 

@@ -4,8 +4,12 @@
 class UserError(ValueError):
     """Input that the user can mend: one line with what was wrong, the value received, the remedy.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2. A DataLoader hands a
+    worker's error on with the whole traceback as its message, of which the message is kept.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f".{type(self).__name__}: ")[2].strip())
 
 
 class BrokenImage(Exception):  # noqa: N818 - it is an event to count, not yet an error

@@ -29,7 +29,7 @@ def without_a_weight(content):
         (lambda content: content | {"format_version": 99, "backfold": "9.9"},
          "has format version 99, this backfold reads 1; use backfold 9.9", False),
         (lambda content: content | {"config": content["config"] | {"head": "quadratic"}},
-         "the run has a quadratic head, and this backfold knows the linear one alone", True),
+         "does not fit this version of backfold or timm: bad settings: ", True),
         (without_a_weight, "does not fit this version of backfold or timm", True),
         (lambda content: content, "truncated or not written by backfold; take another, such as "
          "checkpoints/best.ckpt", False),

@@ -19,12 +19,11 @@ from backfold.data.augmentation import Augmentation
 from backfold.data.isolation import Expendable, FatalImage
 from backfold.data.loading import (
     DeadWorker,
-    LoadingError,
     evaluation_batches,
-    guarded_batches,
     training_loader,
     watched,
 )
+from backfold.data.source import SubsetSource
 from backfold.errors import BrokenImage, UserError
 
 
@@ -42,7 +41,7 @@ def act(what):
     if what == "broken":
         raise BrokenImage("torn")
     if what == "unfit":
-        raise LoadingError("an image of 3 channels")
+        raise UserError("an image of 3 channels")
     if what == "bug":
         raise KeyError("nothing there")
     return os.getpid(), what
@@ -93,7 +92,7 @@ def test_arrays_and_exceptions_come_back(monkeypatch, shared):
         assert np.array_equal(found, arrays[expected])
         assert found.flags.writeable
     with Expendable(act, 60.0) as apart:
-        with pytest.raises(LoadingError, match=r"^an image of 3 channels$"):
+        with pytest.raises(UserError, match=r"^an image of 3 channels$"):
             apart("unfit")
         with pytest.raises(RuntimeError, match=r"in act\n(.*\n)*KeyError: 'nothing there'"):
             apart("bug")
@@ -184,7 +183,7 @@ def test_a_run_goes_on_as_if_the_files_were_broken(monkeypatch):
 
 def test_an_image_that_hung_once_is_not_tried_again(monkeypatch):
     monkeypatch.setattr(loading, "IMAGE_SECONDS", 2.0)
-    batches = guarded_batches(Trap(sleep=(3,)), (4, 4), 1, [[3]] * 9, 1)
+    batches = evaluation_batches(Trap(sleep=(3,)), (4, 4), 1, [[3]] * 9, 1)
     start = time.monotonic()
     assert contents(batches) == [([4], [4])] * 9
     assert time.monotonic() - start < 9
@@ -193,8 +192,12 @@ def test_an_image_that_hung_once_is_not_tried_again(monkeypatch):
 def test_stand_ins_come_from_the_chosen_and_may_be_deadly_too():
     # 9 takes the place of 2, and 0, the first, that of 17, the last.
     chosen = [0, 6, 2, 9, 12, 17]
-    given = list(evaluation_batches(Trap(exit=(0, 2, 9, 17)), (4, 4), 1, 3, 1, chosen))
-    as_broken = evaluation_batches(Trap(broken=(0, 2, 9, 17)), (4, 4), 1, 3, 0, chosen)
+    deadly, broken = (
+        SubsetSource(trap, chosen)
+        for trap in (Trap(exit=(0, 2, 9, 17)), Trap(broken=(0, 2, 9, 17)))
+    )
+    given = list(evaluation_batches(deadly, (4, 4), 1, 3, 1))
+    as_broken = evaluation_batches(broken, (4, 4), 1, 3)
     assert contents(given) == contents(as_broken)
 
 

@@ -4,9 +4,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
-from backfold.data.augmentation import Augmentation
 from backfold.data.formats import DatasetSource
-from backfold.data.loading import training_loader
+from backfold.data.loading import evaluation_batches
 from backfold.errors import BrokenImage, UserError
 
 ARRAY = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
@@ -74,9 +73,8 @@ def test_an_item_that_raises_is_broken_and_replaced():
         source.read(2)
     assert "\n" not in str(caught.value)
     assert source.describe(2) == "Failing item 2"
-    plain = Augmentation(random_crop=False, horizontal_flip=False)
-    (batch,) = training_loader(source, (4, 4), 1, plain, 4, 0, 0, 1, num_workers=1)
-    assert sorted(batch.images[:, 0, 0, 0].tolist()) == [0, 1, 3, 3]
+    (batch,) = evaluation_batches(source, (4, 4), 1, 4, num_workers=1)
+    assert batch.images[:, 0, 0, 0].tolist() == [0, 1, 3, 3]
     assert batch.broken[0].startswith("Failing item 2: ")
 
 

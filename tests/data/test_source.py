@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
-from backfold.data.formats import FolderSource
+from backfold.data.formats import DatasetSource, FolderSource
 from backfold.data.open import open_source
-from backfold.data.source import BrokenFiles, NoTestSplit, SubsetSource, stratified_split
+from backfold.data.source import BrokenFiles, NoTestSplit, SubsetSource, split_source
 from backfold.errors import UserError
 
 
@@ -41,7 +42,6 @@ def test_folders_without_splits(tmp_path, make_folder, names):
     assert len(open_source(tmp_path, "train", False)) == 2
     with pytest.raises(NoTestSplit, match="no test split; add sub-folders"):
         open_source(tmp_path, "test", False)
-    assert issubclass(NoTestSplit, UserError)
 
 
 @pytest.mark.parametrize(
@@ -64,25 +64,25 @@ def test_parquet_files_with_and_without_splits(tmp_path, make_parquet, train, te
     assert open_source(tmp_path, "train").labels is None
 
 
-def test_wrong_paths_are_the_users_error(tmp_path, make_folder):
-    (tmp_path / "empty").mkdir()
-    make_folder(tmp_path, ["one.png"])
-    for name, message in [
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
         ("nowhere", "does not exist; give"),
         ("empty", "holds no images; give"),
         ("one.png", "is a single file; give"),
-    ]:
-        with pytest.raises(UserError, match=message) as caught:
-            open_source(tmp_path / name, "train", False)
-        assert str(tmp_path / name) in str(caught.value)
-        assert "\n" not in str(caught.value)
+    ],
+)
+def test_wrong_paths_are_the_users_error(tmp_path, make_folder, users_error, name, message):
+    (tmp_path / "empty").mkdir()
+    make_folder(tmp_path, ["one.png"])
+    line = users_error(lambda: open_source(tmp_path / name, "train"))
+    assert f"{tmp_path / name} {message}" in line
 
 
 def test_subset(tmp_path, make_folder):
     folder = make_folder(tmp_path, ["a/0.png", "a/1.png", "b/2.png", "b/3.png"])
     whole = FolderSource(folder, labelled=True)
     subset = SubsetSource(whole, [3, 0])
-    assert len(subset) == 2
     assert subset.labels.tolist() == [1, 0]
     assert subset.class_names == ("a", "b")
     assert places(subset) == [whole.describe(3), whole.describe(0)]
@@ -92,40 +92,54 @@ def test_subset(tmp_path, make_folder):
     assert SubsetSource(FolderSource(folder), [1]).labels is None
 
 
-def test_stratified_split_keeps_every_class_share():
+def labelled(*labels):
+    images = TensorDataset(torch.zeros(len(labels), 1, 2, 2))
+    images.targets = labels
+    return DatasetSource(images)
+
+
+def test_a_split_keeps_every_class_share():
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [100, 50, 10]))
-    train, test = stratified_split(labels, 0.2, seed=3)
+    source = labelled(*labels)
+    train, test = split_source(source, 0.2, seed=3)
     assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(160))
     assert np.bincount(labels[test]).tolist() == [20, 10, 2]
-    again = stratified_split(labels, 0.2, seed=3)
-    assert np.array_equal(again[1], test)
-    assert not np.array_equal(stratified_split(labels, 0.2, seed=4)[1], test)
+    assert np.array_equal(split_source(source, 0.2, seed=3)[1], test)
+    assert not np.array_equal(split_source(source, 0.2, seed=4)[1], test)
 
 
-def test_split_of_a_count_and_of_single_image_classes():
-    train, test = stratified_split(50, 0.1, seed=0)
+@pytest.mark.parametrize("labels", [None, range(50)])  # no classes, and as many as images
+def test_a_split_without_classes(labels):
+    source = labelled(*labels) if labels else DatasetSource([None] * 50)
+    train, test = split_source(source, 0.1, seed=0)
     assert len(test) == 5
     assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(50))
-    labels = np.array([0] * 10 + [1] + [2] * 10, dtype=np.int64)
-    train, test = stratified_split(labels, 0.2, seed=0)
+
+
+def test_the_only_image_of_a_class_is_trained_on():
+    train, test = split_source(labelled(*[0] * 10, 1, *[2] * 10), 0.2, seed=0)
     assert 10 in train
     assert len(train) + len(test) == 21
-    for count, share in ((1, 0.5), (10, 1.5)):
-        with pytest.raises(UserError, match="give more images or another share"):
-            stratified_split(count, share, seed=0)
 
 
-def test_each_file_counts_once():
-    broken = BrokenFiles(allowed=2)
+@pytest.mark.parametrize(("count", "share"), [(1, 0.5), (10, 1.5)])
+def test_too_few_images_to_split_are_the_users_error(count, share):
+    with pytest.raises(UserError, match="give more images or another share"):
+        split_source(DatasetSource([None] * count), share, seed=0)
+
+
+def test_each_broken_file_counts_once_and_one_too_many_stops_the_run():
+    broken = BrokenFiles(20, 0.1)
     assert broken.add(["a: empty", "b: empty", "a: empty"]) == ["a: empty", "b: empty"]
     assert broken.add(["b: empty"]) == []
     assert broken.descriptions == ["a: empty", "b: empty"]
-
-
-def test_one_too_many_stops_the_run():
-    broken = BrokenFiles(allowed=2)
-    broken.add(["a: empty", "b: empty"])
     with pytest.raises(UserError, match="3 images can't be read, 2 are allowed: a: empty; b"):
         broken.add(["c: empty"])
-    for count, share, allowed in ((1099, 0.01, 10), (5, 0.01, 1), (9, 0.0, 1)):
-        assert BrokenFiles.for_source(range(count), share).allowed == allowed
+
+
+@pytest.mark.parametrize(("count", "share", "allowed"), [(1099, 0.01, 10), (5, 0.01, 1), (9, 0, 1)])
+def test_one_broken_file_is_always_allowed(count, share, allowed):
+    broken = BrokenFiles(count, share)
+    broken.add(list(map(str, range(allowed))))
+    with pytest.raises(UserError, match=f"{allowed + 1} images can't be read"):
+        broken.add(["another"])

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from backfold.cli.main import main
 from backfold.conditional import hidden, visible
-from backfold.data.loading import StepSampler
+from backfold.data.loading import step_keys
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
@@ -201,12 +201,12 @@ def test_a_step_adds_the_views_loss_of_whole_pairs():
 
 
 def test_views_are_neighbours_in_the_batch_and_differ_in_their_changes():
-    batches = list(StepSampler(20, 4, 0, 0, 20, rank=1, world_size=2, views=2))
+    batches = list(step_keys(20, 4, 0, 0, 20, rank=1, world_size=2, views=2))
     for keys in batches:
         (first, second), (third, fourth) = keys[:2], keys[2:]
         assert first[1] == second[1] != third[1] == fourth[1]
         assert len(set(keys)) == 4
-    plain = list(StepSampler(20, 2, 0, 0, 20, rank=1, world_size=2))
+    plain = list(step_keys(20, 2, 0, 0, 20, rank=1, world_size=2))
     assert [[key[1] for key in keys[::2]] for keys in batches] == [
         [key[1] for key in keys] for keys in plain
     ]

@@ -56,14 +56,11 @@ class Augmenter:
         low, high = (ratio * width / height for ratio in CROP_RATIO)
         self._crop = v2.RandomResizedCrop(image_size, augmentation.crop_scale, (low, high))
 
-    @property
-    def min_side(self) -> int:
-        """Pixels that an image's sides need for no crop to be smaller than the image size."""
-        longest = max(self._image_size)
-        if not self._augmentation.random_crop:
-            return longest
-        area = math.prod(self._image_size) * CROP_RATIO[1] / self._augmentation.crop_scale[0]
-        return max(longest, math.ceil(math.sqrt(area)))
+        # Pixels that an image's sides need for no crop to be smaller than the image size.
+        self.min_side = max(image_size)
+        if augmentation.random_crop:
+            area = height * width * CROP_RATIO[1] / augmentation.crop_scale[0]
+            self.min_side = max(self.min_side, math.ceil(math.sqrt(area)))
 
     def seeded(self, image: Tensor, *words: int) -> Tensor:
         """As a call, with draws that these numbers alone decide."""

@@ -5,7 +5,7 @@ step and the image alone: not on worker processes, nor on what was loaded before
 
 Images are decoded by C libraries, which a damaged file can crash or keep busy for ever. So every
 worker process reads them in a process beside it (see `Expendable`), and such a file is a broken
-one. Without worker processes there is no such protection.
+one.
 """
 
 import signal
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from backfold.data.augmentation import UNCHANGED, Augmentation, Augmenter, ImageSize
 from backfold.data.decode import as_float, to_channels
@@ -28,8 +28,8 @@ from backfold.data.source import ImageSource
 from backfold.errors import BrokenImage, UserError
 
 MAX_REPLACEMENTS = 100
-Key = tuple[int, int]  # (epoch, position)
-Wanted = tuple[int, int, int]  # (index in the source, epoch, position)
+Key = tuple[int, int]  # (epoch, index)
+Wanted = tuple[int, int, int]  # (index to read, and the key that it is read for)
 Item = TypeVar("Item")
 
 
@@ -58,30 +58,16 @@ def default_workers(processes: int = 1) -> int:
     return min(8, max(1, int(joblib.cpu_count()) // processes - 1))
 
 
-class LoadingError(UserError):
-    """A user's mistake found while loading.
-
-    A DataLoader hands a worker's exception on with the whole traceback as its message; only the
-    last line, the original message, is kept.
-    """
-
-    def __init__(self, message: str) -> None:
-        last_line = message.strip().splitlines()[-1]
-        super().__init__(last_line.rpartition(f"{type(self).__name__}: ")[2])
-
-
-class DeadWorker(LoadingError, RuntimeError):  # noqa: N818 - torch's own is a RuntimeError too
+class DeadWorker(UserError, RuntimeError):  # noqa: N818 - torch's own is a RuntimeError too
     """A process that loads images is gone: killed, most often because memory ran out."""
 
 
 @dataclass(eq=False)
 class BatchDataset(Dataset[Batch]):
-    """Maps a list of (epoch, position) keys to a `Batch`.
+    """Maps a list of (epoch, index) keys, which alone decide on augmentations, to a `Batch`.
 
     The next image replaces a broken one. An image of an unfit channel count, or too many broken
-    files in a row raise `LoadingError`.
-    The seed, an image's epoch and its position alone decide its augmentation. Positions count in
-    ``indices``, the source's images to use; all by default.
+    files in a row raise `UserError`.
     """
 
     source: ImageSource
@@ -89,111 +75,87 @@ class BatchDataset(Dataset[Batch]):
     channels: int
     augmentation: Augmentation = UNCHANGED
     seed: int = 0
-    indices: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         self._augmenter = Augmenter(self.augmentation, self.image_size)
-        every: Sequence[int] = range(len(self.source))
-        self._indices = every if self.indices is None else [int(index) for index in self.indices]
         self._apart = Expendable(self._load, IMAGE_SECONDS)
         self._fatal: dict[int, FatalImage] = {}  # which are not tried again
 
-    def __len__(self) -> int:
-        return len(self._indices)
-
     def __getitem__(self, keys: Sequence[Key]) -> Batch:
         broken: list[str] = []
-        images, indices, tries = [], [], min(len(self), MAX_REPLACEMENTS)
+        images, indices, count = [], [], len(self.source)
         # torchvision draws from the global generator: lend it, once a batch as that takes long.
         with torch.random.fork_rng(devices=[]):
-            first = self._load_each([self._wanted(*key) for key in keys])
-            for key, outcome in zip(keys, first, strict=True):
-                for offset in range(tries):
-                    wanted = self._wanted(*key, offset)
-                    image = self._load_each([wanted])[0] if offset else outcome
-                    if not isinstance(image, BrokenImage):
-                        images.append(torch.from_numpy(image))
-                        indices.append(wanted[0])
-                        break
-                    broken.append(f"{self.source.describe(wanted[0])}: {image}")
-                else:
-                    raise none_readable(self.source.name, tries, broken[-1])
+            first = self._load_each([(index, epoch, index) for epoch, index in keys])
+            for (epoch, index), outcome in zip(keys, first, strict=True):
+                image, found, tries = outcome, index, 1
+                while isinstance(image, BrokenImage):
+                    broken.append(f"{self.source.describe(found)}: {image}")
+                    if tries == min(count, MAX_REPLACEMENTS):
+                        raise none_readable(self.source.name, tries, broken[-1])
+                    found, tries = (found + 1) % count, tries + 1
+                    (image,) = self._load_each([(found, epoch, index)])
+                images.append(torch.from_numpy(image))
+                indices.append(found)
         return Batch(stack_images(images), torch.tensor(indices), broken)
-
-    def _wanted(self, epoch: int, position: int, offset: int = 0) -> Wanted:
-        return self._indices[(position + offset) % len(self._indices)], epoch, position
 
     def _load_each(self, wanted: Sequence[Wanted]) -> list[NDArray[Any] | BrokenImage]:
         tried = [one for one in wanted if one[0] not in self._fatal]
-        outcomes = dict(zip(tried, self._apart.each_in_worker(tried), strict=True))
-        self._fatal |= {
-            one[0]: outcome for one, outcome in outcomes.items() if isinstance(outcome, FatalImage)
-        }
-        return [outcomes[one] if one in outcomes else self._fatal[one[0]] for one in wanted]
+        loaded = iter(self._apart.each_in_worker(tried))
+        outcomes = [self._fatal.get(index) or next(loaded) for index, *_ in wanted]
+        for (index, *_), outcome in zip(wanted, outcomes, strict=True):
+            if isinstance(outcome, FatalImage):
+                self._fatal[index] = outcome
+        return outcomes
 
     def _load(self, wanted: Wanted) -> NDArray[Any]:
-        index, *seeds = wanted
         try:
-            image = self.source.read(index, self._augmenter.min_side)
+            image = self.source.read(wanted[0], self._augmenter.min_side)
             image = to_channels(image, self.channels)
         except UserError as error:
-            raise LoadingError(f"{self.source.describe(index)}: {error}") from None
-        return self._augmenter.seeded(image, self.seed, *seeds).numpy()
+            raise UserError(f"{self.source.describe(wanted[0])}: {error}") from None
+        return self._augmenter.seeded(image, self.seed, *wanted[1:]).numpy()
 
 
-def none_readable(name: str, tries: int, last: str) -> LoadingError:
-    """What ends loading after so many broken images; ``last`` is the line of the last."""
-    return LoadingError(
+def none_readable(name: str, tries: int, last: str) -> UserError:
+    """What ends loading after so many broken images; the line of the last."""
+    return UserError(
         f"{name}: {tries} images in a row can't be read, the last is {last}; mend or remove them"
     )
 
 
-def stack_images(images: list[Tensor]) -> Tensor:
+def stack_images(images: Sequence[Tensor]) -> Tensor:
     """One batch: uint8 where all are, else float32; see `Batch.images`."""
-    if all(image.dtype == torch.uint8 for image in images):
-        return torch.stack(images).contiguous()
-    return torch.stack([as_float(image) for image in images]).contiguous()
+    if any(image.dtype != torch.uint8 for image in images):
+        images = [as_float(image) for image in images]
+    return torch.stack(list(images)).contiguous()
 
 
-@dataclass(eq=False)
-class StepSampler(Sampler[list[Key]]):
-    """For each optimizer step, this rank's (epoch, index) keys; see `training_loader`.
+def step_keys(
+    count: int,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    total_steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+    views: int = 1,
+) -> Iterator[list[Key]]:
+    """For each optimizer step, this rank's keys; see `training_loader`.
 
     Every epoch is a permutation of all ``count`` images that depends on (seed, epoch) only; images
     that do not fill a last global batch sit that epoch out. With several ``views`` each image comes
     so often in a row, changed anew, and a batch holds fewer different ones.
-
-    Raises:
-        UserError: fewer images than one global batch, or a negative seed.
     """
-
-    count: int
-    batch_size: int
-    seed: int
-    start_step: int
-    total_steps: int
-    rank: int = 0
-    world_size: int = 1
-    views: int = 1
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; give 0 or more")
-        self.different = self.batch_size // self.views
-        self.steps_per_epoch = steps_per_epoch(self.count, self.different * self.world_size)
-
-    def __len__(self) -> int:
-        return max(0, self.total_steps - self.start_step)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for step in range(self.start_step, self.total_steps):
-            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            if step_in_epoch == 0 or step == self.start_step:
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-            start = (step_in_epoch * self.world_size + self.rank) * self.different
-            chosen = order[start : start + self.different].tolist()
-            views = range(self.views * epoch, self.views * (epoch + 1))
-            yield [(view, index) for index in chosen for view in views]
+    different = batch_size // views
+    steps = steps_per_epoch(count, different * world_size)
+    for step in range(start_step, total_steps):
+        epoch, step_in_epoch = divmod(step, steps)
+        if step_in_epoch == 0 or step == start_step:
+            order = np.random.default_rng([seed, epoch]).permutation(count)
+        start = (step_in_epoch * world_size + rank) * different
+        chosen = order[start : start + different].tolist()
+        yield [(views * epoch + view, index) for index in chosen for view in range(views)]
 
 
 def steps_per_epoch(count: int, global_batch_size: int) -> int:
@@ -222,68 +184,40 @@ def training_loader(
     pin_memory: bool = False,
     views: int = 1,
 ) -> "DataLoader[Batch]":
-    """One batch for each step from ``start_step`` to ``total_steps``; one loader serves the run.
+    """The batches of the steps that are left, as an unbroken run would see them; iterate once.
 
-    Args:
-        source: the training images.
-        image_size: (height, width) in pixels.
-        channels: of the batches; see `to_channels`.
-        augmentation: random changes.
-        batch_size: images a step on this rank.
-        seed: of order and augmentation.
-        start_step: steps already done; the batches are those that an unbroken run would see.
-        total_steps: of the whole run.
-        rank: this process, from 0, of ``world_size``.
-        world_size: number of processes.
-        num_workers: processes that load; 0 loads in this one, unprotected.
-        prefetch: batches that each of these processes has loaded or is loading ahead, 1 or more.
-        pin_memory: put batches into page-locked memory, from which a GPU copies faster.
-        views: how often each image comes in a row, changed anew; see `StepSampler`.
+    Each has ``batch_size`` images of ``image_size`` (height, width) for this one of ``world_size``
+    processes, with as many ``channels`` (see `to_channels`). ``num_workers`` processes load,
+    ``prefetch`` batches ahead each; 0 loads in this one, unprotected. ``pin_memory`` puts batches
+    where a GPU copies them faster from. For ``views`` see `step_keys`.
 
     Raises:
-        UserError: fewer images than one global batch, or a negative seed; while iterating, what
-            `BatchDataset` raises.
+        UserError: while iterating, fewer images than one global batch, or what `BatchDataset`
+            raises.
     """
-    sampler = StepSampler(
+    keys = step_keys(
         len(source), batch_size, seed, start_step, total_steps, rank, world_size, views
     )
     dataset = BatchDataset(source, image_size, channels, augmentation, seed)
-    return batch_loader(dataset, sampler, num_workers, prefetch, pin_memory)
+    return batch_loader(dataset, keys, num_workers, prefetch, pin_memory)
 
 
 def evaluation_batches(
     source: ImageSource,
     image_size: ImageSize,
     channels: int,
-    batch_size: int,
+    batches: int | Sequence[Sequence[int]],
     num_workers: int = 0,
-    indices: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """All images, or those of ``indices``, once, in order and without augmentation.
+    """All images once, in order, in batches of one size, or the images of these batches' indices.
 
-    A broken one is replaced from these only, and the last batch may be smaller. For what is not
-    said here see `training_loader`.
-
-    Raises:
-        UserError: while iterating, what `BatchDataset` and `watched` raise.
+    None is augmented. For what is not said here, errors too, see `training_loader` and `watched`.
     """
-    places = range(len(source) if indices is None else len(indices))
-    batches = [places[start : start + batch_size] for start in places[::batch_size]]
-    return guarded_batches(source, image_size, channels, batches, num_workers, indices)
-
-
-def guarded_batches(
-    source: ImageSource,
-    image_size: ImageSize,
-    channels: int,
-    batches: Sequence[Sequence[int]],
-    num_workers: int = 0,
-    indices: Sequence[int] | None = None,
-) -> Iterator[Batch]:
-    """As `evaluation_batches`, with the positions of the images in each batch."""
-    dataset = BatchDataset(source, image_size, channels, indices=indices)
-    keys = [[(0, position) for position in batch] for batch in batches]
-    return watched(batch_loader(dataset, keys, num_workers))
+    if isinstance(batches, int):
+        every = range(len(source))
+        batches = [every[start : start + batches] for start in every[::batches]]
+    keys = [[(0, index) for index in batch] for batch in batches]
+    return watched(batch_loader(BatchDataset(source, image_size, channels), keys, num_workers))
 
 
 def batch_loader(
@@ -300,15 +234,10 @@ def batch_loader(
         sampler=batches,
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
-        collate_fn=_unchanged,
         pin_memory=pin_memory,
         # The loader's own draw (its workers' seeds, unused here) leaves the global generator alone.
         generator=torch.Generator(),
     )
-
-
-def _unchanged(batch: object) -> object:
-    return batch
 
 
 def watched(loader: Iterable[Item]) -> Iterator[Item]:

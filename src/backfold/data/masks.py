@@ -19,8 +19,8 @@ from backfold.data.augmentation import ImageSize
 from backfold.data.decode import to_channels
 from backfold.data.files import expand_pattern, find_files, is_pattern
 from backfold.data.formats import ParquetSource
-from backfold.data.loading import LoadingError, batch_loader, stack_images, watched
-from backfold.data.source import stratified_split
+from backfold.data.loading import batch_loader, stack_images, watched
+from backfold.data.source import split_source
 from backfold.errors import BrokenImage, UserError
 
 VOID = 255  # in masks: a pixel of no class
@@ -52,7 +52,7 @@ class MaskedSource:
                     "give a PNG of class ids, of the image's size"
                 )
         except (BrokenImage, UserError) as error:
-            raise LoadingError(
+            raise UserError(
                 f"{self.images.describe(index)}: {error}; mend or remove this row"
             ) from error
         return image, torch.from_numpy(mask.astype(np.int64))
@@ -147,7 +147,7 @@ def open_masked(data: Path | str | None, seed: int = 0) -> tuple[MaskedSource, M
     if train and (test or validation):
         return _open_rows(train), _open_rows(test or validation)
     whole = _open_rows(list(files))
-    training, kept = stratified_split(len(whole.indices), TEST_SHARE, seed)
+    training, kept = split_source(whole.images, TEST_SHARE, seed)
     return replace(whole, indices=training), replace(whole, indices=kept)
 
 

@@ -1,9 +1,8 @@
 """What a source of images is, a part of one, and how many of its images may be broken."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +12,13 @@ from torch import Tensor
 from backfold.data.decode import decode
 from backfold.errors import UserError
 
+# The first name that a data set has is its test split: a validation split comes before a test
+# split because published test splits often have no labels.
+TEST_NAMES = ("val", "valid", "validation", "test")
 Labels = NDArray[np.int64]
 Split = Literal["train", "test"]
+Options = tuple[bool, int]  # whether labels are read, and the pixels that an image may have
+Part = TypeVar("Part")
 LARGEST_HELD_OUT_SHARE = 0.1  # of a run's images, that watch it
 
 
@@ -26,8 +30,8 @@ class ImageSource(Protocol):
     """A fixed sequence of images; it can be pickled and read in forked processes."""
 
     name: str  # for logs and messages
-    labels: Labels | None  # (length,) int64, indices into ``class_names``
-    class_names: tuple[str, ...]  # empty where there are no labels
+    labels: Labels | None = None  # (length,) int64, indices into ``class_names``
+    class_names: tuple[str, ...] = ()  # empty where there are no labels
 
     def __len__(self) -> int: ...
 
@@ -48,11 +52,9 @@ class SubsetSource:
     """Some images of another source, in the order of ``indices``, which count in that source."""
 
     def __init__(self, source: ImageSource, indices: Sequence[int] | Labels) -> None:
-        self._source = source
-        self.indices = np.asarray(indices, dtype=np.int64)
-        self.name = source.name
+        self._source, self.indices = source, np.asarray(indices, dtype=np.int64)
+        self.name, self.class_names = source.name, source.class_names
         self.labels = None if source.labels is None else source.labels[self.indices]
-        self.class_names = source.class_names
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -66,11 +68,15 @@ class SubsetSource:
         return self._source.describe(int(self.indices[index]))
 
 
+def spread(source: ImageSource, count: int) -> SubsetSource:
+    """So many of a source's images, or all that there are, evenly spread."""
+    places = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
+    return SubsetSource(source, places)
+
+
 class EncodedSource(ImageSource):
     """An `ImageSource` of encoded files, wherever the bytes lie."""
 
-    labels: Labels | None = None
-    class_names: tuple[str, ...] = ()
     max_pixels: int  # larger images are broken
 
     @abstractmethod
@@ -82,50 +88,68 @@ class EncodedSource(ImageSource):
         return decode(self.content(index), min_side, self.max_pixels)
 
 
-def stratified_split(labels: Labels | int, share: float, seed: int) -> tuple[Labels, Labels]:
-    """Sorted (train indices, test indices), the test part holding about ``share`` of every class.
+def parts_of(by_name: Mapping[str, Part]) -> dict[Split, Part]:
+    """The train and the test part among these; none of them where one is missing."""
+    train = by_name.get("train")
+    test = next((by_name[name] for name in TEST_NAMES if by_name.get(name)), None)
+    return {"train": train, "test": test} if train and test else {}
 
-    Classes of one image stay in the train part. Images without labels are given by their count; too
-    few for such a split are a `UserError`.
+
+def of_split(parts: Mapping[Split, Part], split: Split, whole: Part, data: object) -> Part:
+    """One of the parts; the whole is the train part where there are none."""
+    if split == "test" and not parts:
+        raise NoTestSplit(
+            f"{data} has no test split; add sub-folders `train` and `test`, or files named so"
+        )
+    return parts.get(split, whole)
+
+
+def split_source(
+    source: ImageSource, share: float, seed: int, by_class: bool = True
+) -> tuple[Labels, Labels]:
+    """Sorted places of a larger and of a smaller part, which holds ``share`` of the images.
+
+    It holds as much of every class but those of one image, if there are labels, and it has as many
+    images as there are classes. A `UserError` if there are too few images for such a split.
     """
-    classes = np.zeros(labels, dtype=np.int64) if isinstance(labels, int) else labels
-    names, members = np.unique(classes, return_counts=True)
-    single = np.isin(classes, names[members == 1])
+    labels = source.labels if by_class else None
+    classes = np.zeros(len(source), dtype=np.int64) if labels is None else labels
+    single = np.bincount(classes)[classes] == 1
     many = np.flatnonzero(~single)
     try:
-        train, test = train_test_split(
+        larger, smaller = train_test_split(
             many, test_size=share, random_state=seed, stratify=classes[many]
         )
     except ValueError as error:
+        if labels is not None:
+            return split_source(source, share, seed, by_class=False)
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{len(classes)} images can't be split with a test share of {share:g} ({reason}); "
+            f"{len(source)} images can't be split with a test share of {share:g} ({reason}); "
             "give more images or another share"
         ) from error
-    return np.sort(np.concatenate([train, np.flatnonzero(single)])), np.sort(test)
+    return np.sort(np.concatenate([larger, np.flatnonzero(single)])), np.sort(smaller)
+
+
+def held_out_count(asked: int, count: int) -> int:
+    """How many of a run's images are kept from training: a tenth at most."""
+    return min(asked, max(1, int(LARGEST_HELD_OUT_SHARE * count)))
 
 
 def split_held_out(source: ImageSource, held_out: int, seed: int) -> tuple[Labels, Labels]:
-    """Places of the training images and of those that are kept from it, a tenth at most."""
-    share = min(held_out, max(1, int(LARGEST_HELD_OUT_SHARE * len(source)))) / len(source)
-    try:
-        labels = len(source) if source.labels is None else source.labels
-        return stratified_split(labels, share, seed)
-    except UserError:  # fewer held-out images than classes
-        return stratified_split(len(source), share, seed)
+    """Places of the training images and of those that are kept from it."""
+    return split_source(source, held_out_count(held_out, len(source)) / len(source), seed)
 
 
-@dataclass
 class BrokenFiles:
-    """Counts distinct broken files, and stops the run when there are more than are allowed."""
+    """Counts distinct broken files among ``count``, and stops the run where they are too many.
 
-    allowed: int
-    _seen: dict[str, None] = field(default_factory=dict)
+    That is more than one, and more than ``max_share`` of all.
+    """
 
-    @classmethod
-    def for_source(cls, source: ImageSource, max_broken_share: float = 0.01) -> "BrokenFiles":
-        """Allow this share of the source's images, and always one."""
-        return cls(max(1, int(max_broken_share * len(source))))
+    def __init__(self, count: int, max_share: float) -> None:
+        self._allowed = max(1, int(max_share * count))
+        self._seen: dict[str, None] = {}
 
     @property
     def descriptions(self) -> list[str]:
@@ -136,9 +160,9 @@ class BrokenFiles:
         """Count a batch's broken files; returns those met for the first time."""
         new = [line for line in dict.fromkeys(descriptions) if line not in self._seen]
         self._seen.update(dict.fromkeys(new))
-        if len(self._seen) > self.allowed:
+        if len(self._seen) > self._allowed:
             raise UserError(
-                f"{len(self._seen)} images can't be read, {self.allowed} are allowed: "
+                f"{len(self._seen)} images can't be read, {self._allowed} are allowed: "
                 f"{'; '.join(self.descriptions[:3])}; mend or remove them"
             )
         return new

@@ -26,7 +26,6 @@ from backfold.data.isolation import IMAGE_SECONDS, Expendable
 from backfold.data.loading import (
     MAX_REPLACEMENTS,
     Batch,
-    LoadingError,
     none_readable,
     stack_images,
     watched,
@@ -37,9 +36,8 @@ from backfold.errors import BrokenImage, UserError
 LOGGER = logging.getLogger("backfold")
 LARGEST_MEMBER = 2**30  # bytes; a compressed tar can promise any size
 SHARD_FACTOR = 2**32  # `Batch.indices` of a stream: shard number x this + position in the shard
-Found = tuple[str, bytes | None, str]  # where, the encoded image, and why there is none
-Row = dict[str, Any]  # the same, and the index in `Batch.indices`, by these names
-ROW = ("place", "content", "reason", "index")
+Found = tuple[str, bytes | BrokenImage]  # where, and the encoded image
+Row = dict[str, Any]  # the same as "place" and "content", and the "index" in `Batch.indices`
 
 
 @dataclass(frozen=True)
@@ -55,22 +53,25 @@ class Stream:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise UserError(f"{self.name} has count {self.count}; give the number of its images")
+            raise UserError(
+                f"{self.name} is a stream that does not say its length; give the image count"
+            )
 
     def rows(self, shards: Sequence[int]) -> Iterator[Row]:
-        """The images of these shards; one that ends too early has a last row without content."""
+        """The images of these shards; one that ends too early has a last row without an image."""
         for shard in shards:
             index = shard * SHARD_FACTOR
             try:
-                for found in self.open_shard(shard):
+                for place, content in self.open_shard(shard):
                     if index >= self.first:
-                        yield dict(zip(ROW, (*found, index), strict=True))
+                        yield {"place": place, "content": content, "index": index}
                     index += 1
-            except UserError as error:
-                raise LoadingError(str(error)) from None
+            except UserError:
+                raise
             except Exception as error:  # of the network, the format, or ``datasets`` itself
                 reason = " ".join(f"the shard ends here ({type(error).__name__} {error})".split())
-                yield dict(zip(ROW, (self.shards[shard], None, reason, index), strict=True))
+                content = BrokenImage(reason)
+                yield {"place": self.shards[shard], "content": content, "index": index}
 
     def hold_out(self, count: int) -> tuple["StreamHead", "Stream"]:
         """The first images, in memory, and the stream without them, which must hold some."""
@@ -104,17 +105,18 @@ class StreamHead(EncodedSource):
 
 
 def _content(row: Row) -> bytes:
-    if row["content"] is None:
-        raise BrokenImage(row["reason"])
-    return bytes(row["content"])
+    content: bytes | BrokenImage = row["content"]
+    if isinstance(content, BrokenImage):
+        raise content
+    return content
 
 
-def tar_stream(urls: Sequence[str], count: int, max_pixels: int = MAX_PIXELS) -> Stream:
+def tar_stream(urls: Sequence[str], count: int | None, max_pixels: int = MAX_PIXELS) -> Stream:
     """WebDataset shards (see `TarSource`), compressed or not, in whatever ``fsspec`` opens."""
 
-    def read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
+    def read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | BrokenImage:
         file = tar.extractfile(member) if member.size <= LARGEST_MEMBER else None
-        return None if file is None else file.read()
+        return BrokenImage(f"more than {LARGEST_MEMBER} bytes") if file is None else file.read()
 
     def open_shard(shard: int) -> Iterator[Found]:
         from datasets.utils.file_utils import xopen  # tries again where a connection fails
@@ -123,32 +125,9 @@ def tar_stream(urls: Sequence[str], count: int, max_pixels: int = MAX_PIXELS) ->
         with xopen(url, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
             contents = ((member.name, read(tar, member)) for member in regular_members(tar))
             for name, content, _ in image_samples(contents, url):
-                missing = f"more than {LARGEST_MEMBER} bytes" if content is None else ""
-                yield f"{url} member {name}", content, missing
+                yield f"{url} member {name}", content
 
-    return Stream(first_and_more(urls), count, urls, open_shard, max_pixels)
-
-
-def hub_stream(dataset: Any, name: str, count: int, max_pixels: int = MAX_PIXELS) -> Stream:
-    """A ``datasets.IterableDataset``, whose shards are its files."""
-    from backfold.data.hugging_face import image_bytes, image_column, undecoded
-
-    features = dataset.features or dataset._resolve_features().features  # or the first row tells
-    column = image_column(features, name)
-    images = undecoded(dataset, column)
-    shards = [f"{name} shard {shard}" for shard in range(images.num_shards)]
-
-    def open_shard(shard: int) -> Iterator[Found]:
-        # Iterated over in a worker, a data set would share even this one shard among the workers.
-        rows = images.shard(len(shards), shard).iter(batch_size=1)
-        for number, row in enumerate(rows):
-            place = f"{shards[shard]} row {number}"
-            try:
-                yield place, image_bytes(row[column][0]), ""
-            except BrokenImage as error:
-                yield place, None, str(error)
-
-    return Stream(name, count, shards, open_shard, max_pixels)
+    return Stream(first_and_more(urls), count or 0, urls, open_shard, max_pixels)
 
 
 @dataclass(eq=False)
@@ -156,9 +135,9 @@ class StreamBatches(IterableDataset[Batch]):
     """Batches without end, epoch after epoch, of this rank's share of a stream.
 
     Every epoch has each image of the share once, in another order; what does not fill a batch is
-    kept for the next epoch. Broken images are passed over. An augmentation depends on the seed, the
-    epoch and the image alone, the order on the numbers of ranks and workers too. What is iterable
-    is for the workers. For what is not said here see `training_loader`.
+    kept for the next. Broken images are passed over. An augmentation depends on the seed, the epoch
+    and the image alone, the order on the numbers of ranks and workers too. What is iterable is for
+    the workers. For what is not said here see `training_loader`.
     """
 
     stream: Stream
@@ -180,9 +159,7 @@ class StreamBatches(IterableDataset[Batch]):
         from datasets.distributed import split_dataset_by_node
 
         shards = list(range(self.stream.first // SHARD_FACTOR, len(self.stream.shards)))
-        rows = datasets.IterableDataset.from_generator(
-            self.stream.rows, gen_kwargs={"shards": shards}
-        )
+        rows = datasets.IterableDataset.from_generator(self.stream.rows, None, {"shards": shards})
         # One shard at a time: with several, `datasets` 5.2 can't go on in a worker.
         rows = rows.shuffle(self.seed, buffer_size=self.buffer, max_buffer_input_shards=1)
         self._rows = split_dataset_by_node(rows, self.rank, self.world_size)
@@ -205,16 +182,11 @@ class StreamBatches(IterableDataset[Batch]):
         return json.dumps(self._place)
 
     def batches(self) -> Iterator[Batch]:
-        """See the class.
-
-        Raises:
-            UserError: an image of an unfit channel count, `MAX_REPLACEMENTS` broken ones in a row,
-                an epoch without a readable one, and what `watched` raises.
-        """
+        """See the class; errors as of `BatchDataset`, and an epoch without a readable image."""
         from torchdata.stateful_dataloader import StatefulDataLoader
 
         workers = self._place["shares"][1]
-        rest: list[tuple[Tensor, int]] = []  # of the workers' last batches
+        rest: list[tuple[Tensor, int]] = []  # of batches that are not full
         broken: list[str] = []
         while True:
             self._rows.set_epoch(self._place["epoch"])
@@ -245,7 +217,7 @@ class StreamBatches(IterableDataset[Batch]):
                 yield batch
             if not is_readable:
                 reason = broken[-1] if broken else "there is none"
-                raise LoadingError(f"{self.stream.name}: no image can be read ({reason})")
+                raise UserError(f"{self.stream.name}: no image can be read ({reason})")
             self._place |= {"epoch": self._place["epoch"] + 1, "loader": None}
 
     def state_dict(self) -> dict[str, Any]:
@@ -259,12 +231,10 @@ class StreamBatches(IterableDataset[Batch]):
         self._rows.load_state_dict(state)
 
     def __iter__(self) -> Iterator[Batch]:
-        """A worker's batches of one epoch; only the last may be smaller, or empty."""
-        rows = iter(self._rows)
-        found: list[tuple[Tensor, int]] = []
-        broken: list[str] = []
-        in_a_row = 0
-        while wanted := list(itertools.islice(rows, self.batch_size - len(found))):
+        """A worker's batches of one epoch, smaller by what is broken; the last may be anyway."""
+        rows, in_a_row = iter(self._rows), 0
+        while wanted := list(itertools.islice(rows, self.batch_size)):
+            found, broken = [], []
             # Without workers, this process's generator is lent.
             with torch.random.fork_rng(devices=[]):
                 outcomes = self._apart.each_in_worker(wanted)
@@ -277,19 +247,14 @@ class StreamBatches(IterableDataset[Batch]):
                 in_a_row += 1
                 if in_a_row == MAX_REPLACEMENTS:
                     raise none_readable(self.stream.name, in_a_row, broken[-1])
-            if len(found) == self.batch_size:
-                yield _batch(found, broken)
-                found, broken = [], []
-        if found or broken:
             yield _batch(found, broken)
 
     def _load(self, row: Row) -> NDArray[Any]:
-        content = _content(row)
         try:
-            image = decode(content, self._augmenter.min_side, self.stream.max_pixels)
+            image = decode(_content(row), self._augmenter.min_side, self.stream.max_pixels)
             image = to_channels(image, self.channels)
         except UserError as error:
-            raise LoadingError(f"{row['place']}: {error}") from None
+            raise UserError(f"{row['place']}: {error}") from None
         place = divmod(row["index"], SHARD_FACTOR)
         return self._augmenter.seeded(image, self.seed, self._rows.epoch, *place).numpy()
 

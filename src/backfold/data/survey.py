@@ -2,25 +2,28 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from backfold.data.decode import Decoded, as_float, examine, to_channels
 from backfold.data.isolation import IMAGE_SECONDS, Expendable
 from backfold.data.loading import batch_loader, watched
-from backfold.data.source import EncodedSource, ImageSource
-from backfold.data.statistics import ChannelStatistics, Moments, count_channels
+from backfold.data.source import EncodedSource, ImageSource, spread
+from backfold.data.statistics import ChannelStatistics
 from backfold.errors import BrokenImage, UserError
 
+ENOUGH = 1000  # images that tell mean and deviation
 LISTED = 100  # broken files, and groups of duplicates, by name
-BATCH = 16  # images that a worker looks at before it tells of them
-DIGEST_BYTES = 16
+BATCH = 16  # images that a worker looks at before it tells of them, and that tell the channels
+# One grey level of 8 bits: a channel of bytes with less deviation holds no more than noise.
+STD_FLOOR = 1.0 / 255.0
+CONSTANT = 1e-6  # a deviation below this share of the mean is rounding
 
 
 @dataclass
@@ -54,22 +57,21 @@ class Survey:
         """What normalises the images."""
         return ChannelStatistics(tuple(self.mean), tuple(self.std))
 
-    def notes(self) -> list[str]:
-        """What a run should say once about how images are read."""
-        return [
-            f"{count} of {self.looked_at} images: {conversion}"
-            for conversion, count in self.conversions.items()
-        ]
 
+@dataclass(frozen=True)
+class Look:
+    """What was found out about one image, in what can leave a process.
 
-class Look(NamedTuple):
-    """What was found out about one image, in what can leave a process."""
+    NumPy's arrays, as a tensor that leaves a worker process costs a file handle.
+    """
 
-    names: tuple[tuple[str, str], ...]  # fields of `Survey` that count, and what of
-    size: tuple[int, int]  # height and width
+    names: list[tuple[str, str]]  # fields of `Survey` that count, and what of
+    shape: tuple[int, ...]  # channels, height and width
     digest: bytes
     extremes: tuple[float, float]  # on the scale of `as_float`
-    moments: Moments | None  # None where the image can't be given the channels asked for
+    # Means and mean squares by channel; None where it can't be given the channels asked for.
+    moments: NDArray[np.float64] | None
+    is_of_bytes: bool
 
 
 class Looks(Dataset[list[Look | BrokenImage]]):
@@ -89,19 +91,21 @@ class Looks(Dataset[list[Look | BrokenImage]]):
         else:
             image = self._source.read(index)
             found = Decoded(image, "Python", str(image.dtype).removeprefix("torch."))
-            shape = repr((tuple(image.shape), image.dtype)).encode()
-            content = shape + image.contiguous().numpy().tobytes()
+            kind = repr((tuple(image.shape), image.dtype)).encode()
+            content = kind + image.contiguous().numpy().tobytes()
         floats = as_float(found.image)
         try:
-            moments = Moments.of(to_channels(found.image, self._channels))
+            pixels = as_float(to_channels(found.image, self._channels)).double()
+            moments = torch.stack([pixels.mean((1, 2)), pixels.square().mean((1, 2))]).numpy()
         except UserError:
             moments = None
-        count, height, width = found.image.shape
-        names = [("formats", found.format), ("kinds", found.kind), ("channel_counts", str(count))]
-        names += [("conversions", conversion) for conversion in found.conversions]
-        digest = hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+        shape = tuple(found.image.shape)
+        names = [("conversions", conversion) for conversion in found.conversions]
+        names += [("formats", found.format), ("kinds", found.kind)]
+        names += [("channel_counts", str(shape[0]))]
+        digest = hashlib.blake2b(content, digest_size=16).digest()
         extremes = float(floats.min()), float(floats.max())
-        return Look(tuple(names), (height, width), digest, extremes, moments)
+        return Look(names, shape, digest, extremes, moments, found.image.dtype == torch.uint8)
 
 
 def survey(
@@ -112,32 +116,25 @@ def survey(
     num_workers: int = 0,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Survey:
-    """Look at every image of a source, or at a random sample.
+    """Look at every image of a source, or at a random sample of ``max_images``.
 
-    Args:
-        source: the images.
-        channels: that mean and deviation are of; the most common count by default.
-        max_images: size of the sample; all by default.
-        seed: of the sample.
-        num_workers: processes that read; 0 reads in this one, without protection from decoders that
-            crash or hang (see `Expendable`).
-        progress: called with the number of images done, again and again.
+    Mean and deviation are of ``channels``, the most common count by default. Where ``num_workers``
+    is 0 this process reads, without protection from decoders that crash or hang. ``progress`` is
+    called with the number of images done, again and again.
 
     Raises:
-        UserError: no image can be read.
+        UserError: no image can be read, or none can be given these channels.
     """
+    channels = channels or _usual_channels(source, num_workers)
     order = np.random.default_rng(seed).permutation(len(source))[:max_images]
     indices = np.sort(order).tolist()
-    channels = channels or count_channels(source, apart=num_workers > 0)
     found = Survey(source.name, len(source), len(indices), channels=channels)
     counts: Counter[tuple[str, str]] = Counter()
-    total: Moments | None = None
-    kept = [("index", "q"), ("height", "q"), ("width", "q"), ("digest", f"V{DIGEST_BYTES}")]
-    known, readable = np.zeros(len(indices), dtype=kept), 0
-    batches = [indices[first : first + BATCH] for first in range(0, len(indices), BATCH)]
-    looks = chain.from_iterable(
-        watched(batch_loader(Looks(source, channels), batches, num_workers))
-    )
+    sizes: list[tuple[int, ...]] = []
+    original: dict[bytes, int] = {}  # the first image of each content
+    groups: dict[int, list[int]] = {}  # of equal images, by the first
+    total, are_of_bytes = np.zeros((2, channels)), True
+    looks = _looks(source, indices, channels, num_workers)
     for done, (index, look) in enumerate(zip(indices, looks, strict=True), 1):
         progress(done)
         if isinstance(look, BrokenImage):
@@ -145,40 +142,68 @@ def survey(
             if len(found.broken) < LISTED:
                 found.broken.append(f"{source.describe(index)}: {look}")
             continue
-        known[readable] = (index, *look.size, look.digest)
-        readable += 1
         counts.update(look.names)
+        sizes.append(look.shape[1:])
+        first = original.setdefault(look.digest, index)
+        if first != index:
+            groups.setdefault(first, [first]).append(index)
         found.lowest = min(found.lowest, look.extremes[0])
         found.highest = max(found.highest, look.extremes[1])
         if look.moments is None:
             found.unfit_count += 1
         else:
-            total = look.moments if total is None else total + look.moments
-    if total is None:
-        reason = found.broken[0] if found.broken else f"none can be given {channels} channels"
-        raise UserError(
-            f"{source.name}: none of {len(indices)} images can be used ({reason}); "
-            "check the files, or --channels"
-        )
-    known = known[:readable]
+            total += look.moments
+            are_of_bytes &= look.is_of_bytes
+    usable = len(sizes) - found.unfit_count
+    if not usable:
+        unfit = f"none can be given {channels} channels"
+        raise _unusable(source, len(indices), next(iter(found.broken), unfit))
     for (name, key), count in counts.most_common():
         getattr(found, name)[key] = count
     found.height, found.width = (
-        [int(measure(known[side])) for measure in (np.min, np.median, np.max)]
-        for side in ("height", "width")
+        [int(measure(side)) for measure in (np.min, np.median, np.max)]
+        for side in np.transpose(sizes)
     )
-    groups = _duplicates(known["index"], known["digest"])
-    found.duplicate_count = sum(len(group) - 1 for group in groups)
-    found.duplicates = [[source.describe(index) for index in group] for group in groups[:LISTED]]
-    statistics = total.statistics()
-    found.mean, found.std = list(statistics.mean), list(statistics.std)
+    found.duplicate_count = sum(len(group) - 1 for group in groups.values())
+    found.duplicates = [
+        [source.describe(index) for index in groups[first]] for first in sorted(groups)[:LISTED]
+    ]
+    mean, squares = total / usable
+    found.mean, found.std = mean.tolist(), _deviation(mean, squares, are_of_bytes).tolist()
     return found
 
 
-def _duplicates(indices: NDArray[np.int64], digests: NDArray[np.void]) -> list[list[int]]:
-    """Groups of images with one content, in the order of their first."""
-    _, group, count = np.unique(digests, return_inverse=True, return_counts=True)
-    groups: dict[int, list[int]] = {}
-    for position in np.flatnonzero(count[group] > 1).tolist():
-        groups.setdefault(int(group[position]), []).append(int(indices[position]))
-    return list(groups.values())
+def _deviation(
+    mean: NDArray[np.float64], squares: NDArray[np.float64], are_of_bytes: bool
+) -> NDArray[np.float64]:
+    std = np.sqrt(np.maximum(squares - mean**2, 0.0))
+    if are_of_bytes:
+        return np.maximum(std, STD_FLOOR)
+    # A constant channel is divided by its own size, as its scale can't be known.
+    size = np.where(mean == 0, 1.0, abs(mean))
+    return np.where(std <= CONSTANT * abs(mean), size, std)
+
+
+def _usual_channels(source: ImageSource, num_workers: int) -> int:
+    """The most common count of some images, or the largest: grey can be repeated without loss."""
+    sample = spread(source, BATCH)
+    looks = list(_looks(sample, range(len(sample)), 1, min(1, num_workers)))
+    counts = Counter(look.shape[0] for look in looks if isinstance(look, Look))
+    if not counts:
+        raise _unusable(source, len(looks), f"{sample.describe(0)}: {looks[0]}")
+    return max(counts, key=lambda channels: (counts[channels], channels))
+
+
+def _looks(
+    source: ImageSource, indices: Sequence[int], channels: int, num_workers: int
+) -> Iterator[Look | BrokenImage]:
+    batches = [indices[first : first + BATCH] for first in range(0, len(indices), BATCH)]
+    loader = batch_loader(Looks(source, channels), batches, num_workers)
+    return chain.from_iterable(watched(loader))
+
+
+def _unusable(source: ImageSource, count: int, reason: str) -> UserError:
+    return UserError(
+        f"{source.name}: none of {count} images can be used ({reason}); "
+        "check the files, or --channels"
+    )

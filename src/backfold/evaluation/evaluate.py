@@ -4,7 +4,6 @@ A protocol is a function of an `Evaluation` that returns rows, one entry of `PRO
 `backfold.evaluation.results.ABOUT`.
 """
 
-import contextlib
 import copy
 import logging
 import typing
@@ -18,12 +17,12 @@ import torch
 from torch import nn
 
 from backfold.batch_norm import batch_norms, measure_batch_norm
-from backfold.data import source as sources
 from backfold.data.files import IN_MEMORY
 from backfold.data.loading import default_workers
 from backfold.data.open import open_source
-from backfold.data.source import ImageSource, SubsetSource
-from backfold.data.statistics import ChannelStatistics, measure_statistics
+from backfold.data.source import NoTestSplit, SubsetSource, split_held_out, split_source
+from backfold.data.statistics import ChannelStatistics
+from backfold.data.survey import ENOUGH, survey
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
 from backfold.evaluation.adaptation import adaptation
@@ -163,8 +162,10 @@ class Evaluation:
     @cached_property
     def statistics(self) -> ChannelStatistics:
         """What normalises the images: the subject's, or else measured on the training part."""
-        known, channels = self.subject.statistics, self.subject.channels
-        return known or measure_statistics(self.parts.train.source, channels)
+        if self.subject.statistics is not None:
+            return self.subject.statistics
+        source, workers = self.parts.train.source, min(1, self.num_workers)
+        return survey(source, self.subject.channels, ENOUGH, num_workers=workers).statistics
 
     @cached_property
     def backbones(self) -> Mapping[str, nn.Module]:
@@ -202,32 +203,24 @@ def open_parts(settings: EvaluateSettings, subject: Subject, num_workers: int = 
         caveat = UNKNOWN
     try:
         test = open_source(chosen, "test", True, *reading)
-    except sources.NoTestSplit:
+    except NoTestSplit:
         if run and whole and whole == pretrained:
             config = run.config
             trained_on = open_source(own, "train", config.watch_labels, *reading)
-            learned, tested = sources.split_held_out(trained_on, config.held_out, config.seed)
+            learned, tested = split_held_out(trained_on, config.held_out, config.seed)
         else:
-            learned, tested = _split(train, TEST_SHARE, seed)
+            learned, tested = split_source(train, TEST_SHARE, seed)
         LOGGER.warning(f"{train.name} has no test split: {len(tested)} of its images are tested on")
         train, test = SubsetSource(train, learned), SubsetSource(train, tested)
     if caveat:
         LOGGER.warning("%s: give data with a test split of their own", caveat)
     if limit is not None and limit < len(train):
         # Shares are rounded up: half an image less gives this number whatever float they become.
-        train = SubsetSource(train, _split(train, (limit - 0.5) / len(train), seed)[1])
+        train = SubsetSource(train, split_source(train, (limit - 0.5) / len(train), seed)[1])
     share = min(VALIDATION_SHARE, MOST_VALIDATION / max(1, len(train)))
-    fit, validation = map(torch.from_numpy, _split(train, share, seed))
+    fit, validation = map(torch.from_numpy, split_source(train, share, seed))
     learned_from, tested_on = (Images(source, subject, num_workers) for source in (train, test))
     return Parts(learned_from, tested_on, fit, validation, caveat)
-
-
-def _split(source: ImageSource, share: float, seed: int) -> tuple[sources.Labels, sources.Labels]:
-    """Places of the larger and the smaller part, of each class alike where that can be."""
-    with contextlib.suppress(UserError):  # fewer images in the part than classes
-        if source.labels is not None:
-            return sources.stratified_split(source.labels, share, seed)
-    return sources.stratified_split(len(source), share, seed)
 
 
 class Protocol(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from backfold.data.decode import as_float
-from backfold.data.loading import guarded_batches
+from backfold.data.loading import evaluation_batches
 from backfold.data.source import BrokenFiles, ImageSource
 from backfold.errors import UserError
 from backfold.evaluation.results import Row, accuracy_rows
@@ -38,7 +38,7 @@ class Images:
     def __init__(self, source: ImageSource, subject: "Subject", num_workers: int = 0) -> None:
         self.source, self._subject, self._num_workers = source, subject, num_workers
         self.shape = (subject.channels, *subject.image_size)  # channels, height, width
-        self._broken = BrokenFiles.for_source(source, subject.max_broken_share)
+        self._broken = BrokenFiles(len(source), subject.max_broken_share)
         self._kept: tuple[Tensor, Tensor] | None = None
         self._labels = None if source.labels is None else torch.tensor(source.labels)
 
@@ -78,7 +78,7 @@ class Images:
     def _decoded(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         size, channels = self._subject.image_size, self._subject.channels
         wanted = [part.tolist() for part in parts]
-        loaded = guarded_batches(self.source, size, channels, wanted, self._num_workers)
+        loaded = evaluation_batches(self.source, size, channels, wanted, self._num_workers)
         for asked, batch in zip(parts, loaded, strict=True):
             for line in self._broken.add(batch.broken):
                 LOGGER.warning("skipped: %s", line)

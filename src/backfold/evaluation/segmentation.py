@@ -32,7 +32,8 @@ from backfold.data import masks as masked
 from backfold.data.decode import as_float
 from backfold.data.masks import VOID, MaskedSource
 from backfold.data.source import SubsetSource
-from backfold.data.statistics import ChannelStatistics, measure_statistics
+from backfold.data.statistics import ChannelStatistics
+from backfold.data.survey import ENOUGH, survey
 from backfold.embedding import grid_shape
 from backfold.errors import UserError
 from backfold.evaluation.images import seeded
@@ -148,7 +149,11 @@ class _Work:
         counts = f"{len(train)} images to train, {len(test)} to test, {self._classes} classes"
         LOGGER.info(f"segmentation: {counts}, {self._size[0]} x {self._size[1]} pixels")
         own = SubsetSource(sources[0].images, sources[0].indices)
-        self._statistics = subject.statistics or measure_statistics(own, subject.channels)
+        workers = min(1, given.num_workers)
+        self._statistics = (
+            subject.statistics
+            or survey(own, subject.channels, ENOUGH, num_workers=workers).statistics
+        )
         # Far apart, as neighbours are often frames of one film.
         self.shown = masked.spread(len(test), SHOWN_IMAGES)
         self._every = [torch.arange(len(part)).split(settings.batch_size) for part in self.parts]

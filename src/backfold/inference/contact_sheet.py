@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader
 from torchvision.transforms.v2.functional import to_pil_image
 
 from backfold.data.loading import evaluation_batches
-from backfold.data.source import ImageSource
+from backfold.data.source import ImageSource, SubsetSource
 from backfold.defects import DefectFinder
 from backfold.inference.jobs import INDEX, MAP
 from backfold.pictures import heat_png, to_display
@@ -70,8 +70,10 @@ def render_contact_sheet(
     shown = sorted({row[INDEX] for _, _, rows in views for row in rows})
     strange = {row[INDEX] for heading, _, rows in views if heading == STRANGEST for row in rows}
     pictures, maps = {}, {}  # data URIs by index
-    for batch in evaluation_batches(source, run.image_size, run.channels, 16, indices=shown):
-        images, indices = run.statistics.normalize(batch.images), batch.indices.tolist()
+    subset = SubsetSource(source, shown)
+    for batch in evaluation_batches(subset, run.image_size, run.channels, 16):
+        images = run.statistics.normalize(batch.images)
+        indices = subset.indices[batch.indices.numpy()].tolist()
         for index, image in zip(indices, to_display(images, run.statistics), strict=True):
             buffer = io.BytesIO()
             to_pil_image(image).save(buffer, format="JPEG", quality=90)

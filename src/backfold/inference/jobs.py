@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from backfold.data.loading import evaluation_batches
-from backfold.data.source import ImageSource
+from backfold.data.source import ImageSource, spread
 from backfold.defects import DefectFinder
 from backfold.embedding import EmbeddingChoice, embed_batches
 from backfold.files import write_atomically
@@ -156,11 +156,9 @@ def usual_images(
     run: Pretrained, source: ImageSource, count: int, batch_size: int = USUAL_BATCH
 ) -> Tensor:
     """So many images spread over the source, or those of them that can be read, normalised."""
-    places = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist()
+    chosen = spread(source, count)
     images, indices = [], []
-    for batch in evaluation_batches(
-        source, run.image_size, run.channels, batch_size, num_workers=1, indices=places
-    ):
+    for batch in evaluation_batches(chosen, run.image_size, run.channels, batch_size, 1):
         for line in batch.broken:
             LOGGER.warning("skipped: %s", line)
         images.append(run.statistics.normalize(batch.images))

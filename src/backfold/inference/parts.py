@@ -31,7 +31,7 @@ from numpy.lib import format as npy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from backfold.data.loading import guarded_batches
+from backfold.data.loading import evaluation_batches
 from backfold.data.source import BrokenFiles, ImageSource
 from backfold.errors import UserError
 from backfold.files import LOCK, hold, write_atomically, write_json
@@ -214,7 +214,7 @@ def compute(
     """
     total = len(parts.source)
     with claim(parts, overwrite):
-        broken = BrokenFiles.for_source(parts.source, parts.job.run.config.max_broken_share)
+        broken = BrokenFiles(total, parts.job.run.config.max_broken_share)
         images = [sum(map(len, parts.batches(part))) for part in range(len(parts))]
         missing = [part for part in range(len(parts)) if not parts.path(part).exists()]
         done = sorted(set(range(len(parts))) - set(missing))
@@ -259,10 +259,8 @@ def local_parts(
     """
     job, source, run = parts.job, parts.source, parts.job.run
     run.energy.to(job.device)
-    # Not evaluation_batches: there an image that stands in for a broken one comes from the parts
-    # asked for, and the last part may be a single image.
     batches = [wanted for part in numbers for wanted in parts.batches(part)]
-    loader = guarded_batches(source, run.image_size, run.channels, batches, num_workers)
+    loader = evaluation_batches(source, run.image_size, run.channels, batches, num_workers)
     for part in numbers:
         tables, broken = [], []
         for wanted in parts.batches(part):

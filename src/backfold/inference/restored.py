@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,7 +14,7 @@ from backfold.data.augmentation import cover
 from backfold.data.decode import decode, decode_pillow, to_channels
 from backfold.data.loading import evaluation_batches, stack_images
 from backfold.data.open import open_source
-from backfold.data.source import NoTestSplit
+from backfold.data.source import NoTestSplit, spread
 from backfold.errors import BrokenImage, UserError
 from backfold.files import write_atomically
 from backfold.metrics import psnr_db, ssim
@@ -76,9 +75,9 @@ def sample_images(run: Pretrained, count: int) -> tuple[list[str], Tensor]:
         source = open_source(run.config.data, "test", frames=run.config.frames)
     except NoTestSplit:
         source = open_source(run.config.data, "train", frames=run.config.frames)
-    indices = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist()
-    (batch,) = evaluation_batches(source, run.image_size, run.channels, count, indices=indices)
-    return [f"image-{index}" for index in indices], run.statistics.normalize(batch.images)
+    chosen = spread(source, count)
+    (batch,) = evaluation_batches(chosen, run.image_size, run.channels, count)
+    return [f"image-{index}" for index in chosen.indices], run.statistics.normalize(batch.images)
 
 
 def new_images(

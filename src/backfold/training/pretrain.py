@@ -158,7 +158,7 @@ class Run:
         if content is not None and config.energy == "auto":
             config.energy = content["config"].get("energy", "dense")
         self.images = open_images(config, known, source)
-        self.broken = BrokenFiles(max(1, int(config.max_broken_share * self.images.count)))
+        self.broken = BrokenFiles(self.images.count, config.max_broken_share)
         self.energy = run.build_energy(config, self.images.channels)
         if config.init is not None and not continued:
             initialise(self.energy.backbone, config.init)

@@ -22,23 +22,14 @@ from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.files import LOCK, hold, refuse_missing_run, write_atomically
-from backfold.training.config import (
-    PretrainConfig,
-    config_from_dict,
-    parse_image_size,
-)
+from backfold.training.config import PretrainConfig, config_from_dict, parse_image_size
 from backfold.version import __version__
 
 LOGGER = logging.getLogger("backfold")
 FORMAT = "backfold-checkpoint"
 FORMAT_VERSION = 1
 DEMO_RUN = Path("runs/demo")
-OURS = {
-    "config.yaml", "run.json", "checkpoints", "initial.safetensors", "backbone.safetensors",
-    "metrics.csv", "previews", "health.json", "evaluation.json", "evaluation", "train.log",
-    "tensorboard", "report.html", LOCK,
-    "measures",  # of older runs
-}  # fmt: skip
+OTHERS = {LOCK, "report.html", "measures"}  # in a run's folder; the last of older runs
 
 
 class RunFolder:
@@ -72,17 +63,15 @@ class RunFolder:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """`write_atomically` for safetensors."""
-    write_atomically(
-        path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-    )
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(plain))
 
 
 def check_available(root: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse, without touching anything, a folder that a run could not claim.
 
-    Raises:
-        UserError: the folder exists and neither flag is given, holds files of others that would be
-            overwritten, or is missing though a resumption is asked for.
+    That is one that exists where neither flag is given, one with files of others that would be
+    overwritten, and none where a run is to be resumed.
     """
     folder = RunFolder(root)
     if resume and not folder.config.exists():
@@ -98,7 +87,8 @@ def check_available(root: Path, *, resume: bool, overwrite: bool) -> None:
             f"{root} exists; give --resume to go on, --overwrite to replace it, or another --out"
         )
     # A mistyped --out must not cost anybody their files.
-    foreign = sorted(found - OURS)
+    ours = {path.name for path in vars(folder).values() if path.parent == root} | OTHERS
+    foreign = sorted(found - ours)
     if foreign and not resume:
         raise UserError(
             f"{root} holds files that are no run's ({', '.join(foreign[:3])}); choose another --out"
@@ -109,8 +99,7 @@ def check_available(root: Path, *, resume: bool, overwrite: bool) -> None:
 def claim(root: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
     """Make, empty or enter a run's folder, and hold it until the block ends.
 
-    Raises:
-        UserError: as `check_available`; the folder is in use or can't be written.
+    A `UserError` as by `check_available` and `hold`.
     """
     check_available(root, resume=resume, overwrite=overwrite)
     with hold(root):
@@ -134,10 +123,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 def add_checkpoint(folder: RunFolder, step: int, content: Mapping[str, Any], keep: int) -> None:
     """Write a step's checkpoint, make it the last, and drop the oldest beyond ``keep``.
 
-    At every moment ``last_checkpoint`` is a whole one.
-
-    Raises:
-        UserError: the disk is full or the folder can't be written; the last checkpoint is intact.
+    At every moment ``last_checkpoint`` is a whole one, where the disk is full too.
     """
     path = folder.checkpoints / f"step-{step:09d}.ckpt"
     save_checkpoint(path, content)
@@ -186,11 +172,7 @@ def statistics_of(content: Mapping[str, Any]) -> ChannelStatistics:
 
 
 def build_energy(config: PretrainConfig, channels: int) -> EnergyModel:
-    """The energy with random weights; the seed alone decides them.
-
-    Raises:
-        UserError: what `EnergyModel` raises.
-    """
+    """The energy with random weights, which the seed alone decides; raises as `EnergyModel`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return EnergyModel(
@@ -225,7 +207,12 @@ def load_pretrained(path: Path) -> Pretrained:
     """
     content = load_checkpoint(path)
     try:
-        config = config_from_dict(_without_gone(content["config"]))
+        # Older runs had other settings beside today's, and knew no energy but the dense one.
+        settings = {"energy": "dense"} | content["config"]
+        settings["tasks"] = {k: v for k, v in settings["tasks"].items() if k != "exchange"}
+        if settings.get("head") == "linear":
+            del settings["head"]
+        config = config_from_dict(settings)
         channels, (height, width) = content["channels"], content["image_size"]
         energy = build_energy(config, channels)
         weights = dict(content["model"])
@@ -234,24 +221,12 @@ def load_pretrained(path: Path) -> Pretrained:
         energy.load_state_dict(weights)
         statistics, step = statistics_of(content), content["state"]["step"]
         return Pretrained(energy.eval(), config, statistics, channels, (height, width), step)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, UserError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path} does not fit this version of backfold or timm: {reason}; "
             "use the versions in the run's run.json"
         ) from error
-
-
-def _without_gone(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings without those that older runs had beside today's."""
-    if (head := settings.get("head", "linear")) != "linear":
-        raise UserError(
-            f"the run has a {head} head, and this backfold knows the linear one alone; "
-            "use the versions in the run's run.json"
-        )
-    tasks = {name: task for name, task in settings["tasks"].items() if name != "exchange"}
-    kept = {name: value for name, value in settings.items() if name != "head"}
-    return {"energy": "dense"} | kept | {"tasks": tasks}
 
 
 def exported_backbone(run: Pretrained, folder: Path | None) -> nn.Module:
@@ -269,14 +244,10 @@ def exported_backbone(run: Pretrained, folder: Path | None) -> nn.Module:
         with suppress(OSError, SafetensorError):
             refreshed = load_file(RunFolder(folder).backbone)
     own = backbone.state_dict()
-    outside = own.keys() - {
-        f"{prefix}.{name}"
-        for prefix, part in backbone.named_modules()
-        if part in norms
-        for name in part.state_dict()
-    }
     if refreshed.keys() == own.keys() and all(
-        torch.equal(refreshed[name], own[name]) for name in outside
+        torch.equal(refreshed[name], own[name])
+        for name in own
+        if backbone.get_submodule(name.rpartition(".")[0]) not in norms
     ):
         backbone.load_state_dict(refreshed)
     else:

@@ -1,4 +1,4 @@
-"""A run on a stream outlives decoders that crash, and goes on counting what is broken."""
+"""Runs outlive decoders that crash, and go on counting what is broken."""
 
 import io
 import itertools
@@ -14,6 +14,8 @@ from test_resume import StopError, stop_at
 from backfold import UserError
 from backfold.data import source
 from backfold.data import stream as stream_module
+from backfold.data.open import open_source
+from backfold.data.source import split_held_out
 from backfold.data.stream import StreamBatches
 from backfold.training import pretrain as trainer
 from backfold.training.pretrain import pretrain
@@ -35,19 +37,26 @@ def png(number):
 
 
 @pytest.fixture
-def stream(tiny, tmp_path):
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(COUNT):
+        (folder / f"{number:02}.png").write_bytes(png(number))
+    return folder
+
+
+@pytest.fixture
+def stream(tiny, data):
     """Settings of a run on 4 shards of 20 images."""
     for shard in range(4):
-        with tarfile.open(tmp_path / f"{shard}.tar.gz", "w:gz") as tar:
+        with tarfile.open(data.with_name(f"{shard}.tar.gz"), "w:gz") as tar:
             for number in range(20 * shard, 20 * shard + 20):
-                member = tarfile.TarInfo(f"{number:02}.png")
-                member.size = len(png(number))
-                tar.addfile(member, io.BytesIO(png(number)))
+                tar.add(data / f"{number:02}.png", f"{number:02}.png")
 
     def make(**changes):
-        data = f"{tmp_path}/{{0..3}}.tar.gz"
         settings = {"stream_images": COUNT, "held_out": HELD_OUT, "max_steps": 9, **changes}
-        return tiny(data=data, num_workers=1, checkpoint_minutes=0, **settings)
+        pattern = f"{data.parent}/{{0..3}}.tar.gz"
+        return tiny(data=pattern, num_workers=1, checkpoint_minutes=0, **settings)
 
     return make
 
@@ -71,11 +80,16 @@ def deadly(monkeypatch):
     return make
 
 
-def broken_in(folder):
-    return load_checkpoint(folder.last_checkpoint)["state"]["broken"]
+def test_a_run_on_files_starts_and_ends_beside_a_held_out_one(tiny, quiet, data, deadly):
+    config = tiny(data=data, num_workers=1, max_broken_share=0.5)
+    crash = int(split_held_out(open_source(data, "train"), HELD_OUT, config.seed)[1][0])
+    deadly(crash)
+    folder = pretrain(config, console=quiet)
+    assert folder.backbone.exists()
+    assert f"skipped: {data / f'{crash:02}.png'}" in folder.log.read_text()
 
 
-def test_it_goes_on_and_resumes(stream, quiet, monkeypatch, tmp_path, deadly):
+def test_a_run_on_a_stream_goes_on_and_resumes(stream, quiet, monkeypatch, tmp_path, deadly):
     monkeypatch.setattr(trainer, "LOG_EVERY", 1)
     deadly(0, 30, 33, 77)  # the first is held out
     seen = []
@@ -95,27 +109,25 @@ def test_it_goes_on_and_resumes(stream, quiet, monkeypatch, tmp_path, deadly):
     assert len(set(itertools.chain(*seen))) == 6 * 8
     seen.clear()
     folder = pretrain(settings, resume=True, console=quiet)
-    content = load_checkpoint(folder.last_checkpoint)
-    assert content["state"]["step"] == 9
+    state = load_checkpoint(folder.last_checkpoint)["state"]
+    assert state["step"] == 9
     assert len(seen) == 9 - 5
     # The buffers held the rest of the first epoch.
     assert len(set(itertools.chain(*seen))) == 4 * 8
-    assert json.loads(content["state"]["stream"][0])["epoch"] == 1
+    assert json.loads(state["stream"][0])["epoch"] == 1
     log = folder.log.read_text()
     assert "goes on without what was being shuffled" in log
     for shard, number in ((0, 0), (1, 30), (1, 33), (3, 77)):
         place = f"{tmp_path}/{shard}.tar.gz member {number:02}.png: ends the process"
         assert f"skipped: {place}" in log
-    assert len(broken_in(folder)) == 4
+    assert len(state["broken"]) == 4
 
 
 def test_what_was_broken_before_a_resumption_counts(stream, quiet, tmp_path, deadly):
     deadly(30, 33, 77)
     settings = stream(out=tmp_path / "run", max_broken_share=2 / (COUNT - HELD_OUT))
-    with pytest.raises(UserError, match="3 images can't be read, 2 are allowed"):
-        pretrain(settings, console=quiet)
-    folder = RunFolder(settings.out)
-    assert len(broken_in(folder)) == 2
-    with pytest.raises(UserError, match="3 images can't be read, 2 are allowed"):
-        pretrain(settings, resume=True, console=quiet)
-    assert len(broken_in(folder)) == 2
+    for resume in (False, True):
+        with pytest.raises(UserError, match="3 images can't be read, 2 are allowed"):
+            pretrain(settings, resume=resume, console=quiet)
+        last = load_checkpoint(RunFolder(settings.out).last_checkpoint)
+        assert len(last["state"]["broken"]) == 2
