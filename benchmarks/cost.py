@@ -2,8 +2,7 @@
 
     python benchmarks/cost.py --quick                     # under 5 minutes on 2 CPU cores
     python benchmarks/cost.py --max-minutes 20            # all backbones, as far as time allows
-    python benchmarks/cost.py --sweep --max-minutes 5     # growth with batch, tokens, depth and K
-    python benchmarks/cost.py --write-page                # the tables of docs/cost.md
+    python benchmarks/cost.py --write-page                # the bars of docs/cost.md
 
 One process measures one backbone after another. All its variants are run once and then timed in
 turn, round after round; medians and quartiles are over the rounds. A step is the forward and the
@@ -11,8 +10,8 @@ backward pass with all parameter gradients, which are None before it. The optimi
 same for all and left out, and so is drawing masks (it has a row of its own), but for MAE, which
 draws them within its model. The ordinary step is cross-entropy of random labels on mean features.
 
-Writes cost-DEVICE.json, with --sweep cost-growth-DEVICE.json, and prints the tables. `docs/cost.md`
-reads them. Needs `pip install backfold[benchmarks]`.
+Writes cost-DEVICE.json, of which `docs/cost.md` shows the bars, and prints all tables. Needs `pip
+install backfold[benchmarks]`.
 """
 
 import argparse
@@ -29,10 +28,10 @@ import torch
 
 from backfold.files import write_json
 from backfold.memory import keep_freed_memory
-from step_cost.comparing import SWEEPS, cases_of, measure_each, sweep_of
+from step_cost.comparing import cases_of, measure_each
 from step_cost.measuring import facts
 from step_cost.page import write_page
-from step_cost.tables import bars_table, cost_tables, growth_tables
+from step_cost.tables import bars_table, cost_tables
 from step_cost.workload import MODELS, TITLES, Variant
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,7 +52,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one backbone, few variants")
-    parser.add_argument("--sweep", action="store_true", help="how cost grows, and nothing else")
     parser.add_argument("--write-page", action="store_true", help="renew docs/cost.md, and end")
     choices: dict[str, Any] = {
         "models": MODELS,
@@ -96,23 +94,17 @@ def main() -> None:
     deadline = time.perf_counter() + 60 * options.max_minutes
     if device.type == "cpu":
         keep_freed_memory()  # as pretraining does; for all steps alike
-    if options.sweep:
-        modes = [mode == "compiled" for mode in options.modes]
-        groups = {factor: partial(sweep_of, factor, modes, device) for factor in SWEEPS}
-        tables = [growth_tables]
-    else:
-        wanted = {name: variants_of(name, options) for name in MODELS if name in options.models}
-        groups = {MODELS[name].title: partial(cases_of, name, variants, device)
-                  for name, variants in wanted.items() if variants}  # fmt: skip
-        tables = [bars_table, cost_tables]
+    wanted = {name: variants_of(name, options) for name in MODELS if name in options.models}
+    groups = {MODELS[name].title: partial(cases_of, name, variants, device)
+              for name, variants in wanted.items() if variants}  # fmt: skip
     content: dict[str, Any] = {"facts": facts(device), "rows": [], "left_out": []}
-    path = options.out / f"cost-{'growth-' * options.sweep}{device.type}.json"
+    path = options.out / f"cost-{device.type}.json"
     for part in measure_each(groups, options.repeats, device, deadline):
         content["rows"] += part.rows
         content["left_out"] += part.left_out
         write_json(path, content)
         print(path, f"{len(content['rows'])} rows", flush=True)
-    for table in tables:
+    for table in (bars_table, cost_tables):
         print(table(content))
 
 

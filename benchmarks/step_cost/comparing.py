@@ -1,4 +1,4 @@
-"""All variants of one model in one process, measured in turn; and how cost grows."""
+"""All variants of one model in one process, measured in turn."""
 
 import logging
 import time
@@ -9,21 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from step_cost.measuring import Step, peak_memory, spread, time_by_kind, time_interleaved
+from step_cost.measuring import Step, peak_memory, spread, time_interleaved
 from step_cost.operations import count_operations
-from step_cost.workload import MODELS, Model, Variant, Workload
+from step_cost.workload import MODELS, Variant, Workload
 
-PROFILED = ("ordinary", "ordinary-plain", "exact", "sparse")
 SHARE_OF_WARMING_UP = 0.7
-# ViT-Ti's width on 4-pixel patches: which of batch, image size, depth and K is varied, and how.
-PATCH = 4
-POINT = {"batch": 8, "image_size": 32, "depth": 4, "num_steps": 1}
-SWEEPS = {
-    "batch": [POINT | {"batch": batch} for batch in (4, 8, 16, 32, 64)],
-    "tokens": [POINT | {"batch": 2, "image_size": size} for size in (32, 48, 64, 96, 128)],
-    "depth": [POINT | {"depth": depth} for depth in (2, 4, 8, 12)],
-    "num_steps": [POINT | {"num_steps": steps} for steps in (1, 2, 4)],
-}
 
 
 class Case(NamedTuple):
@@ -55,25 +45,6 @@ def cases_of(name: str, variants: Sequence[Variant], device: torch.device) -> Ca
     }
 
 
-def sweep_of(factor: str, modes: Sequence[bool], device: torch.device) -> Cases:
-    """The points of one of `SWEEPS`; ``modes`` says whether to compile."""
-    cases = {}
-    for point in SWEEPS[factor]:
-        size, depth = point["image_size"], point["depth"]
-        options = {"patch_size": PATCH, "depth": depth}
-        model = Model("", "vit_tiny_patch16_224", "vit", size, PATCH, 0, 0, options)
-        workload = Workload(model, point["batch"], device)
-        known = point | {"tokens": (size // PATCH) ** 2}
-        facts = {"factor": factor, "value": known[factor], "tokens": known["tokens"]}
-        methods = ("ordinary", "ordinary-plain", "exact")
-        for method in methods if point["num_steps"] == 1 else ("exact",):
-            for compiled in modes:
-                variant = Variant(method, compiled, num_steps=point["num_steps"])
-                name = f"{factor} {known[factor]}, {variant.name}"
-                cases[name] = Case(workload, variant, facts | {"depth": depth})
-    return cases
-
-
 def measure_each(
     groups: Mapping[str, Callable[[], Cases]], repeats: int, device: torch.device, deadline: float
 ) -> Iterator[Results]:
@@ -92,7 +63,7 @@ def measure_each(
 
 
 def measure(cases: Cases, repeats: int, device: torch.device, deadline: float) -> Results:
-    """Run once, time in rounds, then measure memory, operations and where the time goes."""
+    """Run once, time in rounds, then measure memory and operations."""
     start = time.perf_counter()
     last_start = start + SHARE_OF_WARMING_UP * (deadline - start)
     steps: dict[str, Step] = {}
@@ -134,9 +105,6 @@ def measure(cases: Cases, repeats: int, device: torch.device, deadline: float) -
             "peak_bytes": peak_memory(step, device),
             "operations": operations[key],
         }
-        if variant.method in PROFILED and variant.num_steps == 1:
-            prepare()
-            rows[name]["time_by_kind"] = time_by_kind(step, device)
     prepare()
     return Results(list(rows.values()), left_out)
 

@@ -1,4 +1,4 @@
-"""Time, peak memory and kinds of work of steps, and what a measurement ran on.
+"""Time and peak memory of steps, and what a measurement ran on.
 
 A step is any callable without arguments. Nothing here knows what the steps are.
 """
@@ -7,12 +7,10 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,19 +21,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils import benchmark
 
 Step = Callable[[], object]
-PRODUCTS, ATTENTION = "matrix products and convolutions", "fused attention"
-NORMS, ELEMENTWISE = "norms, softmax and activations", "element-wise and sums"
-COPIES, REST = "copies and memory", "generated kernels and Python"
-KINDS = (PRODUCTS, ATTENTION, NORMS, ELEMENTWISE, COPIES, REST)
-PATTERNS = {  # of names of operations and kernels; the first that fits
-    REST: r"^triton_(poi|per|red)",
-    ATTENTION: r"flash|efficient_attention|cudnn_attention|fmha",
-    NORMS: r"layer_norm|softmax|gelu|native_norm|batch_norm|relu|silu|tanh|erf|nll_loss",
-    PRODUCTS: r"mm$|bmm|addmm|conv|gemm|cutlass|xmma|mkldnn|linear",
-    COPIES: r"copy|cat$|empty|contiguous|clone|zero|fill|gather|index|stack|select|slice|memcpy"
-            r"|memset|expand|view|reshape|transpose|resize|as_strided|scatter|pad$",
-    ELEMENTWISE: r"^aten::|elementwise|reduce",
-}  # fmt: skip
 PACKAGES = ("torch", "timm", "transformers")
 
 
@@ -91,27 +76,6 @@ def peak_memory(step: Step, device: torch.device) -> int:
     sizes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     sizes.sort(key=lambda allocation: allocation[0])
     return max([0, *np.cumsum([size for _, size in sizes]).tolist()])
-
-
-def time_by_kind(step: Step, device: torch.device) -> dict[str, float]:
-    """Share of a step's time in each kind of work, 0 to 1.
-
-    On CUDA by kernels; time in which no kernel runs is not in it. On the CPU by operations, where
-    compiled graphs and Python between the operations are what remains.
-    """
-    on_cuda = device.type == "cuda"
-    with profile() as recorded:
-        step()
-    seconds: Counter[str] = Counter()
-    for event in recorded.key_averages():
-        on_device = event.device_type.name != "CPU"
-        if on_device == on_cuda and not (on_device and event.is_user_annotation):
-            own = event.self_device_time_total if on_device else event.self_cpu_time_total
-            name = event.key.lower()
-            fitting = (kind for kind, pattern in PATTERNS.items() if re.search(pattern, name))
-            seconds[next(fitting, REST)] += own
-    total = seconds.total() or 1.0
-    return {kind: seconds[kind] / total for kind in KINDS if seconds[kind] > 0}
 
 
 def facts(device: torch.device) -> dict[str, Any]:

@@ -1,43 +1,34 @@
-"""Tables written into the page that shows them, and figures as files."""
+"""Bars written into the page that shows them, and figures as files."""
 
 import io
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from backfold.files import write_atomically
-from step_cost import tables
+from step_cost.tables import bars_table, facts_line
 
-# Places are TABLE-RUN in the page. A table is of a file and has these parts.
-TABLES: dict[str, tuple[Any, ...]] = {
-    "bars": ("cost", tables.facts_line, tables.bars_table),
-    "cost": ("cost", tables.cost_tables),
-    "kinds": ("cost", tables.kind_tables),
-    "growth": ("cost-growth", tables.facts_line, tables.growth_tables),
-}
 RUNS = {  # "others": of a run with backbones that the main run lacks
-    "cpu": "{}-cpu.json",
-    "cuda": "{}-cuda.json",
-    "others": "other-backbones/{}-cpu.json",
+    "cpu": "cost-cpu.json",
+    "cuda": "cost-cuda.json",
+    "others": "other-backbones/cost-cpu.json",
 }
 SETTINGS = {"svg.hashsalt": "backfold", "svg.fonttype": "none"}
 
 
 def write_page(page: Path, results: Path) -> None:
-    """Renew all tables of the page from the results that are there."""
-    text, parts = page.read_text(), {}
-    for table, run in re.findall(r"<!-- begin (\w+)-(\w+) -->", text):
-        file, *makers = TABLES[table]
-        path = results / RUNS[run].format(file)
-        content = json.loads(path.read_text()) if path.exists() else None
-        made = [make(content) for make in makers] if content else ["Not measured yet."]
-        parts[f"{table}-{run}"] = "\n\n".join(made)
-    write_atomically(page, fill(text, parts).encode())
+    """Renew the page's bars from the results that are there."""
+    parts = {}
+    for run, file in RUNS.items():
+        parts[f"bars-{run}"] = "Not measured yet."
+        if (results / file).exists():
+            content = json.loads((results / file).read_text())
+            parts[f"bars-{run}"] = f"{facts_line(content)}\n\n{bars_table(content)}"
+    write_atomically(page, fill(page.read_text(), parts).encode())
 
 
 def fill(text: str, parts: Mapping[str, str]) -> str:

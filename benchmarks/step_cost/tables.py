@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from step_cost.measuring import KINDS
 from step_cost.workload import MODELS
 
 Row = dict[str, Any]
@@ -135,12 +134,9 @@ def cost_tables(content: dict[str, Any]) -> str:
     for name, rows in grouped(content["rows"], "model").items():
         table = markdown_table(header, [_cells(row, rows) for row in rows])
         parts.append(f"### {MODELS[name].title}\n\nBatch {rows[0]['batch']}.\n\n{table}")
-    return "\n\n".join([*parts, *_left_out(content)])
-
-
-def _left_out(content: dict[str, Any]) -> list[str]:
-    lines = [f"- {line}" for line in content["left_out"]]
-    return ["\n".join(["Left out:", "", *lines])] if lines else []
+    if content["left_out"]:
+        parts.append("\n".join(["Left out:", "", *(f"- {line}" for line in content["left_out"])]))
+    return "\n\n".join(parts)
 
 
 def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
@@ -164,51 +160,3 @@ def _ratio(row: Row, reference: Row | None, quantity: str) -> str:
     if reference is None or not quantity_of(reference, quantity):
         return ""
     return f"{quantity_of(row, quantity) / quantity_of(reference, quantity):.2f}"
-
-
-def kind_tables(content: dict[str, Any]) -> str:
-    """Milliseconds of the dense, sparse and ordinary steps by kind of work, for each model."""
-    parts = []
-    profiled = [row for row in content["rows"] if "time_by_kind" in row]
-    profiled = [row for row in profiled if row["precision"] == profiled[0]["precision"]]
-    for name, rows in grouped(profiled, "model").items():
-        kinds = [kind for kind in KINDS if any(kind in row["time_by_kind"] for row in rows)]
-        lines = []
-        for row in rows:
-            milliseconds = 1000 * row["seconds"]["median"]
-            times = [f"{row['time_by_kind'].get(kind, 0.0) * milliseconds:.0f}" for kind in kinds]
-            lines.append([f"{row['title']}, {mode(row)}", *times])
-        table = markdown_table(["ms in", *kinds], lines)
-        parts.append(f"### {MODELS[name].title}\n\n{table}")
-    return "\n\n".join(parts)
-
-
-def growth_tables(content: dict[str, Any]) -> str:
-    """One table for each factor: time and counted operations, relative to the first point."""
-    titles = {"batch": "Batch", "tokens": "Tokens", "depth": "Depth", "num_steps": "Steps K"}
-    parts = []
-    for factor, rows in grouped(content["rows"], "factor").items():
-        others = [f"{name} {rows[0][name]}" for name in ("batch", "tokens", "depth")
-                  if name != factor]  # fmt: skip
-        setting = f"ViT-Ti's width, {', '.join(others)}."
-        parts.append(f"### {titles[factor]}\n\n{setting}\n\n{_growth_table(factor, rows)}")
-    return "\n\n".join([*parts, *_left_out(content)])
-
-
-def _growth_table(factor: str, rows: Sequence[Row]) -> str:
-    header = [
-        factor, "step", "mode", "ms", "time grew", "operations grew", "memory grew",
-        "time over ordinary", "operations over ordinary",
-    ]  # fmt: skip
-    lines = []
-    for series in grouped(rows, "method", "compiled").values():
-        for row in series:
-            value = 1 if factor == "num_steps" else row["value"]
-            ordinary = select(rows, method="ordinary", value=value, compiled=row["compiled"])
-            lines.append([
-                str(row["value"]), row["title"].partition(", K")[0], mode(row),
-                f"{1000 * row['seconds']['median']:.0f}",
-                *(_ratio(row, series[0], name) for name in ("time", "operations", "memory")),
-                *(_ratio(row, ordinary, name) for name in ("time", "operations")),
-            ])  # fmt: skip
-    return markdown_table(header, lines)
