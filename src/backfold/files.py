@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,35 @@ def refuse_missing_run(path: Path) -> None:
         raise UserError(f"there is no checkpoint at {path}; give a run's folder or a .ckpt file")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the path, sync, rename: a reader sees the old file or the new one.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place beside the path: what is written there is synced and renamed when the block ends.
+
+    A reader sees the old file or the new one.
 
     UserError is raised where the disk is full or the folder can't be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
             f"can't write {path}: {error.strerror or error}; free space or choose another --out"
         ) from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file, or none; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, content: Any) -> None:

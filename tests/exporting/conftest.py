@@ -27,14 +27,9 @@ def make_run(tmp_path) -> Callable[..., Path]:
     def make(model: str = "vit", channels: int = 3) -> Path:
         """The folder of a run whose weights are noise, norms and batch norms included."""
         backbone, options, size = MODELS[model]
-        config = PretrainConfig(
-            data=Path("/home/somebody/pictures"),
-            out=folder.root,
-            backbone=backbone,
-            backbone_options=options,
-            image_size=size,
-            channels=channels,
-        )
+        made = {"backbone": backbone, "backbone_options": options, "image_size": size}
+        data = Path("/home/somebody/pictures")
+        config = PretrainConfig(data=data, out=folder.root, channels=channels, **made)
         energy = build_energy(config, channels)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():

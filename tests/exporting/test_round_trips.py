@@ -44,47 +44,35 @@ def test_timm_loads_the_weights_by_name(make_run, pixels, tmp_path, model, chann
         expected = ours.run.energy.backbone.forward_features(normalised)
         output = theirs(normalised)
     torch.testing.assert_close(features, expected, **CLOSE)
-    if model == "convnext":  # its own norm comes after the mean
-        assert "pools otherwise" in (out / "README.md").read_text()
-        assert not torch.allclose(output, ours.embed(images), **CLOSE)
-    else:
-        assert "is the mean over positions" in (out / "README.md").read_text()
-        torch.testing.assert_close(output, ours.embed(images), **CLOSE)
-
-
-def test_their_preprocessing_is_the_run_s(make_run, pixels, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    ours, out = exported(make_run, "huggingface", tmp_path)
-    picture = to_pil_image(pixels(1)[0])
-    timm_s = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(timm_s))
-    processor = transformers.AutoImageProcessor.from_pretrained(out)
-    model = transformers.AutoModel.from_pretrained(out).eval()
-    with torch.no_grad():
-        outputs = (
-            timm_s(transform(picture)[None]),
-            model(**processor(picture, return_tensors="pt")).pooler_output,
-        )
-    for output in outputs:
-        torch.testing.assert_close(output, ours.embed([picture]), **CLOSE)
+    is_pooled = model != "convnext"  # its own norm comes after the mean
+    said = "is the mean over positions" if is_pooled else "pools otherwise"
+    assert said in (out / "README.md").read_text()
+    assert torch.allclose(output, ours.embed(images), **CLOSE) == is_pooled
 
 
 @pytest.mark.parametrize("model", ["vit", "swin", "resnet"])
-def test_transformers_and_timm_load_the_folder(make_run, pixels, tmp_path, model):
+def test_transformers_and_timm_load_the_folder_and_prepare_images_alike(
+    make_run, pixels, tmp_path, model
+):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     ours, out = exported(make_run, "huggingface", tmp_path, model)
-    images = pixels(2, size=ours.run.image_size)
+    picture = to_pil_image(pixels(1, size=ours.run.image_size)[0])
     theirs = transformers.AutoModel.from_pretrained(out).eval()
     assert type(theirs).__name__ == "TimmWrapperModel"
-    with torch.no_grad():
-        output = theirs(ours.run.statistics.normalize(images)).pooler_output
-    torch.testing.assert_close(output, ours.embed(images), **CLOSE)
+    processor = transformers.AutoImageProcessor.from_pretrained(out)
+    plain = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     classifier = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=5).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(plain))
+    image = transform(picture)[None]
     with torch.no_grad():
-        last = classifier.forward_features(ours.run.statistics.normalize(images))
-        features = classifier.forward_head(last, pre_logits=True)
-        assert classifier(images).shape == (2, 5)
-    torch.testing.assert_close(features, ours.embed(images), **CLOSE)
+        outputs = (
+            plain(image),
+            classifier.forward_head(classifier.forward_features(image), pre_logits=True),
+            theirs(**processor(picture, return_tensors="pt")).pooler_output,
+        )
+        assert classifier(image).shape == (1, 5)
+    for output in outputs:
+        torch.testing.assert_close(output, ours.embed([picture]), **CLOSE)
 
 
 def load_graph(path):
@@ -95,8 +83,7 @@ def load_graph(path):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def graph(images):
-        outputs = session.run(["embedding", "energy"], {"images": images.numpy()})
-        return map(torch.from_numpy, outputs)
+        return map(torch.tensor, session.run(["embedding", "energy"], {"images": images.numpy()}))
 
     return graph
 

@@ -17,15 +17,13 @@ OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
 
 class Pictures:
-    """Images of noise that fill up from black to white with their index; some are broken.
-
-    Reading the image ``stop`` is interrupted, as by a user.
-    """
+    """Images of noise that fill up from black to white with their index; some are broken."""
 
     labels, class_names, name = None, (), "pictures"
+    stop: int | None = None  # reading this image is interrupted, as by a user
 
-    def __init__(self, count: int, broken: tuple[int, ...] = (), stop: int | None = None) -> None:
-        self.count, self.broken, self.stop = count, broken, stop
+    def __init__(self, count: int, broken: tuple[int, ...] = ()) -> None:
+        self.count, self.broken = count, broken
         self.seen: list[int] = []
 
     def __len__(self) -> int:
@@ -65,13 +63,10 @@ def run() -> Pretrained:
 
 
 @pytest.fixture
-def job(run) -> EmbeddingJob:
-    return EmbeddingJob(run, EmbeddingChoice(), torch.device("cpu"))
+def parts_of(run, tmp_path) -> Callable[..., Parts]:
+    embedding = EmbeddingJob(run, EmbeddingChoice(), torch.device("cpu"))
 
-
-@pytest.fixture
-def parts_of(job, tmp_path) -> Callable[..., Parts]:
-    def make(source, batch_size=4, part_size=8, out="out.parquet", job=job):
+    def make(source, batch_size=4, part_size=8, out="out.parquet", job=embedding):
         return Parts(job, source, tmp_path / out, batch_size, part_size)
 
     return make

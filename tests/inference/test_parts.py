@@ -1,6 +1,5 @@
 """A whole job: what is read, kept, resumed, left out, joined."""
 
-import io
 import logging
 import os
 import time
@@ -24,9 +23,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def start(parts, num_workers=0, console=None, **options):
+def start(parts, num_workers=0, **options):
     engine = partial(local_parts, parts, num_workers=num_workers)
-    return compute(parts, engine, console or Console(quiet=True), **options)
+    return compute(parts, engine, Console(quiet=True), **options)
 
 
 def stop_at(parts, index):
@@ -65,34 +64,14 @@ def test_rows_are_the_images_in_order_whatever_the_parts(parts_of, pictures, siz
     assert [path.name for path in parts.out.parent.iterdir()] == [parts.out.name]
 
 
-@pytest.mark.parametrize("out", ["v.parquet", "v.npz"])
-def test_broken_images_have_no_row_and_are_named(parts_of, pictures, caplog, out):
-    parts = parts_of(pictures(17, broken=(0, 6, 7, 16)), out=out)  # 16 is a part of its own
-    with caplog.at_level(logging.INFO, "backfold"):
-        assert start(parts) == 13
-    assert_rows(parts, [index for index in range(17) if index not in parts.source.broken])
-    for index in parts.source.broken:
-        assert f"skipped: {parts.source.describe(index)}: torn" in caplog.messages
-    assert "4 of 17 images could not be read" in caplog.messages
-
-
-@pytest.mark.parametrize("stop", [None, 8])
-def test_too_many_broken_images_stop_a_job_and_count_after_a_stop(run, parts_of, pictures, stop):
+def test_broken_images_before_a_stop_count_and_too_many_end_the_job(run, parts_of, pictures):
     run.config.max_broken_share = 0.1
     parts = parts_of(pictures(16, broken=(2, 9)))
-    if stop is not None:
-        stop_at(parts, stop)
+    stop_at(parts, 8)
     with pytest.raises(UserError, match="2 images can't be read, 1 are allowed"):
         start(parts)
+    assert parts.source.seen[0] == 8  # it goes on with what is missing
     assert not parts.out.exists()
-
-
-def test_a_stopped_job_goes_on_with_what_is_missing(parts_of, pictures):
-    parts = parts_of(pictures(30))
-    stop_at(parts, 19)
-    assert start(parts) == 30
-    assert parts.source.seen == list(range(16, 30))
-    assert_rows(parts, range(30))
 
 
 def test_other_weights_images_or_parts_are_another_job(run, parts_of, pictures, monkeypatch):
@@ -129,12 +108,6 @@ def test_a_folder_in_use_or_of_somebody_else_and_a_damaged_part_are_refused(part
     assert list(foreign.folder.iterdir()) == []
 
 
-def test_progress_counts_images_on_a_terminal(parts_of, pictures):
-    console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    start(parts_of(pictures(20)), console=console)
-    assert "20/20" in console.file.getvalue()
-
-
 def test_no_parts_no_images_and_no_file_are_refused(parts_of, pictures, tmp_path):
     for count, part_size, message in ((3, 0, "give 1 or more"), (0, 8, "holds no images")):
         with pytest.raises(UserError, match=message):
@@ -158,8 +131,13 @@ def test_a_file_that_fails_midway_leaves_the_old_one(parts_of, pictures, monkeyp
     assert [path.name for path in parts.out.parent.iterdir()] == ["v.csv"]
 
 
-@pytest.mark.parametrize("fates", [{5: "crash", 16: "crash"}, {5: "hang", 16: "crash"}])
-def test_a_deadly_image_costs_its_row_and_is_named(parts_of, pictures, caplog, monkeypatch, fates):
+@pytest.mark.parametrize(
+    ("fates", "out"),
+    [({}, "v.npz"), ({5: "crash", 16: "crash"}, "v.parquet"), ({5: "hang", 16: "crash"}, "v.npz")],
+)
+def test_broken_and_deadly_images_have_no_row_and_are_named(
+    parts_of, pictures, caplog, monkeypatch, fates, out
+):
     monkeypatch.setattr(loading, "IMAGE_SECONDS", 0.5)
 
     class Deadly(pictures):
@@ -170,9 +148,11 @@ def test_a_deadly_image_costs_its_row_and_is_named(parts_of, pictures, caplog, m
                 time.sleep(1000)
             return super().read(index, min_side)
 
-    parts = parts_of(Deadly(17, broken=(4,)))  # the last image is a part of its own
+    lost = (0, 5, 6, 16)  # the last image is a part of its own
+    parts = parts_of(Deadly(17, broken=[index for index in lost if index not in fates]), out=out)
     with caplog.at_level(logging.INFO, "backfold"):
-        assert start(parts, num_workers=2) == 14
-    assert_rows(parts, [index for index in range(17) if index not in (4, 5, 16)])
+        assert start(parts, num_workers=2 if fates else 0) == 13
+    assert_rows(parts, [index for index in range(17) if index not in lost])
     named = [line.split(": ")[1] for line in caplog.messages if line.startswith("skipped: ")]
-    assert sorted(named) == [parts.source.describe(index) for index in (4, 5, 16)]
+    assert sorted(named) == [parts.source.describe(index) for index in lost]
+    assert "4 of 17 images could not be read" in caplog.messages

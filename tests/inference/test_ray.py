@@ -38,14 +38,14 @@ def cluster():
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "images").mkdir()
-    random = np.random.default_rng(0)
-    for number in range(22):
-        pixels = random.integers(0, 256, (30, 34), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "images" / f"{number:02}.png")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (22, 30, 34), dtype=np.uint8)
+    for number, pixels in enumerate(images):
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
     for number in TORN:
-        (tmp_path / "images" / f"{number:02}.png").write_bytes(b"torn")
-    return tmp_path / "images"
+        (folder / f"{number:02}.png").write_bytes(b"torn")
+    return folder
 
 
 def rows(engine, parts, **options):
@@ -78,9 +78,8 @@ def test_two_workers_lose_no_row_to_a_kill_and_one_to_a_decoder_that_crashes(
     there = rows(ray_parts, parts_of(Deadly(folder), 3, 3, job=job), actors=2)
     assert marker.exists()
     assert len(here) == 20
-    expected = here.filter(
-        [not path.endswith(f"{CRASHES:02}.png") for path in here["path"].to_pylist()]
-    )
+    crashes = f"{CRASHES:02}.png"
+    expected = here.filter([not path.endswith(crashes) for path in here["path"].to_pylist()])
     assert there.schema == expected.schema
     assert there["path"].equals(expected["path"])
     for name in ("energy", "error_masking"):

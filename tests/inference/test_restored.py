@@ -32,9 +32,8 @@ def folder(tmp_path):
     large.convert("CMYK").save(tmp_path / "b-cmyk.jpg")
     large.resize((29, 41)).save(tmp_path / "c-upright.png")
     large.convert("L").resize((31, 17)).save(tmp_path / "d-grey.png")
-    Image.fromarray(random.integers(0, 65536, (40, 50), dtype=np.uint16)).save(
-        tmp_path / "e-deep.png"
-    )
+    deep = Image.fromarray(random.integers(0, 65536, (40, 50), dtype=np.uint16))
+    deep.save(tmp_path / "e-deep.png")
     large.resize(SIZE[::-1]).convert("RGBA").save(tmp_path / "f-alpha.png")
     np.save(tmp_path / "g-float.npy", random.normal(size=(20, 30, 1)).astype(np.float32))
     return tmp_path

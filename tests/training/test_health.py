@@ -3,35 +3,45 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio
 from sklearn.metrics import roc_auc_score
+from tiny_run import TINY_VIT
 
 from backfold.data.statistics import ChannelStatistics
-from backfold.embedding import EmbeddingChoice
 from backfold.energy import EnergyModel
 from backfold.metrics import knn_accuracy
 from backfold.pretext import Colorization, Denoising, Masking, Sorting
+from backfold.training.config import PretrainConfig
 from backfold.training.images import HeldOut
 from backfold.training.watch import describe_health, watch, watch_task
 
-OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
 STATISTICS = ChannelStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
-HOW = {"num_steps": 2, "step_size": 0.3, "batch_size": 4}
+CONFIG = PretrainConfig(num_steps=2, step_size=0.3)
+MASKING = Masking(mask_patch_size=7)
 
 
-def make_energy(**options):
+def make_energy(channels=3, **options):
     torch.manual_seed(0)
-    return EnergyModel("vit_tiny_patch16_224", image_size=14, backbone_options=OPTIONS | options)
+    made = {"channels": channels, "backbone_options": TINY_VIT | options}
+    return EnergyModel("vit_tiny_patch16_224", image_size=14, **made)
+
+
+def draw(count, seed):
+    return torch.randn(count, 3, 14, 14, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
 def images():
-    return torch.randn(10, 3, 14, 14, generator=torch.Generator().manual_seed(1))
+    return draw(10, 1)
+
+
+def look(energy, held_out, **tasks):
+    return watch(energy, tasks, held_out, STATISTICS, CONFIG, 4)
 
 
 def test_measures_equal_written_out_ones(images):
     energy = make_energy()
-    task, made = Masking(mask_patch_size=7), []
-    kept = lambda *given: made.append(task(*given)) or made[-1]  # noqa: E731
-    measures, found = watch_task(energy, kept, images, STATISTICS, **HOW)
+    made = []
+    kept = lambda *given: made.append(MASKING(*given)) or made[-1]  # noqa: E731
+    measures, found = watch_task(energy, kept, images, STATISTICS, CONFIG, 4)
     corrupted, mask = (torch.cat([getattr(c, n) for c in made]) for n in ("corrupted", "loss_mask"))
     points = corrupted
     for _ in range(2):
@@ -64,9 +74,9 @@ def test_measures_equal_written_out_ones(images):
 def test_a_look_is_the_same_each_time_and_changes_nothing(images):
     energy = make_energy(drop_path_rate=0.5, proj_drop_rate=0.3).train()
     before = {name: value.clone() for name, value in energy.state_dict().items()}
-    first = watch_task(energy.eval(), Denoising(), images, STATISTICS, **HOW)
+    first = watch_task(energy.eval(), Denoising(), images, STATISTICS, CONFIG, 4)
     torch.manual_seed(77)
-    assert watch_task(energy.train(), Denoising(), images, STATISTICS, **HOW) == first
+    assert watch_task(energy.train(), Denoising(), images, STATISTICS, CONFIG, 4) == first
     assert energy.training
     assert energy.backbone.blocks[0].training
     assert all(torch.equal(value, before[name]) for name, value in energy.state_dict().items())
@@ -75,16 +85,15 @@ def test_a_look_is_the_same_each_time_and_changes_nothing(images):
 
 def test_tasks_have_measures_in_their_own_terms(images):
     energy = make_energy()
-    sorting, _ = watch_task(energy, Sorting(sorting_patch_size=7), images, STATISTICS, **HOW)
+    sorting, _ = watch_task(energy, Sorting(sorting_patch_size=7), images, STATISTICS, CONFIG, 4)
     assert sorting["patches_placed_right_corrupted"] == pytest.approx(0.5)
     assert 0 <= sorting["patches_placed_right_restored"] <= 1
-    colour, _ = watch_task(energy, Colorization(), images, STATISTICS, **HOW)
+    colour, _ = watch_task(energy, Colorization(), images, STATISTICS, CONFIG, 4)
     weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
     chroma = images - (images * weights).sum(dim=1, keepdim=True)
     assert colour["chroma_error_corrupted"] == pytest.approx(float(chroma.abs().mean()), rel=1e-4)
-    grey = EnergyModel("vit_tiny_patch16_224", image_size=14, channels=1, backbone_options=OPTIONS)
     statistics = ChannelStatistics((0.4,), (0.2,))
-    found, _ = watch_task(grey, Denoising(), images[:, :1], statistics, **HOW)
+    found, _ = watch_task(make_energy(1), Denoising(), images[:, :1], statistics, CONFIG, 4)
     assert not any(name.startswith("chroma") for name in found)
 
 
@@ -93,8 +102,7 @@ def test_energies_that_are_not_finite_give_nan_and_no_crash(images):
     with torch.no_grad():
         energy.head.weight.fill_(float("nan"))
         energy.backbone.norm.weight.fill_(float("nan"))
-    tasks = {"denoising": Denoising()}
-    entry, _ = watch(energy, tasks, HeldOut(images, None), STATISTICS, EmbeddingChoice(), **HOW)
+    entry, _ = look(energy, HeldOut(images, None), denoising=Denoising())
     assert np.isnan(entry["auroc"])
     assert np.isnan(entry["rank_me"])
     assert "AUROC nan" in describe_health(entry)
@@ -102,13 +110,9 @@ def test_energies_that_are_not_finite_give_nan_and_no_crash(images):
 
 def test_knn_uses_the_labelled_training_images(images):
     energy = make_energy()
-    labels = torch.arange(10) % 3
-    generator = torch.Generator().manual_seed(5)
-    bank, bank_labels = torch.randn(30, 3, 14, 14, generator=generator), torch.arange(30) % 3
-    held_out = HeldOut(images, labels, bank, bank_labels)
-    tasks = {"denoising": Denoising(), "masking": Masking(mask_patch_size=7)}
-    choice = EmbeddingChoice()
-    entry, energies = watch(energy, tasks, held_out, STATISTICS, choice, **HOW)
+    labels, bank, bank_labels = torch.arange(10) % 3, draw(30, 5), torch.arange(30) % 3
+    tasks = {"denoising": Denoising(), "masking": MASKING}
+    entry, energies = look(energy, HeldOut(images, labels, bank, bank_labels), **tasks)
     with torch.no_grad():
         pooled = [energy.backbone.forward_features(x)[:, 1:].mean(dim=1) for x in (bank, images)]
     expected = knn_accuracy(pooled[0], bank_labels, pooled[1], labels)
@@ -119,6 +123,6 @@ def test_knn_uses_the_labelled_training_images(images):
     assert f"kNN {entry['knn']:.1f} %" in line
     assert "denoising" in line
     assert "\n" not in line
-    unlabelled, _ = watch(energy, tasks, HeldOut(images, None), STATISTICS, choice, **HOW)
+    unlabelled, _ = look(energy, HeldOut(images, None), **tasks)
     assert unlabelled["knn"] is None
     assert "kNN" not in describe_health(unlabelled)

@@ -95,10 +95,7 @@ def test_a_backbone_with_batch_norms(tiny, quiet, first_state):
     run = load_pretrained(folder.root)
     run.energy.backbone.load_state_dict(load_file(folder.backbone))
     images = normalised(run, open_images(config).held_out)
-    measures, _ = watch_task(
-        run.energy, config.tasks.masking, images, run.statistics,
-        num_steps=1, step_size=1.0, batch_size=8,
-    )  # fmt: skip
+    measures, _ = watch_task(run.energy, config.tasks.masking, images, run.statistics, config, 8)
     for name in ("psnr_restored_db", "psnr_corrupted_db", "psnr_mean_fill_db"):
         assert measures[name] == pytest.approx(watched[name], abs=0.01)
 

@@ -31,27 +31,24 @@ def last_line(run):
     return run.said.splitlines()[-1]
 
 
+STEP = {"moment": "step", "count": 4}
+# Of each batch's 8 images a worker takes 1.2 seconds: the signal finds the run waiting.
+WAITING = {"moment": "batch", "count": 4, "image_seconds": 0.15}
+
+
 @pytest.mark.parametrize(
-    ("number", "code", "to_group", "waiting"),
+    ("when", "number", "to_group"),
     [
-        pytest.param(signal.SIGTERM, 143, True, False, id="SIGTERM in a step"),
-        pytest.param(signal.SIGINT, 130, False, False, id="Ctrl-C in a step"),
-        # Of each batch's 8 images a worker takes 1.2 seconds: the signal finds the run waiting.
-        pytest.param(signal.SIGTERM, 143, False, True, id="SIGTERM waiting for workers"),
-        pytest.param(signal.SIGINT, 130, True, True, id="Ctrl-C waiting for workers, to all"),
+        pytest.param(STEP, signal.SIGTERM, True, id="SIGTERM in a step"),
+        pytest.param(STEP, signal.SIGINT, False, id="Ctrl-C in a step"),
+        pytest.param(WAITING, signal.SIGTERM, False, id="SIGTERM waiting for workers"),
+        pytest.param(WAITING, signal.SIGINT, True, id="Ctrl-C waiting for workers, to all"),
     ],
 )
-def test_a_signal_stops_the_run_behind_a_checkpoint(
-    runner, goes_on, number, code, to_group, waiting
-):
-    run = runner(checkpoint_minutes=1000.0, **(SLOW_WORKERS if waiting else {}))
-    outcome = run.start(
-        moment="batch" if waiting else "step",
-        count=4,
-        signals=[(0.3 if waiting else 0.0, number, to_group)],
-        image_seconds=0.15 if waiting else 0.0,
-    )
-    assert outcome.code == code, run.said
+def test_a_signal_stops_the_run_behind_a_checkpoint(runner, goes_on, when, number, to_group):
+    run = runner(checkpoint_minutes=1000.0, **(SLOW_WORKERS if when is WAITING else {}))
+    delay = 0.3 if when is WAITING else 0.0
+    assert run.start(signals=[(delay, number, to_group)], **when).code == 128 + number, run.said
     assert "Traceback" not in run.said
     # Whether the step was still taken, or the workers had left: what was done is saved.
     assert 3 <= run.step < 9
@@ -83,7 +80,7 @@ def test_a_second_ctrl_c_leaves_at_once(run, goes_on):
     first, second = (0.3, signal.SIGINT, True), (3.0, signal.SIGINT, True)
     # The step never ends: were the second one only noted, too, the run would hang. It comes late,
     # as two that a busy machine delivers together are one.
-    outcome = run.start(moment="step", count=4, hold=FOREVER, signals=[first, second])
+    outcome = run.start(hold=FOREVER, signals=[first, second], **STEP)
     assert outcome.code == 130, run.said
     assert "Traceback" not in run.said
     assert "interrupted" in last_line(run)
@@ -118,19 +115,18 @@ def slurm(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "answer"),
+    ("number", "answer"),
     [
-        pytest.param(signal.SIGUSR1, 128 + signal.SIGUSR1, 0, id="SIGUSR1"),
-        pytest.param(signal.SIGTERM, 143, 1, id="SIGTERM, refused"),
-        pytest.param(signal.SIGINT, 130, None, id="Ctrl-C"),
+        pytest.param(signal.SIGUSR1, 0, id="SIGUSR1"),
+        pytest.param(signal.SIGTERM, 1, id="SIGTERM, refused"),
+        pytest.param(signal.SIGINT, None, id="Ctrl-C"),
     ],
 )
-def test_a_preempted_run_queues_itself_again(run, slurm, number, code, answer):
+def test_a_preempted_run_queues_itself_again(run, slurm, number, answer):
     environment, calls = slurm
-    env = environment(answer or 0)
-    outcome = run.start(moment="step", count=4, signals=[(0.0, number, False)], env=env)
+    outcome = run.start(signals=[(0.0, number, False)], env=environment(answer or 0), **STEP)
     asked = [] if answer is None else ["requeue 4711"]
-    assert (outcome.code, calls()) == (code, asked), run.said
+    assert (outcome.code, calls()) == (128 + number, asked), run.said
     assert ("queued the job again" in last_line(run)) == (answer == 0)
     assert ("did not requeue job 4711: told: requeue 4711" in run.said) == (answer == 1)
     assert 3 < run.step < 9
@@ -146,7 +142,7 @@ def test_a_job_stopped_before_its_first_step_is_queued_again_and_starts_over(run
 
 def test_a_requeued_job_goes_on_with_the_command_that_started_it(run, goes_on, slurm):
     environment, _ = slurm
-    assert run.start(moment="step", count=4, signals=[TERM], env=environment()).code == 143
+    assert run.start(signals=[TERM], env=environment(), **STEP).code == 143
     again = run.start(env=environment() | {"SLURM_RESTART_COUNT": "1"})
     assert again.code == 0, run.said
     assert f"resuming at step 4 of {STEPS}" in run.said

@@ -4,21 +4,13 @@ import csv
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import two_processes
 from lightning.fabric import Fabric
 from safetensors.torch import load_file
-from two_processes import (
-    CASES,
-    MOST_TORN,
-    make_stepper,
-    run_config,
-    take_steps,
-    torn_config,
-)
+from two_processes import CASES, MOST_TORN, make_stepper, run_config, take_steps, torn_config
 
 from backfold.data.loading import training_loader
 from backfold.training.images import open_images
@@ -31,14 +23,10 @@ TOLERANCE = 1e-6
 def folder(tmp_path_factory):
     """Where both processes have left their results."""
     path = tmp_path_factory.mktemp("two")
-    source = str(Path(two_processes.__file__))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         source, str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, *command, two_processes.__file__, str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
         timeout=300,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-4000:]
@@ -83,11 +71,15 @@ def test_three_steps_equal_those_of_one_process_with_the_whole_batch(ranks, alon
     assert ranks[0][name]["losses"] != ranks[1][name]["losses"]
 
 
-def test_the_processes_see_disjoint_images_that_are_one_process_s_batch(ranks, folder):
-    config = run_config(folder)
+def batches_of(config, steps, rank=0, world_size=1):
     training = open_images(config).training
-    batches = training_loader(training, (28, 28), 1, config.augmentation, 8, 3, 0, 4)
-    for step, batch in enumerate(batches):
+    return training_loader(
+        training, (28, 28), 1, config.augmentation, 8 // world_size, 3, 0, steps, rank, world_size
+    )
+
+
+def test_the_processes_see_disjoint_images_that_are_one_process_s_batch(ranks, folder):
+    for step, batch in enumerate(batches_of(run_config(folder), 4)):
         shares = [result["run"]["images"][step] for result in ranks]
         assert [len(share) for share in shares] == [4, 4]
         assert torch.equal(torch.cat(shares), batch.images)
@@ -114,18 +106,12 @@ def test_only_the_first_process_writes(ranks, folder):
     assert second == []
 
 
-def torn_images(folder, rank, world_size=2):
-    """The lines on images that this process could not read, those held out left aside."""
-    config = torn_config(folder)
-    training = open_images(config).training
-    batches = training_loader(
-        training, (28, 28), 1, config.augmentation, 8 // world_size, 3, 0, 9, rank, world_size
-    )
-    return {line for batch in batches for line in batch.broken}
-
-
 def test_torn_images_of_all_processes_are_told_once_and_counted_together(ranks, folder):
-    first, second = (torn_images(folder, rank) for rank in (0, 1))
+    # The lines on images that each process could not read, those held out left aside.
+    first, second = (
+        {line for batch in batches_of(torn_config(folder), 9, rank, 2) for line in batch.broken}
+        for rank in (0, 1)
+    )
     assert first - second
     assert second - first
     log = RunFolder(folder / "torn").log.read_text().splitlines()

@@ -18,20 +18,11 @@ from lightning.fabric import Fabric
 from rich.console import Console
 from tiny_run import TINY_VIT, tiny_config, write_images
 
+from backfold import pretext
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
-from backfold.pretext import (
-    Colorization,
-    Corruption,
-    Denoising,
-    HiddenPatches,
-    Masking,
-    Mixture,
-    PretextTask,
-    Sorting,
-    SuperResolution,
-)
+from backfold.pretext import Corruption, HiddenPatches, Masking, Mixture, PretextTask, Sorting
 from backfold.training import pretrain as trainer
 from backfold.training.config import OptimizerSettings, PretrainConfig
 from backfold.training.devices import make_fabric
@@ -42,13 +33,12 @@ from backfold.training.step import CompiledStep, Stepper
 STATISTICS = ChannelStatistics((0.5, 0.4, 0.3), (0.3, 0.3, 0.2))
 MASKING = Masking(mask_patch_size=7)
 SORTING = Sorting(sorting_patch_size=7)
+OTHERS = pretext.Denoising(), pretext.SuperResolution(), pretext.Colorization()
 STEPS, BATCH = 3, 8
 MOST_TORN = 10  # of 12 torn images: more than any process meets, and fewer than both do
 CASES: dict[str, tuple[PretextTask, dict[str, Any]]] = {
     "masking": (MASKING, {}),
-    "mixture": (
-        Mixture((MASKING, SORTING, Denoising(), SuperResolution(), Colorization()), (1,) * 5), {}
-    ),
+    "mixture": (Mixture((MASKING, SORTING, *OTHERS), (1,) * 5), {}),
     "K = 2 and accumulation": (SORTING, {"num_steps": 2, "micro_batch": 3}),
     "sparse": (Masking(mask_patch_size=7, mask_ratio=0.75, hidden_share=1 / 3), {}),
     "finite difference": (
@@ -72,9 +62,9 @@ class EachAlone:
     def __call__(self, clean: torch.Tensor, generator: torch.Generator) -> Corruption:
         del generator
         made = []
-        for image in clean:
+        for image in clean.split(1):
             seed = zlib.crc32((1000 * image).round().to(torch.int32).numpy().tobytes())
-            made.append(self.task(image[None], torch.Generator().manual_seed(seed)))
+            made.append(self.task(image, torch.Generator().manual_seed(seed)))
         return Corruption.join(made)
 
 
@@ -88,14 +78,10 @@ def pictures(step: int) -> torch.Tensor:
 def make_stepper(name: str, fabric: Fabric, **changes: Any) -> Stepper:
     """A stepper on a tiny ViT in float64."""
     torch.manual_seed(0)
-    energy = EnergyModel(
-        "vit_tiny_patch16_224",
-        image_size=28,
-        backbone_options=TINY_VIT,
-        second_head=isinstance(CASES[name][0], HiddenPatches),
-        projector="invariance" in CASES[name][1],
-    ).double()
     task, settings = CASES[name]
+    heads = {"second_head": isinstance(task, HiddenPatches), "projector": "invariance" in settings}
+    energy = EnergyModel("vit_tiny_patch16_224", image_size=28, backbone_options=TINY_VIT, **heads)
+    energy = energy.double()
     images = torch.randn(2, 3, 28, 28, dtype=torch.float64)
     running = task(images, torch.Generator().manual_seed(0)).running
     freeze_unreachable(energy, images, running=running)

@@ -24,7 +24,7 @@ from backfold.embedding import embed
 from backfold.errors import UserError
 from backfold.evaluation.results import ACCURACY, BEFORE, PIXELS, PRETRAINED, SCRATCH, read_rows
 from backfold.exporting.graph import write_graph
-from backfold.files import write_atomically, write_json
+from backfold.files import write_json
 from backfold.training.config import config_to_dict
 from backfold.training.run import Pretrained, RunFolder, exported_backbone, load_pretrained
 from backfold.version import __version__
@@ -35,11 +35,8 @@ CONFIG = "config.json"
 TOLERANCE = 1e-5
 # How models are told to give the mean over positions, the embedding, as their output. Vision
 # transformers with a mean move their last norm behind it unless they are told not to.
-POOLINGS: tuple[dict[str, Any], ...] = (
-    {"global_pool": "avg"},
-    {"global_pool": "avg", "fc_norm": False},
-    {},
-)
+AVERAGE: dict[str, Any] = {"global_pool": "avg"}
+POOLINGS: tuple[dict[str, Any], ...] = (AVERAGE, AVERAGE | {"fc_norm": False}, {})
 CONFIG_KEYS = ("first_conv", "classifier", "fixed_input_size", "pool_size")
 CARD = "README.md"
 OURS = {WEIGHTS, CONFIG, "model.onnx", "model.pt2", CARD}
@@ -71,24 +68,18 @@ def export_run(checkpoint: Path, kind: Format, out: Path, overwrite: bool = Fals
         raise UserError(f"{out} exists; give --overwrite to replace an export, or another --out")
     run = load_pretrained(checkpoint)
     files = RunFolder(checkpoint if checkpoint.is_dir() else checkpoint.parent.parent)
-    source = files if files.checkpoints.is_dir() else None
-    rebuilt = rebuild(run, exported_backbone(run, source.root if source else None))
-    with replacing_folder(out) as folder:
+    rebuilt = _rebuild(run, exported_backbone(run, files.root))
+    with _replacing_folder(out) as folder:
         if kind in ("onnx", "pt2"):
             write_graph(folder / f"model.{kind}", run, rebuilt.model)
         else:
-            write_timm_folder(folder, run, rebuilt, wrapped=kind == "huggingface")
-        card = render_card(run, source, kind, out.name, rebuilt)
-        write_atomically(folder / CARD, card.encode())
+            _write_timm_folder(folder, run, rebuilt, wrapped=kind == "huggingface")
+        (folder / CARD).write_bytes(_card(run, files, kind, out.name, rebuilt).encode())
 
 
 @contextmanager
-def replacing_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``out`` when the block ends well.
-
-    Raises:
-        UserError: the disk is full or the place can't be written; an old folder is intact.
-    """
+def _replacing_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``out`` when the block ends well; else it is as it was."""
     temporary, old = (out.with_name(f".{out.name}.{ending}") for ending in ("tmp", "old"))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -112,37 +103,30 @@ def replacing_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def architecture(run: Pretrained) -> str:
-    """The model's name in timm, without the name of somebody's weights."""
-    return str(split_model_name_tag(run.config.backbone)[0])
-
-
 class Rebuilt(NamedTuple):
     """A backbone as timm alone builds it: its own layers with our weights, in eval mode."""
 
     model: nn.Module
+    name: str  # without that of somebody's weights
     arguments: dict[str, Any]  # of `timm.create_model`, besides the name and ``num_classes=0``
     pooled: bool  # whether the model's output is the embedding, the last layer's average
 
 
 @torch.no_grad()
-def rebuild(run: Pretrained, backbone: nn.Module) -> Rebuilt:
-    """Build the backbone anew with arguments that anybody can give timm, and compare.
-
-    Raises:
-        UserError: timm can't build it; only with another timm than the run's.
-    """
+def _rebuild(run: Pretrained, backbone: nn.Module) -> Rebuilt:
+    """Build the backbone anew with arguments that anybody can give timm, and compare."""
+    name = str(split_model_name_tag(run.config.backbone)[0])
     # Two images of noise: what differs anywhere differs on them.
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, run.channels, *run.image_size, generator=generator)
     expected, features = embed(backbone, images), feature_map(backbone, images)
+    own = {"in_chans": run.channels, **run.config.backbone_options}
     sizes: tuple[dict[str, Any], ...] = ({"img_size": list(run.image_size)}, {})
     fallback = None
     for pooling, size in product(POOLINGS, sizes):
-        options = run.config.backbone_options
-        arguments = {"in_chans": run.channels, **options, **size, **pooling}
+        arguments = {**own, **size, **pooling}
         try:
-            model: nn.Module = timm.create_model(architecture(run), num_classes=0, **arguments)
+            model: nn.Module = timm.create_model(name, num_classes=0, **arguments)
             model.load_state_dict(backbone.state_dict())
         except (TypeError, RuntimeError, AssertionError, ValueError):
             continue
@@ -150,13 +134,13 @@ def rebuild(run: Pretrained, backbone: nn.Module) -> Rebuilt:
         if not _close(feature_map(model, images), features):
             continue
         if _close(model(images), expected):
-            return Rebuilt(model, arguments, pooled=True)
+            return Rebuilt(model, name, arguments, pooled=True)
         if not pooling:
-            fallback = fallback or Rebuilt(model, arguments, pooled=False)
+            fallback = fallback or Rebuilt(model, name, arguments, pooled=False)
     if fallback is None:
         raise UserError(
-            f"timm {timm.__version__} can't build {run.config.backbone!r} with these weights; use "
-            "the versions in the run's run.json"
+            f"timm {timm.__version__} can't build {name!r} with these weights; use the versions in "
+            "the run's run.json"
         )
     return fallback
 
@@ -169,14 +153,14 @@ def _close(given: object, expected: Tensor) -> bool:
     )
 
 
-def write_timm_folder(folder: Path, run: Pretrained, rebuilt: Rebuilt, wrapped: bool) -> None:
-    """Write weights and config; ``wrapped`` names transformers' wrapper as the model's type."""
+def _write_timm_folder(folder: Path, run: Pretrained, rebuilt: Rebuilt, wrapped: bool) -> None:
+    """Weights and config; ``wrapped`` names transformers' wrapper as the model's type."""
     model, arguments = rebuilt.model, rebuilt.arguments
     tensors = {name: t.detach().contiguous().clone() for name, t in model.state_dict().items()}
-    write_atomically(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     known = dict(getattr(model, "pretrained_cfg", None) or {})
     config = {
-        "architecture": architecture(run),
+        "architecture": rebuilt.name,
         "num_classes": 0,
         "num_features": int(getattr(model, "num_features", 0)),
         "model_args": arguments,
@@ -198,29 +182,27 @@ def write_timm_folder(folder: Path, run: Pretrained, rebuilt: Rebuilt, wrapped: 
     write_json(folder / CONFIG, {"model_type": "timm_wrapper", **config} if wrapped else config)
 
 
-def render_card(
-    run: Pretrained, files: RunFolder | None, kind: Format, name: str, rebuilt: Rebuilt
-) -> str:
-    """The card in Markdown; without the run's ``files`` it lacks facts and results."""
+def _card(run: Pretrained, files: RunFolder, kind: Format, name: str, rebuilt: Rebuilt) -> str:
+    """The card in Markdown; it lacks facts and results whose ``files`` are not there."""
     config = {
         # Where somebody's files lie is nobody else's business.
         key: Path(value).name if key in PATHS and value is not None else value
         for key, value in config_to_dict(run.config).items()
     }
-    health = _read_json(files.health).get("history") if files else None
-    found = read_rows(files.evaluation) if files and files.evaluation.exists() else []
+    health = _read_json(files.health).get("history")
+    found = read_rows(files.evaluation) if files.evaluation.exists() else []
     environment = Environment(
         loader=PackageLoader("backfold.exporting", ""), trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["text"] = as_text
+    environment.filters["text"] = _as_text
     return environment.get_template("model_card.md.jinja").render(
         run=run,
         kind=kind,
         name=name,
-        architecture=architecture(run),
+        architecture=rebuilt.name,
         call=", ".join(f"{key}={value!r}" for key, value in rebuilt.arguments.items()),
         pooled=rebuilt.pooled,
-        facts=_read_json(files.facts) if files else {},
+        facts=_read_json(files.facts),
         health=health[-1] if health else {},
         rows=[row for row in found if row.metric == ACCURACY and row.contender in SHOWN],
         recipe=yaml.safe_dump(config, sort_keys=False).rstrip().replace("```", "'''"),
@@ -228,7 +210,7 @@ def render_card(
     )
 
 
-def as_text(value: object) -> str:
+def _as_text(value: object) -> str:
     """One line without HTML, links, code or table cells of its own: names may be anybody's."""
     escaped = html.escape(" ".join(str(value).split()), quote=False)
     return re.sub(r"([\\`\[\]|])", r"\\\1", escaped)
@@ -236,9 +218,6 @@ def as_text(value: object) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} can't be read: {error}; remove it or mend it") from error
-    return content if isinstance(content, dict) else {}

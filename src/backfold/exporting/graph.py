@@ -12,16 +12,12 @@ from torch import Tensor, nn
 
 from backfold.backbone import as_positions
 from backfold.errors import UserError
-from backfold.files import write_atomically
 from backfold.training.run import Pretrained
 
 INPUT = "images"
 OUTPUTS = ("embedding", "energy")
 TOLERANCE = 1e-5
-# Sizes at which a graph is held against the model; it is exported with two images.
-CHECKED_BATCHES = (1, 2, 5)
-
-Runner = Callable[[Tensor], Sequence[Tensor]]
+BATCHES = (2, 1, 5)  # images: exported with the first, and held against the model at all
 
 
 class EnergyGraph(nn.Module):
@@ -45,32 +41,28 @@ class EnergyGraph(nn.Module):
 
 
 def write_graph(path: Path, run: Pretrained, backbone: nn.Module) -> None:
-    """Export as the suffix says (.onnx or .pt2), read it back and compare.
+    """Export as the suffix says (.onnx or .pt2), read it back and compare at several batch sizes.
 
-    Raises:
-        UserError: packages are missing, the backbone can't be exported, or the graph gives other
-            embeddings or energies than the model, at some batch size.
+    UserError: packages are missing, the backbone can't be exported, or the graph differs.
     """
     graph = EnergyGraph(run, backbone).eval()
     shapes = {INPUT: {0: torch.export.Dim("batch")}}
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(count, run.channels, *run.image_size) for count in BATCHES]
+    batches = [torch.rand(size, generator=generator) for size in sizes]
     kind, name = ("ONNX" if path.suffix == ".onnx" else "pt2"), run.config.backbone
     try:
         with torch.no_grad():
-            program = torch.export.export(
-                graph, (_images(run, 2),), dynamic_shapes=shapes, strict=False
-            )
+            program = torch.export.export(graph, (batches[0],), dynamic_shapes=shapes, strict=False)
             if kind == "ONNX":
                 infer = _save_onnx(path, program)
             else:
                 buffer = io.BytesIO()
                 torch.export.save(program, buffer)
-                write_atomically(path, buffer.getvalue())
+                path.write_bytes(buffer.getvalue())
                 infer = torch.export.load(path).module()
-            outputs = {
-                count: (infer(_images(run, count)), graph(_images(run, count)))
-                for count in CHECKED_BATCHES
-            }
-    except UserError:
+            outputs = [(infer(images), graph(images)) for images in batches]
+    except (OSError, UserError):
         raise
     except Exception as error:  # whatever a backbone's operations lead to
         lines = [line for line in str(error).splitlines() if line.strip()]
@@ -78,9 +70,9 @@ def write_graph(path: Path, run: Pretrained, backbone: nn.Module) -> None:
         raise UserError(
             f"{name!r} can't be exported to {kind}: {reason}; export to timm"
         ) from error
-    for count, pair in outputs.items():
-        for output, given, expected in zip(OUTPUTS, *pair, strict=True):
-            worst = float((given - expected).abs().max()) / (1 + float(expected.abs().max()))
+    for count, pair in zip(BATCHES, outputs, strict=True):
+        for output, found, expected in zip(OUTPUTS, *pair, strict=True):
+            worst = float((found - expected).abs().max()) / (1 + float(expected.abs().max()))
             if not worst <= TOLERANCE:
                 raise UserError(
                     f"the {kind} graph of {name!r} gives another {output} than the model "
@@ -88,12 +80,9 @@ def write_graph(path: Path, run: Pretrained, backbone: nn.Module) -> None:
                 )
 
 
-def _images(run: Pretrained, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(count)
-    return torch.rand(count, run.channels, *run.image_size, generator=generator)
-
-
-def _save_onnx(path: Path, program: torch.export.ExportedProgram) -> Runner:
+def _save_onnx(
+    path: Path, program: torch.export.ExportedProgram
+) -> Callable[[Tensor], Sequence[Tensor]]:
     try:
         import onnxscript  # noqa: F401 - torch's exporter needs it
 

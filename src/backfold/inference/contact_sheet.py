@@ -16,31 +16,25 @@ from backfold.pictures import heat_png, to_display
 from backfold.training.run import Pretrained
 
 TITLES = {
-    "energy": (
-        "Lowest energy: the most plausible images",
-        "Highest energy: the least plausible images",
-    )
+    "Lowest energy": "Lowest energy: the most plausible images",
+    "Highest energy": "Highest energy: the least plausible images",
 }
 JOINED = "joined"
 STRANGEST = "Highest joined: the strangest images, and under each where it is strange"
 
 
-def extremes(tables: Iterable[pa.Table], count: int) -> dict[str, tuple[pa.Table, pa.Table]]:
+def extremes(tables: Iterable[pa.Table], count: int) -> dict[str, list[pa.Table]]:
     """For each score, the rows of the ``count`` lowest and highest values, the farthest first."""
-    found: dict[str, tuple[pa.Table, pa.Table]] = {}
-    for table in tables:
-        for name in table.column_names:
-            if name in (INDEX, "path", MAP):
-                continue
-            low, high = found.get(name, (table[:0], table[:0]))
+    table = pa.concat_tables(tables)
+    return {
+        name: [
             # Equal scores in the images' order: the sheet is the same on every run.
-            found[name] = tuple(
-                pa.concat_tables([side, table]).sort_by([(name, order), (INDEX, "ascending")])[
-                    :count
-                ]
-                for side, order in ((low, "ascending"), (high, "descending"))
-            )
-    return found
+            table.sort_by([(name, order), (INDEX, "ascending")])[:count]
+            for order in ("ascending", "descending")
+        ]
+        for name in table.column_names
+        if name not in (INDEX, "path", MAP)
+    }
 
 
 def render_contact_sheet(
@@ -55,18 +49,16 @@ def render_contact_sheet(
 
     With a finder of defects the highest of its joined scores are shown once more, under its map.
     """
+    titles = {f"Highest {JOINED}": STRANGEST}
     # A conditional run's energy of whole images says nothing of plausible ones.
-    titles = {JOINED: ("", STRANGEST)}
     titles |= {} if run.config.energy == "conditional" else TITLES
-    views = [
-        (view_title, name, side.to_pylist())
-        for name, sides in sorted(extremes(tables, count).items(), key=lambda s: s[0] != JOINED)
-        for view_title, side in zip(
-            titles.get(name, (f"Lowest {name}", f"Highest {name}")), sides, strict=True
-        )
+    views = []
+    for name, (low, high) in sorted(extremes(tables, count).items(), key=lambda s: s[0] != JOINED):
         # The least strange images show nothing.
-        if side is sides[1] or name == "energy" or name.startswith("error_")
-    ]
+        if name == "energy" or name.startswith("error_"):
+            views.append((f"Lowest {name}", name, low.to_pylist()))
+        views.append((f"Highest {name}", name, high.to_pylist()))
+    views = [(titles.get(heading, heading), *rest) for heading, *rest in views]
     shown = sorted({row[INDEX] for _, _, rows in views for row in rows})
     strange = {row[INDEX] for heading, _, rows in views if heading == STRANGEST for row in rows}
     pictures, maps = {}, {}  # data URIs by index

@@ -64,18 +64,8 @@ class ScoringJob:
     The error is what training lowers: the smooth L1 distance of the restored image from the clean
     one, in deviations of the data, averaged where the task's loss counts. An image whose
     restoration diverges has an infinite error. Its corruption depends on the seed and its index
-    alone.
-
-    Args:
-        run: the energy.
-        tasks: by name; none leaves only the energy.
-        num_steps: restoration steps.
-        step_size: factor of the energy gradient.
-        seed: of the corruptions.
-        device: where it is computed.
-        finder: of defects; see `backfold.defects.DefectFinder`.
-        maps: a folder for each image's map: NUMBER.tiff and, over the image, NUMBER.png; the column
-            ``map`` has the number.
+    alone. In the folder ``maps`` each image's map is written as NUMBER.tiff and, over the image,
+    NUMBER.png; the column ``map`` has the number.
     """
 
     run: Pretrained
@@ -91,7 +81,6 @@ class ScoringJob:
         """As `EmbeddingJob.facts`."""
         return {
             "job": "score",
-            "columns": "misplaced, too",  # parts of older jobs have fewer
             "tasks": {name: repr(task) for name, task in self.tasks.items()},
             "num_steps": self.num_steps,
             "step_size": self.step_size,
@@ -109,37 +98,35 @@ class ScoringJob:
         for name, task in self.tasks.items():
             # Drawn on the CPU: the same corruption whatever the device.
             columns[f"error_{name}"], restored = self._errors(task, clean.cpu(), indices)
-            side = 0
             match task:
-                case Sorting():
-                    side = task.sorting_patch_size
+                case Sorting(sorting_patch_size=side):
+                    pass
                 case HiddenPatches(tasks=(Sorting(),)):
                     side = task.masking.mask_patch_size
-            if side:
-                pairs = zip(restored.split(1), clean.cpu().split(1), strict=True)
-                right = [patches_placed_right(*pair, side) for pair in pairs]  # for the memory
-                columns["misplaced"] = 1 - torch.cat(right)
+                case _:
+                    continue
+            pairs = zip(restored.split(1), clean.cpu().split(1), strict=True)
+            right = [patches_placed_right(*pair, side) for pair in pairs]  # for the memory
+            columns["misplaced"] = 1 - torch.cat(right)
+        numbers = [f"{index:07d}" for index in indices]
         if self.finder is not None:
             scores, maps = self.finder(clean)
             columns |= scores
             if self.maps is not None:
-                for index, image, found in zip(indices, clean, maps, strict=True):
-                    path = self.maps / f"{index:07d}"
-                    write_atomically(path.with_suffix(".tiff"), map_tiff(found))
+                for number, image, found in zip(numbers, clean, maps, strict=True):
+                    write_atomically(self.maps / f"{number}.tiff", map_tiff(found))
                     picture = heat_png(image, found, self.run.statistics)
-                    write_atomically(path.with_suffix(".png"), picture)
-        found = {name: pa.array(values.cpu().numpy()) for name, values in columns.items()}
-        if self.maps is not None:
-            found[MAP] = pa.array([f"{index:07d}" for index in indices])
-        return found
+                    write_atomically(self.maps / f"{number}.png", picture)
+        arrays = {name: pa.array(values.cpu().numpy()) for name, values in columns.items()}
+        return arrays if self.maps is None else arrays | {MAP: pa.array(numbers)}
 
     def _errors(
         self, task: PretextTask, clean: Tensor, indices: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """By image, and the restored images."""
         corruptions = [
-            task(clean[[row]], torch.Generator().manual_seed(image_seed(self.seed, index)))
-            for row, index in enumerate(indices)
+            task(image, torch.Generator().manual_seed(image_seed(self.seed, index)))
+            for image, index in zip(clean.split(1), indices, strict=True)
         ]
         made = Corruption.join(corruptions).to(self.device)
         energy_fn = self.run.energy.of(made)

@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,19 +22,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
-import torch
-from numpy.lib import format as npy
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from safetensors.torch import save
 
 from backfold.data.loading import evaluation_batches
 from backfold.data.source import BrokenFiles, ImageSource
 from backfold.errors import UserError
-from backfold.files import LOCK, hold, write_atomically, write_json
+from backfold.files import LOCK, hold, replacing, write_atomically, write_json
 from backfold.inference.jobs import INDEX, Job
+from backfold.training.log import progress_bar
 
 LOGGER = logging.getLogger("backfold")
 SECONDS_BETWEEN_LINES = 30.0
@@ -50,24 +47,13 @@ Engine = Callable[[Sequence[int]], Iterator[tuple[int, pa.Table]]]
 
 @dataclass
 class Parts:
-    """A job on all images of a source, in parts that lie in ``OUT.parts`` while it goes on.
-
-    Args:
-        job: what is computed.
-        source: the images.
-        out: the file that the parts are joined in.
-        batch_size: images that are computed at once.
-        part_size: images that are kept at a time, rounded down to whole batches.
-
-    Raises:
-        UserError: no images, or sizes below 1.
-    """
+    """A job on all images of a source, in parts that lie in ``OUT.parts`` while it goes on."""
 
     job: Job
     source: ImageSource
-    out: Path
-    batch_size: int
-    part_size: int
+    out: Path  # the file that they are joined in
+    batch_size: int  # images that are computed at once
+    part_size: int  # that are kept at a time, rounded down to whole batches
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.part_size < 1:
@@ -76,28 +62,29 @@ class Parts:
         if not len(self.source):
             raise UserError(f"{self.source.name} holds no images; give others")
         self.part_size = self.batch_size * max(1, self.part_size // self.batch_size)
+        self.folder = self.out.with_name(self.out.name + ".parts")
 
     def __len__(self) -> int:
         return math.ceil(len(self.source) / self.part_size)
 
     def batches(self, part: int) -> list[range]:
         """The part's images, batch by batch."""
-        end = min((part + 1) * self.part_size, len(self.source))
-        starts = range(part * self.part_size, end, self.batch_size)
-        return [range(start, min(start + self.batch_size, end)) for start in starts]
+        images = range(len(self.source))
+        starts = images[part * self.part_size : (part + 1) * self.part_size : self.batch_size]
+        return [images[start : start + self.batch_size] for start in starts]
+
+    def images(self, part: int) -> int:
+        """So many."""
+        return sum(map(len, self.batches(part)))
 
     def facts(self) -> dict[str, Any]:
         """What decides the rows and which are in a part; parts with other facts never mix."""
-        paths, weights = hashlib.sha256(), hashlib.sha256()
-        for name, tensor in self.job.run.energy.state_dict().items():
-            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            weights.update(name.encode())
-            weights.update(values.numpy().data)
+        paths = hashlib.sha256()
         for index in range(len(self.source)):
             paths.update(self.source.describe(index).encode("utf-8", "surrogateescape") + b"\0")
-        facts = {
+        return {
             **self.job.facts(),
-            "weights": weights.hexdigest(),
+            "weights": hashlib.sha256(save(self.job.run.energy.state_dict())).hexdigest(),
             "step": self.job.run.step,
             "data": self.source.name,
             "paths": paths.hexdigest(),
@@ -105,13 +92,6 @@ class Parts:
             "part_size": self.part_size,
             "batch_size": self.batch_size,
         }
-        plain: dict[str, Any] = json.loads(json.dumps(facts))
-        return plain
-
-    @property
-    def folder(self) -> Path:
-        """Where the parts lie."""
-        return self.out.with_name(self.out.name + ".parts")
 
     def path(self, part: int) -> Path:
         """Where a part lies when it is done."""
@@ -120,7 +100,7 @@ class Parts:
     def read(self, part: int) -> pa.Table:
         """A part that is done; UserError if somebody damaged or removed it."""
         try:
-            return from_bytes(self.path(part).read_bytes())
+            return _from_bytes(self.path(part).read_bytes())
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(
                 f"{self.path(part)} can't be read ({type(error).__name__}); remove it and run the "
@@ -132,31 +112,22 @@ class Parts:
         return (self.read(part) for part in range(len(self)))
 
 
-def broken_of(table: pa.Table) -> list[str]:
-    """A line for each of the part's images that could not be read."""
-    lines: list[str] = json.loads((table.schema.metadata or {}).get(BROKEN, b"[]"))
-    return lines
+def _broken(table: pa.Table) -> list[str]:
+    return list(json.loads(table.schema.metadata[BROKEN]))
 
 
-def to_bytes(table: pa.Table) -> bytes:
-    """The table as a parquet file's content."""
+def _to_bytes(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     return buffer.getvalue()
 
 
-def from_bytes(content: bytes) -> pa.Table:
-    """The inverse of `to_bytes`."""
+def _from_bytes(content: bytes) -> pa.Table:
     return pq.read_table(pa.BufferReader(content))
 
 
 def check_out(out: Path, formats: Sequence[str], others: Sequence[Path], overwrite: bool) -> None:
-    """Refuse, before anything is computed, a file that could not be written.
-
-    Raises:
-        UserError: its suffix is none of ``formats``; it or one of the ``others`` beside it is a
-            folder, or exists.
-    """
+    """Refuse a file of no known format, or one that, or another beside it, exists."""
     if out.suffix not in formats:
         raise UserError(f"--out {out} is in no known format; end it in {' or '.join(formats)}")
     for path in (out, *others):
@@ -171,10 +142,6 @@ def claim(parts: Parts, overwrite: bool) -> Iterator[None]:
     """Make or enter the parts' folder, and hold it until the block ends.
 
     Parts of an equal job are kept. ``overwrite`` removes those of another one.
-
-    Raises:
-        UserError: parts of another job, a folder of somebody else's, one that is in use, or one
-            that can't be written.
     """
     folder = parts.folder
     if folder.exists() and not (folder / LOCK).exists():
@@ -205,9 +172,8 @@ def compute(
 ) -> int:
     """Compute what is missing, join all parts, remove them; returns the rows.
 
-    Images and speed are shown as a bar on a terminal, elsewhere in a line now and then. ``finish``
-    is called when all parts are there, before they are removed; ``overwrite`` starts anew where
-    parts of another job lie.
+    ``finish`` is called when all parts are there, before they are removed; ``overwrite`` starts
+    anew where parts of another job lie.
 
     Raises:
         UserError: what loading raises, too many broken images, or a disk that is full.
@@ -215,28 +181,22 @@ def compute(
     total = len(parts.source)
     with claim(parts, overwrite):
         broken = BrokenFiles(total, parts.job.run.config.max_broken_share)
-        images = [sum(map(len, parts.batches(part))) for part in range(len(parts))]
-        missing = [part for part in range(len(parts)) if not parts.path(part).exists()]
-        done = sorted(set(range(len(parts))) - set(missing))
+        done = [part for part in range(len(parts)) if parts.path(part).exists()]
+        missing = sorted(set(range(len(parts))) - set(done))
         for part in done:
-            broken.add(broken_of(parts.read(part)))
+            broken.add(_broken(parts.read(part)))
         if done:
             LOGGER.info("%d of %d parts are done already", len(done), len(parts))
-        first = count = sum(images[part] for part in done)
+        first = count = sum(map(parts.images, done))
         start = last = time.monotonic()
-        with Progress(
-            "images", MofNCompleteColumn(), BarColumn(bar_width=None), "{task.fields[speed]}",
-            TimeRemainingColumn(), console=console, transient=True,
-            disable=not console.is_terminal,
-        ) as bar:  # fmt: skip
-            task = bar.add_task("", total=total, completed=count, speed="")
+        with progress_bar(console, "images", count, total) as bar:
             for part, table in engine(missing) if missing else ():
-                for line in broken.add(broken_of(table)):
+                for line in broken.add(_broken(table)):
                     LOGGER.warning("skipped: %s", line)
-                write_atomically(parts.path(part), to_bytes(table))
-                count, now = count + images[part], time.monotonic()
+                write_atomically(parts.path(part), _to_bytes(table))
+                count, now = count + parts.images(part), time.monotonic()
                 speed = f"{(count - first) / max(now - start, 1e-9):.1f} images/s"
-                bar.update(task, completed=count, speed=speed)
+                bar.update(bar.task_ids[0], completed=count, numbers=speed)
                 if not console.is_terminal and now - last > SECONDS_BETWEEN_LINES:
                     LOGGER.info("%d of %d images, %s", count, total, speed)
                     last = now
@@ -254,8 +214,8 @@ def local_parts(
 ) -> Iterator[tuple[int, pa.Table]]:
     """(part, its rows) for the parts of these rising numbers, in their order.
 
-    An image that can't be read, or that crashes or hangs the process that loads it, has no row;
-    `broken_of` has a line on it. Without workers this process loads, and a decoder can crash it.
+    An image that can't be read, or that crashes or hangs the process that loads it, has no row but
+    a line in the metadata. Without workers this process loads, and a decoder can crash it.
     """
     job, source, run = parts.job, parts.source, parts.job.run
     run.energy.to(job.device)
@@ -288,7 +248,7 @@ class PartWorker:
         part, content, message = int(batch["part"][0]), b"", ""
         try:
             for _, table in local_parts(self._parts, [part], RAY_LOADERS):
-                content = to_bytes(table)
+                content = _to_bytes(table)
         except UserError as error:
             message = str(error)
         return {"part": [part], "content": [content], "error": [message]}
@@ -301,11 +261,7 @@ def ray_parts(
 
     Joins the cluster that ``RAY_ADDRESS`` names; without it, Ray starts on this machine. Each of a
     pool of actors holds the model and reads the images itself: the data must lie at the same path
-    on every machine. Ray gives a part that a killed actor was working on to another one. An actor
-    has one CPU and so many GPUs, fractions allowed.
-
-    Raises:
-        UserError: Ray is not installed or can't start, or what loading raises.
+    on every machine. Ray gives a part that a killed actor was working on to another one.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     try:
@@ -316,16 +272,13 @@ def ray_parts(
             'the ray engine needs Ray; pip install "backfold[ray]", or leave --engine out'
         ) from error
     ray.data.DataContext.get_current().enable_progress_bars = False
-    if not ray.is_initialized():
-        try:
-            ray.init(logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"Ray can't start: {reason}; check RAY_ADDRESS") from error
-    items = ray.data.from_items(
-        [{"part": number} for number in numbers],
-        override_num_blocks=min(len(numbers), MOST_BLOCKS),
-    )
+    try:
+        ray.init(logging_level=logging.WARNING, ignore_reinit_error=True)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"Ray can't start: {reason}; check RAY_ADDRESS") from error
+    rows, blocks = [{"part": number} for number in numbers], min(len(numbers), MOST_BLOCKS)
+    items = ray.data.from_items(rows, override_num_blocks=blocks)
     contents = items.map_batches(
         PartWorker,
         batch_size=1,
@@ -337,32 +290,17 @@ def ray_parts(
     for row in contents.iter_rows():
         if row["error"]:
             raise UserError(row["error"])
-        yield int(row["part"]), from_bytes(row["content"])
+        yield int(row["part"]), _from_bytes(row["content"])
 
 
 def join(parts: Parts) -> int:
     """Write all rows, in the images' order, in the format of the suffix; returns how many.
 
     parquet and CSV have the parts' columns. npz has ``path`` (rows,), of text, and ``vector``
-    (rows, features), float32.
-
-    Raises:
-        UserError: the disk is full or the folder can't be written; an old file is intact.
+    (rows, features), float32, and is put together in memory, where its readers have it too.
     """
-    out = parts.out
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        count = WRITERS[out.suffix](parts, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(out)
-    except OSError as error:
-        raise UserError(
-            f"can't write {out}: {error.strerror or error}; free space or choose another --out"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
+    with replacing(parts.out) as temporary:
+        return WRITERS[parts.out.suffix](parts, temporary)
 
 
 def _rows(parts: Parts) -> Iterator[pa.Table]:
@@ -380,23 +318,12 @@ def _write_table(writer_class: Any, parts: Parts, path: Path) -> int:
 
 
 def _write_npz(parts: Parts, path: Path) -> int:
-    count, longest, width = 0, 1, 0
-    for table in _rows(parts):
-        count += len(table)
-        longest = max(longest, pc.max(pc.utf8_length(table["path"])).as_py() or 0)
-        width = table.schema.field("vector").type.list_size
-    shapes = {"path": (count,), "vector": (count, width)}
-    dtypes = {"path": np.dtype(f"<U{longest}"), "vector": np.dtype("<f4")}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, dtype in dtypes.items():
-            header = {"descr": dtype.str, "fortran_order": False, "shape": shapes[name]}
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                npy.write_array_header_1_0(file, header)
-                for table in _rows(parts):
-                    column = table[name].combine_chunks()
-                    values = column if name == "path" else column.flatten()
-                    file.write(values.to_numpy(zero_copy_only=False).astype(dtype).tobytes())
-    return count
+    table = pa.concat_tables(_rows(parts)).combine_chunks()
+    vectors = table["vector"].chunk(0)
+    values = vectors.flatten().to_numpy().reshape(-1, vectors.type.list_size)
+    with path.open("wb") as file:
+        np.savez(file, path=np.array(table["path"].to_pylist(), str), vector=values)
+    return len(table)
 
 
 WRITERS: dict[str, Callable[[Parts, Path], int]] = {

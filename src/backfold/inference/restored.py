@@ -56,25 +56,24 @@ def read_images(given: Sequence[Image.Image | Path | str], run: Pretrained) -> T
             else:
                 content = Path(one).read_bytes()
                 decoded = decode(content, max(run.image_size), run.config.max_pixels)
-            image = to_channels(decoded, run.channels)
+            images.append(cover(to_channels(decoded, run.channels), run.image_size))
         except OSError as error:
-            raise UserError(
-                f"can't read {one}: {error.strerror or error}; check the path"
-            ) from error
+            reason = error.strerror or error
+            raise UserError(f"can't read {one}: {reason}; check the path") from error
         except BrokenImage as error:
             raise UserError(f"{one} is no image: {error}; give image files") from error
         except UserError as error:
             raise UserError(f"{one}: {error}") from error
-        images.append(cover(image, run.image_size))
     return run.statistics.normalize(stack_images(images))
 
 
 def sample_images(run: Pretrained, count: int) -> tuple[list[str], Tensor]:
     """Names and normalised images spread over the run's own data, its test split if it has one."""
+    config = run.config
     try:
-        source = open_source(run.config.data, "test", frames=run.config.frames)
+        source = open_source(config.data, "test", frames=config.frames)
     except NoTestSplit:
-        source = open_source(run.config.data, "train", frames=run.config.frames)
+        source = open_source(config.data, "train", frames=config.frames)
     chosen = spread(source, count)
     (batch,) = evaluation_batches(chosen, run.image_size, run.channels, count)
     return [f"image-{index}" for index in chosen.indices], run.statistics.normalize(batch.images)
@@ -92,27 +91,20 @@ def new_images(
             their ranges, or samples that are not finite.
     """
     config, device = run.config, run.energy.head.weight.device
-    if config.energy == "conditional" or "denoising" not in task_names(config):
+    denoising, tasks = config.tasks.denoising, task_names(config)
+    if config.energy == "conditional" or "denoising" not in tasks or denoising.octaves > 1:
         raise UserError(
-            f"the run has a {config.energy} energy and the tasks {', '.join(task_names(config))}; "
-            "samples need one of --energy dense --pretext denoising, best with "
-            "--tasks.denoising.max_noise_std 3"
-        )
-    denoising = config.tasks.denoising
-    if denoising.octaves > 1:
-        raise UserError(
-            f"the run removed noise of {denoising.octaves} octaves, and samples start from noise "
-            "of single pixels; pretrain with --tasks.denoising.octaves 1"
+            f"the run has a {config.energy} energy, the tasks {', '.join(tasks)} and noise of "
+            f"{denoising.octaves} octave(s); samples need --energy dense, --pretext denoising and "
+            "--tasks.denoising.octaves 1, best with --tasks.denoising.max_noise_std 3"
         )
     if count < 1 or levels < 2 or not 0 <= fresh_noise <= 1:
         raise UserError(
             f"count is {count}, levels {levels} and fresh_noise {fresh_noise:g}; give 1 or more, 2 "
             "or more, and 0 to 1"
         )
-    generator = torch.Generator(device).manual_seed(seed)
-    noise = torch.randn(
-        (count, run.channels, *run.image_size), generator=generator, device=device
-    )  # fmt: skip
+    generator, shape = torch.Generator(device).manual_seed(seed), (run.channels, *run.image_size)
+    noise = torch.randn((count, *shape), generator=generator, device=device)
     largest, size = denoising.max_noise_std, config.step_size
     falling = noise_levels(levels, largest, largest * SMALLEST_NOISE)
     images = sample(run.energy, noise, falling, size, fresh_noise, generator)
@@ -136,16 +128,13 @@ def restore_images(
     """Write ``NAME.png`` (corrupted, restored, clean) and ``NAME.gif`` (the trajectory) an image.
 
     ``clean`` is (images, channels, height, width), normalised; names are all different.
-
-    Raises:
-        UserError: what the task or writing raises.
     """
     made = task(clean, torch.Generator().manual_seed(seed))
     corrupted, energy_fn = made.corrupted, run.energy.of(made)
     result = restore(energy_fn, corrupted, num_steps, step_size)
     for number, name in enumerate(names):
-        ends = result.trajectory[[0, -1], number : number + 1]
-        picture = restoration_grid(ends, clean[number : number + 1], run.statistics)
+        ends = result.trajectory[[0, -1]][:, [number]]
+        picture = restoration_grid(ends, clean[[number]], run.statistics)
         write_atomically(out / f"{name}.png", png_bytes(picture))
         frames = map(to_pil_image, to_display(result.trajectory[:, number], run.statistics))
         buffer, options = io.BytesIO(), {"duration": FRAME_MILLISECONDS, "loop": 0}
@@ -161,5 +150,4 @@ def restore_images(
             energy_fn(clean),
             result.status.diverged,
         )
-    rows = zip(names, *(column.tolist() for column in columns), strict=True)
-    return [RestoredImage(*row) for row in rows]
+    return list(map(RestoredImage, names, *(column.tolist() for column in columns)))

@@ -22,32 +22,22 @@ from backfold.training.devices import largest
 from backfold.training.step import Found, Part, RestorationTraining, Stepper
 
 LOGGER = logging.getLogger("backfold")
-# Compiling takes half a minute to two, and saves a tenth to a third of the time.
-COMPILE_PAYS_SECONDS = 600.0
+COMPILE_PAYS_SECONDS = 600.0  # it takes half a minute to two, and saves a tenth to a third
 MOST_UNROLLED_GROUPS = 256
-# Throughput on a CPU hardly depends on the batch.
-TIMED_ON_CPU = 16
-# Those who need the finite difference may not have the memory for many exact steps at once.
-DISPLACED = 4
-# AdamW's two moments, a copy of the trainable parameters each.
-MOMENTS = 2
-# The CUDA allocator loses some memory to fragments, and libraries take workspaces late.
-CUDA_MARGIN = 0.05
+TIMED_ON_CPU = 16  # images: throughput hardly depends on the batch there
+DISPLACED = 4  # images: there may be no memory for many exact steps at once
+MOMENTS = 2  # of AdamW, a copy of the trainable parameters each
+CUDA_MARGIN = 0.05  # of the memory, for fragments and workspaces that libraries take late
 # A parameter whose gradient is off by more than this share is wrong, and not a matter of rounding.
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-# Of the largest gradient: what is smaller is compared with this, as bf16 knows it no better.
-SMALLEST_SHARE = 0.05
+SMALLEST_SHARE = 0.05  # of the largest gradient; what is smaller is compared with this
 
 
 def warm_up(stepper: Stepper, images: Tensor, steps_left: int, decisions: dict[str, Any]) -> None:
-    """Set the stepper's micro-batch and compile its step, as its settings ask.
+    """Set the stepper's micro-batch and displacement and compile its step, as its settings ask.
 
-    Args:
-        stepper: new, or about to go on.
-        images: a batch as this device will get it, (batch, channels, height, width).
-        steps_left: of the run.
-        decisions: what was decided before, by name; what is missing is decided and added. So a
-            resumed run does not depend on how fast the machine is this time.
+    ``images`` are a batch as this device will get it. What ``decisions`` lack is decided and added:
+    a resumed run does not depend on how fast the machine is this time.
     """
     device = stepper.fabric.device
     drawing = [device] if device.type == "cuda" else []
@@ -56,10 +46,9 @@ def warm_up(stepper: Stepper, images: Tensor, steps_left: int, decisions: dict[s
         if stepper.config.micro_batch == "auto":
             if "micro_batch" not in decisions:
                 # Not tried on a CPU: the system kills the process that takes too much.
-                tried = device.type != "cpu"
-                fits = find_micro_batch(stepper, images) if tried else len(images)
+                fits = len(images) if device.type == "cpu" else find_micro_batch(stepper, images)
                 decisions["micro_batch"] = fits
-                LOGGER.info("micro-batches of %d images", decisions["micro_batch"])
+                LOGGER.info("micro-batches of %d images", fits)
             stepper.micro_batch = decisions["micro_batch"]
         if not stepper.is_exact:
             if "displacement" not in decisions:
@@ -90,11 +79,7 @@ def _wants_compiling(stepper: Stepper, images: Tensor, steps_left: int) -> bool:
 
 
 def find_micro_batch(stepper: Stepper, images: Tensor) -> int:
-    """The whole batch, halved until a step on so many images fits on every device.
-
-    Raises:
-        RuntimeError: not even one image fits; see `backfold.memory.out_of_memory`.
-    """
+    """The whole batch, halved until so many images fit on every device; the error if none does."""
     stepper.micro_batch = len(images)
     # Devices may make different numbers of attempts: none may wait for another's.
     with stepper.fabric.no_backward_sync(stepper.training):
@@ -105,25 +90,18 @@ def find_micro_batch(stepper: Stepper, images: Tensor) -> int:
 
 
 def _fits(stepper: Stepper, images: Tensor) -> bool:
-    """Whether two steps of a micro-batch run, the second beside gradients.
-
-    There must be room for the optimizer's moments, too. Leaves the parameters without gradients.
-
-    Raises:
-        RuntimeError: a single image does not fit.
-    """
+    """Whether two steps run beside the optimizer's moments, the second beside gradients too."""
     gc.collect()  # what an error's frames held is free only now, behind the attempt
     trained = [parameter for parameter in stepper.energy.parameters() if parameter.requires_grad]
     room = MOMENTS * sum(parameter.nbytes for parameter in trained)
-    if images.device.type == "cuda":
+    if images.is_cuda:
         torch.cuda.empty_cache()
-        memory = torch.cuda.get_device_properties(images.device).total_memory
-        room += int(CUDA_MARGIN * memory)
+        room += int(CUDA_MARGIN * torch.cuda.get_device_properties(images.device).total_memory)
     try:
         taken = torch.empty(room, dtype=torch.uint8, device=images.device)
         for _ in range(2):
-            stepper.restore_part(stepper.parts(images, 0)[0], last_part=True)
-        _synchronize(images.device)
+            loss, _ = stepper.restore_part(stepper.parts(images, 0)[0], last_part=True)
+        float(loss)  # waits for the device
         del taken
     except Exception as error:
         if stepper.micro_batch == 1 or not out_of_memory(error):
@@ -145,36 +123,25 @@ def _best_displacement(stepper: Stepper, images: Tensor) -> float:
             part.corruption.loss_mask,
             stepper.config.step_size,
         )
-    LOGGER.info(
-        "finite-difference step: displacement %g, gradient within %.1g of the exact one",
-        displacement,
-        distance,
-    )
+    said = "finite-difference step: displacement %g, gradient within %.1g of the exact one"
+    LOGGER.info(said, displacement, distance)
     return float(stepper.fabric.broadcast(displacement))
 
 
 def _seconds(stepper: Stepper, images: Tensor) -> float:
     """Time of one batch's gradient, after one that is not counted."""
     for _ in range(2):
-        _synchronize(images.device)
         start = time.perf_counter()
-        stepper.accumulate(images, 0)
-        _synchronize(images.device)
+        float(stepper.accumulate(images, 0)[0])  # waits for the device
     return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _compile(stepper: Stepper, restoration: RestorationTraining, images: Tensor) -> bool:
     """Compile, check, and say whether the step stays compiled, on every device.
 
     PyTorch had releases in which compiled second derivatives were wrong and nothing said so
-    (pytorch #181581). So for each shape the gradient is compared with the eager one. Dropout draws
-    other numbers when compiled: there the two are compared in eval mode, and the step is compiled
-    once more, as it will be trained.
+    (pytorch #181581). So for each shape the gradient is compared with the eager one: in eval mode
+    where there is dropout, which draws other numbers when compiled.
     """
     compiled, energy = restoration.compile_step(), stepper.energy
     full = "32" in stepper.fabric.strategy.precision.precision
@@ -211,13 +178,9 @@ def gradient_distance(
 ) -> tuple[float, str]:
     """How far a parameter's gradients of two losses are apart at most, and which one's.
 
-    Distances are relative to the norm of the second loss's gradient, or to `SMALLEST_SHARE` of the
-    largest norm, if that is more; infinite where one of the two has no gradient.
-
-    Args:
-        parameters: their ``grad`` is None before and afterwards.
-        one: gives a loss.
-        other: gives the loss to compare with.
+    Distances are relative to the norm of the ``other`` loss's gradient, or to `SMALLEST_SHARE` of
+    the largest norm, if that is more; infinite where one of the two has no gradient. The
+    parameters' ``grad`` is None before and afterwards.
     """
     gradients: list[dict[str, Tensor]] = []
     for loss in (one, other):

@@ -27,9 +27,7 @@ def make_fabric(config: PretrainConfig) -> Fabric:
 
     Under ``torchrun`` and ``srun`` the processes are there, and ``devices`` and ``num_nodes`` left
     at "auto" take their numbers. Otherwise this starts one process for each further device.
-
-    Raises:
-        UserError: the devices are not there, or the settings are not those of the launcher.
+    UserError: the devices are not there, or the settings are not those of the launcher.
     """
     launched = launched_processes(os.environ)
     processes, nodes = launched or ("auto", 1)
@@ -45,14 +43,12 @@ def make_fabric(config: PretrainConfig) -> Fabric:
     # Gradients live in the buffers that are reduced: one copy of them less.
     ddp = DDPStrategy(gradient_as_bucket_view=True)
     wanted: dict[str, Any] = {"accelerator": config.accelerator, "devices": devices}
+    wanted["num_nodes"] = num_nodes
     try:
-        probe = Fabric(**wanted, num_nodes=num_nodes)
-        fabric = Fabric(
-            **wanted,
-            num_nodes=num_nodes,
-            strategy=ddp if isinstance(probe.strategy, DDPStrategy) else "auto",
-            precision=choose_precision(config, probe.device),
-        )
+        probe = Fabric(**wanted)
+        strategy = ddp if isinstance(probe.strategy, DDPStrategy) else "auto"
+        precision = choose_precision(config, probe.device)
+        fabric = Fabric(**wanted, strategy=strategy, precision=precision)
         fabric.launch()
     except UserError:
         raise
@@ -82,11 +78,7 @@ def launched_processes(environment: Mapping[str, str]) -> tuple[int, int] | None
 def choose_precision(
     config: PretrainConfig, device: torch.device
 ) -> Literal["32-true", "bf16-mixed"]:
-    """Lightning's name of the precision: bf16 autocast where the hardware computes in bf16.
-
-    Raises:
-        UserError: bf16 is asked for with the finite-difference step.
-    """
+    """Lightning's name of the precision: bf16 autocast where the hardware computes in bf16."""
     if config.derivative == "finite-difference":
         if config.precision == "bf16-mixed":
             raise UserError(
@@ -146,24 +138,17 @@ def gather_lines(fabric: Fabric, lines: Sequence[str]) -> list[str]:
 
 def refuse_strategy(name: str) -> NoReturn:
     """Raise a UserError that says why the ``--strategy`` of this name can't be chosen."""
-    if "fsdp" in name.lower():
-        raise UserError(
-            f"--strategy {name}: FSDP has no second derivative, which the restoration step needs; "
-            "leave it out and run on DDP, with --shard-optimizer true where memory is short"
-        )
     raise UserError(
-        f"--strategy {name}: there is none to choose, several processes always run on DDP; leave "
-        "it out (see --devices, --num-nodes and --shard-optimizer)"
+        f"--strategy {name}: several processes always run on DDP, as FSDP has no second "
+        "derivative; leave it out, and give --shard-optimizer true where memory is short"
     )
 
 
 def shard_optimizer(optimizer: AdamW) -> "ZeroRedundancyOptimizer":
-    """The same optimizer with its state shared out: each process keeps and applies a part.
+    """The same new optimizer with its state shared out: each process keeps and applies a part.
 
-    Parameters are whole on every process, and are sent around after each step. Lightning gathers
-    the state in the first process when its ``state_dict`` is called, which all processes must do
-    together; the others get an empty one. It is the unsharded optimizer's, and either loads it.
-    The optimizer is new, and the processes are joined.
+    Parameters are whole on every process. Lightning gathers the state in the first process when all
+    call ``state_dict`` together. It is the unsharded optimizer's, and either loads it.
     """
     # Importing it takes long, and few need it.
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -175,11 +160,7 @@ def shard_optimizer(optimizer: AdamW) -> "ZeroRedundancyOptimizer":
 
 
 def choose_device(accelerator: str) -> torch.device:
-    """The device that Lightning would take.
-
-    Raises:
-        UserError: an accelerator that is not there.
-    """
+    """The device that Lightning would take; UserError for an accelerator that is not there."""
     try:
         return Fabric(accelerator=accelerator, devices=1).device
     except Exception as error:

@@ -1,8 +1,6 @@
 """What a run says: messages and a bar for people; numbers by step for files and services."""
 
-import csv
 import importlib.util
-import io
 import json
 import logging
 import os
@@ -12,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from lightning.fabric.utilities import rank_zero_only
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from backfold.errors import UserError
@@ -52,10 +50,7 @@ def terminal() -> Console:
 def log_to(
     path: Path | None, console: Console, earlier: Sequence[logging.LogRecord] = ()
 ) -> Iterator[list[logging.LogRecord]]:
-    """Send the run's messages to the terminal and, given a path, append them to a file.
-
-    Yields the list in which the messages gather; ``earlier`` ones go to the file first.
-    """
+    """Send messages to the terminal and, behind ``earlier`` ones, to a file; yields their list."""
     shown = _ConsoleHandler(console)
     handlers: list[logging.Handler] = [shown]
     if path is not None:
@@ -77,7 +72,7 @@ def log_to(
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints above the progress bar, so that neither breaks the other, and keeps the records."""
+    """Prints above the progress bar, and keeps the records."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -102,22 +97,13 @@ class _FileHandler(logging.FileHandler):
             super().close()
 
 
-def training_bar(console: Console, done: int, total: int) -> Progress:
-    """A bar whose one task has the steps, and in its field ``numbers`` what `describe_row` says.
-
-    Where the output is no terminal, nothing is drawn: the log has a line an epoch.
-    """
+def progress_bar(console: Console, what: str, done: int, total: int) -> Progress:
+    """A bar of one task, which shows its field ``numbers``; none where there is no terminal."""
     bar = Progress(
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=None),
-        TextColumn("{task.fields[numbers]}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    bar.add_task("step", total=total, completed=done, numbers="")
+        what, MofNCompleteColumn(), BarColumn(bar_width=None), "{task.fields[numbers]}",
+        TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    bar.add_task("", total=total, completed=done, numbers="")
     return bar
 
 
@@ -136,8 +122,7 @@ class Meter:
     def __init__(self, seconds_before: float) -> None:
         self._mark = time.monotonic()
         self._start = self._mark - seconds_before
-        # Steps, seconds and seconds of waiting, from the second reading on: in the first one
-        # workers start, and code is compiled.
+        # Steps, seconds and seconds of waiting behind the first reading, until which workers start.
         self._judged: NDArray[np.float64] | None = None
         self._reset()
 
@@ -149,7 +134,7 @@ class Meter:
         self._mark = time.monotonic()
 
     def before_step(self, images: int) -> None:
-        """The batch is there, with this many images over all devices."""
+        """It is there, with so many images over all devices."""
         self._waited += time.monotonic() - self._mark
         self._images += images
         self._steps += 1
@@ -164,7 +149,7 @@ class Meter:
         self._reset()
 
     def seconds(self) -> float:
-        """Seconds of training, looks at the held-out images left out."""
+        """Of training, without pauses."""
         return time.monotonic() - self._start
 
     def read(self) -> tuple[float, float]:
@@ -177,10 +162,7 @@ class Meter:
         return result
 
     def long_wait(self) -> float | None:
-        """The share of waiting over the last `JUDGED_STEPS` or more, if it is above `LONG_WAIT`.
-
-        To be asked after each reading; None where it is short, or not yet to be judged.
-        """
+        """The share of waiting over `JUDGED_STEPS` or more readings, if it is above `LONG_WAIT`."""
         if self._judged is None or self._judged[0] < JUDGED_STEPS:
             return None
         share = float(self._judged[2] / self._judged[1])
@@ -189,30 +171,26 @@ class Meter:
 
 
 class MetricsLog:
-    """Appends rows to ``metrics.csv`` and to TensorBoard, and passes them on to services.
+    """Appends rows to ``metrics.csv`` and to TensorBoard, and tells them `open_services`.
 
     Lightning's CSVLogger deletes an existing file where a run goes on, hence these few lines.
-
-    Rows of steps later than ``steps_done`` are dropped: a resumed run writes them again.
+    Rows of steps later than ``steps_done`` are dropped: a resumed run writes them again. A service
+    that fails in mid-run gets no more, with a warning.
     """
 
     def __init__(
-        self, folder: RunFolder, steps_done: int, services: "ServiceLoggers | None" = None
+        self, folder: RunFolder, steps_done: int, services: Mapping[LoggerName, Any] | None = None
     ) -> None:
-        self._services = services
-        rows: list[dict[str, str]] = []
+        self._services = dict(services or {})
+        header = ",".join(COLUMNS) + "\n"
+        rows: list[str] = []
         if steps_done and folder.metrics.exists():
-            with folder.metrics.open(newline="") as file:
-                # A killed run can leave half a row.
-                whole = (row for row in csv.DictReader(file) if None not in row.values())
-                rows = [row for row in whole if set(row) == set(COLUMNS)]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row for row in rows if int(row["step"]) <= steps_done)
-        write_atomically(folder.metrics, text.getvalue().encode())
-        self._file = folder.metrics.open("a", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
+            first, *rows = folder.metrics.read_text().splitlines(keepends=True) or [""]
+            # A killed run can leave half a row.
+            whole = [row for row in rows if first == header and row.endswith("\n")]
+            rows = [row for row in whole if int(row.partition(",")[0]) <= steps_done]
+        write_atomically(folder.metrics, "".join([header, *rows]).encode())
+        self._file = folder.metrics.open("a")
         # TensorBoard reads its files in the order of their names, which begin with whole seconds.
         earlier = folder.tensorboard.glob("events.out.tfevents.*")
         last = max((int(path.name.split(".")[3]) for path in earlier), default=0)
@@ -222,9 +200,8 @@ class MetricsLog:
 
     def add(self, row: Mapping[str, float]) -> None:
         """One row; its keys are `COLUMNS`."""
-        self._writer.writerow(
-            {name: f"{row[name]:.6g}" for name in COLUMNS} | {"step": row["step"]}
-        )
+        values = [str(row["step"]), *(f"{row[name]:.6g}" for name in COLUMNS[1:])]
+        self._file.write(",".join(values) + "\n")
         self._file.flush()
         self._send({f"train/{name}": row[name] for name in COLUMNS[3:]}, int(row["step"]))
 
@@ -240,24 +217,30 @@ class MetricsLog:
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()  # a thread writes: what it has not yet written would die with the run
-        if self._services is not None:
-            self._services.add(numbers, step)
+        for name in list(self._services):
+            try:
+                self._services[name].log_metrics(dict(numbers), step)
+            except Exception as error:
+                del self._services[name]
+                said = "%s failed (%s) and gets no more numbers of this start; metrics.csv has all"
+                LOGGER.warning(said, name, _first_line(error))
 
     def close(self, *, succeeded: bool = True) -> None:
-        """Flush and close all; whether the run has come to its end is told to services."""
+        """Close all; whether the run has come to its end is told to services."""
         self._file.close()
         self._board.close()
-        if self._services is not None:
-            self._services.close(succeeded=succeeded)
+        for name, logger in self._services.items():
+            try:
+                logger.finalize("success" if succeeded else "failed")
+                if name == "wandb":
+                    logger.experiment.finish(exit_code=0 if succeeded else 1)
+            except Exception as error:
+                LOGGER.warning("%s failed at the end (%s)", name, _first_line(error))
 
 
 def check_loggers(names: Sequence[LoggerName]) -> None:
-    """Raise a UserError for a logger that is unknown, or whose package is missing."""
+    """Raise a UserError for a logger whose package is missing."""
     for name in names:
-        if name not in get_args(LoggerName):
-            raise UserError(
-                f"unknown logger {name!r}; choose from {', '.join(get_args(LoggerName))}"
-            )
         if importlib.util.find_spec(name) is None:
             raise UserError(
                 f"loggers names {name}, which is not installed; run `pip install backfold[{name}]` "
@@ -265,74 +248,35 @@ def check_loggers(names: Sequence[LoggerName]) -> None:
             )
 
 
-class ServiceLoggers:
-    """Passes a run's numbers on to Weights & Biases and MLflow, where its settings name them.
+def open_services(
+    names: Sequence[LoggerName], folder: RunFolder, settings: Mapping[str, Any]
+) -> dict[LoggerName, Any]:
+    """Lightning's loggers for Weights & Biases and MLflow; UserError for one that can't be reached.
 
-    Lightning's loggers talk to them. Where they send what (server, project, offline or not) is said
-    by their own environment variables, such as ``WANDB_MODE`` and ``MLFLOW_TRACKING_URI``. What
-    they tell their makers of their own accord is switched off, unless those variables ask for it.
-
-    A service that fails in mid-run is left alone from then on, with a warning: no run ends for it,
-    and ``metrics.csv`` has every row. ``loggers.json`` beside the checkpoints says under which
-    identity each service knows the run, and a resumed run goes on under the same; the settings are
-    told to a service when the run is new to it.
-
-    Raises:
-        UserError: a service can't be reached, or its package is missing.
+    Environment variables of theirs, such as ``WANDB_MODE`` and ``MLFLOW_TRACKING_URI``, say where
+    what is sent. Under the identities in ``loggers.json`` a resumed run goes on.
     """
-
-    def __init__(
-        self, names: Sequence[LoggerName], folder: RunFolder, settings: Mapping[str, Any]
-    ) -> None:
-        check_loggers(names)
-        path = folder.checkpoints / IDENTITIES
-        known: dict[str, str] = {}
-        if names and path.exists():
-            known = json.loads(path.read_text())
-        self._loggers: dict[LoggerName, Any] = {}
-        for name in dict.fromkeys(names):
-            try:
-                logger = _open(name, folder.root.name, known.get(name))
-                # The first call to reach the service.
-                found = str(logger.experiment.id if name == "wandb" else logger.version)
-                # MLflow's parameters never change, and a resumed run may have other workers.
-                if found != known.get(name):
-                    logger.log_hyperparams(dict(settings))
-            except Exception as error:
-                raise UserError(
-                    f"{name} can't be started ({_first_line(error)}); check its environment "
-                    f"variables and login, or leave it out of loggers"
-                ) from error
-            self._loggers[name], known[name] = logger, found
-            write_json(path, known)
-
-    def add(self, numbers: Mapping[str, float], step: int) -> None:
-        """Numbers by name, at a step."""
-        for name in list(self._loggers):
-            try:
-                self._loggers[name].log_metrics(dict(numbers), step)
-            except Exception as error:
-                del self._loggers[name]
-                LOGGER.warning(
-                    "%s failed (%s) and gets no more numbers of this start; metrics.csv has all",
-                    name,
-                    _first_line(error),
-                )
-
-    def close(self, *, succeeded: bool) -> None:
-        """Send what is left, and say how the run ended."""
-        for name, logger in self._loggers.items():
-            try:
-                logger.finalize("success" if succeeded else "failed")
-                if name == "wandb":
-                    logger.experiment.finish(exit_code=0 if succeeded else 1)
-            except Exception as error:
-                LOGGER.warning("%s failed at the end (%s)", name, _first_line(error))
-        self._loggers.clear()
+    path, services = folder.checkpoints / IDENTITIES, {}
+    known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    for name in names:
+        try:
+            logger = _open(name, folder.root.name, known.get(name))
+            # The first call to reach the service.
+            found = str(logger.experiment.id if name == "wandb" else logger.version)
+            # MLflow's parameters never change, and a resumed run may have other workers.
+            if found != known.get(name):
+                logger.log_hyperparams(dict(settings))
+        except Exception as error:
+            raise UserError(
+                f"{name} can't be started ({_first_line(error)}); check its environment "
+                f"variables and login, or leave it out of loggers"
+            ) from error
+        services[name], known[name] = logger, found
+        write_json(path, known)
+    return services
 
 
 def _open(name: LoggerName, run: str, identity: str | None) -> Any:
-    """Lightning's logger of the service, for this run's name and its identity there."""
     # Lightning's Trainer, which these come with, takes a second to import.
     from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 
@@ -343,7 +287,7 @@ def _open(name: LoggerName, run: str, identity: str | None) -> Any:
             name=os.environ.get("WANDB_NAME", run),
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             save_dir=os.environ.get("WANDB_DIR", "."),
-            version=identity or os.environ.get("WANDB_RUN_ID"),
+            version=identity,
         )
     import mlflow
 

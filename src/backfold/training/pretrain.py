@@ -295,10 +295,10 @@ class Run:
             self._prepare()
         metrics, succeeded = None, False
         if first:
-            services = log.ServiceLoggers(self.config.loggers, self.folder, settings)
+            services = log.open_services(self.config.loggers, self.folder, settings)
             metrics = log.MetricsLog(self.folder, self.state.step, services)
         try:
-            with log.training_bar(console, self.state.step, self.total_steps) as bar:
+            with log.progress_bar(console, "step", self.state.step, self.total_steps) as bar:
                 self._loop(bar, metrics, request, callback)
             succeeded = True
         finally:
@@ -470,13 +470,9 @@ class Run:
     def _watch(self, metrics: log.MetricsLog) -> None:
         """Look at the held-out images: health, previews."""
         statistics, images = self.images.statistics, self.held_out.images
-        how: dict[str, Any] = {
-            "num_steps": self.config.num_steps, "step_size": self.config.step_size,
-        }  # fmt: skip
         entry, self.energies = watch(
-            self.energy, self.tasks, self.held_out, statistics, self.config.embedding,
-            batch_size=self.watch_batch, **how,
-        )  # fmt: skip
+            self.energy, self.tasks, self.held_out, statistics, self.config, self.watch_batch
+        )
         entry = {"step": self.state.step, "epoch": self._epoch(), **entry}
         self.history.append(entry)
         metrics.add_health(entry)
@@ -485,7 +481,7 @@ class Run:
         shown = images[torch.from_numpy(spread.round().astype(np.int64))]
         for name, task in self.tasks.items():
             path = self.folder.previews / f"step-{self.state.step:07d}-{name}.png"
-            write_preview(path, self.energy, task, shown, statistics, **how)
+            write_preview(path, self.energy, task, shown, statistics, self.config)
 
     def _save(self) -> None:
         """A checkpoint, and beside it what the report reads."""

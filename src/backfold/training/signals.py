@@ -24,7 +24,7 @@ class StopNow(BaseException):
 
 
 class StopRequest:
-    """Whether this process was asked to stop, and by which signal: 0 is none."""
+    """By which signal this process was asked to stop: 0 is none."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -52,8 +52,7 @@ def stop_requests() -> Iterator[StopRequest]:
     """Within, signals to stop are kept for the loop to find; a second Ctrl-C acts at once.
 
     SIGINT (Ctrl-C), SIGTERM and, in a SLURM job, SIGUSR1, which `sbatch --signal` sends ahead of
-    the time limit. Launchers and schedulers repeat theirs, which changes nothing. Outside the main
-    thread, where Python takes no signals, nothing changes at all.
+    the time limit. Outside the main thread Python takes no signals.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -75,33 +74,26 @@ def stop_requests() -> Iterator[StopRequest]:
     try:
         yield request
     finally:
-        for number in numbers:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def ignore_dying_workers() -> None:
     """From now on PyTorch raises nothing for loading workers that a signal has reached too.
 
-    Not taken back: it would raise while the process cleans up. Loaders made later still find a dead
-    worker by themselves, some seconds later.
+    Loaders made later still find a dead worker by themselves, some seconds later.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def was_requeued(out: Path) -> bool:
-    """Whether SLURM runs this job once more, and its first time has left a run to go on with.
-
-    A queue repeats the command that it was given, which has no ``--resume``.
-    """
+    """Whether SLURM repeats this job's command, and its first time has left a run to go on with."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and RunFolder(out).config.exists()
 
 
 def stopped(number: int, when: str, out: Path) -> RunStopped:
-    """What to raise where a run leaves because of a signal; SLURM is asked to queue it again.
-
-    ``when`` says where in the run, and is empty before its first step.
-    """
+    """What to raise for a signal, and ``when`` in the run it came: empty before the first step."""
     message = f"stopped by {signal.Signals(number).name}"
     if not when and not RunFolder(out).config.exists():
         return RunStopped(number, f"{message} before anything was done; start it again")
@@ -113,13 +105,11 @@ def stopped(number: int, when: str, out: Path) -> RunStopped:
 
 
 def _requeue() -> bool:
-    """Ask SLURM to queue this job again; returns whether it was asked, and took it."""
     job = os.environ.get(JOB)
     if not job or shutil.which("scontrol") is None:
         return False
-    answer = subprocess.run(
-        ["scontrol", "requeue", job], capture_output=True, text=True, check=False
-    )
+    command = ["scontrol", "requeue", job]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         LOGGER.warning("SLURM did not requeue job %s: %s", job, answer.stderr.strip())
     return answer.returncode == 0

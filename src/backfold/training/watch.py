@@ -1,7 +1,6 @@
 """Whether a run is healthy, on held-out images: measures, and pictures of restorations."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backfold.data.statistics import ChannelStatistics
-from backfold.embedding import EmbeddingChoice, embed_batches
+from backfold.embedding import embed_batches
 from backfold.energy import EnergyModel
 from backfold.files import write_atomically
 from backfold.metrics import energy_auroc, energy_gap, knn_accuracy, psnr_db, rank_me
@@ -18,14 +17,15 @@ from backfold.pretext.corruption import PretextTask
 from backfold.pretext.pixels import chroma_error
 from backfold.pretext.sorting import Sorting, patches_placed_right
 from backfold.restoration import restore
+from backfold.training.config import PretrainConfig
 from backfold.training.images import HeldOut
 
 HEALTH_SEED = 20230201
 SORTING_IMAGES = 128  # of a look; each takes some hundredths of a second at 224 px
 PREVIEW_SEED = 7
+ENERGIES = ("clean", "corrupted", "restored")
 
-
-Energies = dict[str, list[float]]  # of the clean, corrupted and restored images
+Energies = dict[str, list[float]]  # of these images
 
 
 def watch_task(
@@ -33,9 +33,7 @@ def watch_task(
     task: PretextTask,
     images: Tensor,
     statistics: ChannelStatistics,
-    *,
-    num_steps: int,
-    step_size: float,
+    config: PretrainConfig,
     batch_size: int,
 ) -> tuple[dict[str, float], Energies]:
     """Corrupt the held-out images (the same way each time), restore them, and compare.
@@ -48,30 +46,24 @@ def watch_task(
     for number, clean in enumerate(images.split(batch_size)):
         corruption = task(clean, generator)
         function = energy.of(corruption)
-        result = restore(function, corruption.corrupted, num_steps, step_size)
-        found = {
-            "clean": restore(function, clean, num_steps=0).energies[0],
-            "corrupted": result.energies[0],
-            "restored": result.energies[-1],
-        }
+        result = restore(function, corruption.corrupted, config.num_steps, config.step_size)
+        before = restore(function, clean, num_steps=0).energies[0]
+        found = dict(zip(ENERGIES, (before, *result.energies[[0, -1]]), strict=True))
         pair = {"corrupted": corruption.corrupted, "restored": result.restored}
         for name, variant in (pair | {"mean_fill": torch.zeros_like(clean)}).items():
             compared = torch.where(corruption.loss_mask, variant, clean)
             found[f"psnr_{name}_db"] = psnr_db(compared, clean, std)
-        # And in the task's own terms.
-        if isinstance(task, Sorting):
-            first = slice(max(0, SORTING_IMAGES - number * batch_size))
-            for name, variant in pair.items():
-                found[f"patches_placed_right_{name}"] = patches_placed_right(
-                    variant[first], clean[first], task.sorting_patch_size
-                )
-        elif clean.shape[1] > 1:
-            for name, variant in pair.items():
+        first = slice(max(0, SORTING_IMAGES - number * batch_size))
+        for name, variant in pair.items():  # and in the task's own terms
+            if isinstance(task, Sorting):
+                right = patches_placed_right(variant[first], clean[first], task.sorting_patch_size)
+                found[f"patches_placed_right_{name}"] = right
+            elif clean.shape[1] > 1:
                 found[f"chroma_error_{name}"] = chroma_error(variant, clean)
         for name, values in found.items():
             columns.setdefault(name, []).append(values.float().cpu())
     table = {name: torch.cat(parts) for name, parts in columns.items()}
-    energies = {name: table.pop(name) for name in ("clean", "corrupted", "restored")}
+    energies = {name: table.pop(name) for name in ENERGIES}
     before, after = energies["clean"], energies["corrupted"]
     finite = bool(torch.isfinite(before).all() and torch.isfinite(after).all())
     measures = {name: float(values.nanmean()) for name, values in table.items()} | {
@@ -86,28 +78,23 @@ def watch(
     tasks: Mapping[str, PretextTask],
     held_out: HeldOut,
     statistics: ChannelStatistics,
-    embedding: EmbeddingChoice,
-    *,
-    num_steps: int,
-    step_size: float,
+    config: PretrainConfig,
     batch_size: int,
 ) -> tuple[dict[str, Any], dict[str, Energies]]:
-    """One entry of the health history (see `docs/architecture.md`), and the energies by task.
+    """One entry of the health history, and the energies by task.
 
-    ``knn`` is the accuracy in percent of the held-out images' labels among the labelled training
-    images; None without labels.
+    ``knn`` is the accuracy in percent by the labelled training images; None without labels.
     """
-    look = partial(watch_task, num_steps=num_steps, step_size=step_size, batch_size=batch_size)
-    by_task = {
-        name: look(energy, task, held_out.images, statistics) for name, task in tasks.items()
+    found = {
+        name: watch_task(energy, task, held_out.images, statistics, config, batch_size)
+        for name, task in tasks.items()
     }
-    rows = [measures for measures, _ in by_task.values()]
+    rows = [measures for measures, _ in found.values()]
     gains = [row["psnr_restored_db"] - row["psnr_corrupted_db"] for row in rows]
 
     def embed(images: Tensor) -> Tensor:
-        return embed_batches(
-            energy.backbone, images.split(batch_size), embedding, held_out.images.device
-        )
+        batches = images.split(batch_size)
+        return embed_batches(energy.backbone, batches, config.embedding, images.device)
 
     embeddings, knn = embed(held_out.images), None
     known, classes = held_out.knn_images, held_out.knn_labels
@@ -121,9 +108,9 @@ def watch(
         "rank_me": rank_me(embeddings) if finite else float("nan"),
         "embedding_size": embeddings.shape[1],
         "knn": knn,
-        "tasks": {name: measures for name, (measures, _) in by_task.items()},
+        "tasks": dict(zip(found, rows, strict=True)),
     }
-    return entry, {name: energies for name, (_, energies) in by_task.items()}
+    return entry, {name: energies for name, (_, energies) in found.items()}
 
 
 def describe_health(entry: dict[str, Any]) -> str:
@@ -145,12 +132,9 @@ def write_preview(
     task: PretextTask,
     clean: Tensor,
     statistics: ChannelStatistics,
-    *,
-    num_steps: int,
-    step_size: float,
+    config: PretrainConfig,
 ) -> None:
     """Corrupt (the same way each time), restore and draw these normalised images."""
-    generator = torch.Generator(clean.device).manual_seed(PREVIEW_SEED)
-    made = task(clean, generator)
-    result = restore(energy.of(made), made.corrupted, num_steps, step_size)
+    made = task(clean, torch.Generator(clean.device).manual_seed(PREVIEW_SEED))
+    result = restore(energy.of(made), made.corrupted, config.num_steps, config.step_size)
     write_atomically(path, png_bytes(restoration_grid(result.trajectory, clean, statistics)))
