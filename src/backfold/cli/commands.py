@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -28,7 +27,7 @@ from backfold.reporting.report import write_report
 from backfold.reporting.verdicts import payoff
 from backfold.training.config import PretrainConfig, config_to_dict, used_tasks
 from backfold.training.devices import choose_device
-from backfold.training.log import is_first_process, log_to, terminal
+from backfold.training.log import is_first_process, log_to, progress_bar, terminal
 from backfold.training.pretrain import pretrain
 from backfold.training.run import DEMO_RUN, RunFolder, load_checkpoint, load_pretrained
 from backfold.training.signals import was_requeued
@@ -298,15 +297,11 @@ def run_stats(settings: StatsSettings) -> None:
     console, limit = terminal(), settings.max_images
     source = open_source(settings.data, "train", max_pixels=settings.max_pixels)
     workers = default_workers() if settings.num_workers is None else settings.num_workers
-    bar = Progress(
-        "images", MofNCompleteColumn(), BarColumn(bar_width=None), TimeRemainingColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip
-    task = bar.add_task("", total=min(len(source), limit or len(source)))
-    with log_to(None, console), bar:
+    total = min(len(source), limit or len(source))
+    with log_to(None, console), progress_bar(console, "images", 0, total) as bar:
         found = survey(
             source, settings.channels, limit, settings.seed, workers,
-            lambda done: bar.update(task, completed=done),
+            lambda done: bar.update(bar.task_ids[0], completed=done),
         )  # fmt: skip
     if settings.out is not None:
         write_json(settings.out, asdict(found))
