@@ -246,8 +246,9 @@ class Workload:
             corruption = sparse(self.images, self.generator)
         sides = (self.model.image_size, self.model.image_size)
         tokens = running_tokens(corruption.running, energy.backbone, sides)
-        compiled = variant.compiled
-        training = RestorationTraining(energy, 1.0, conditional=conditional, compiled=compiled)
+        training = RestorationTraining(energy, 1.0, conditional=conditional)
+        if variant.compiled:
+            training.compile_step()
 
         def restore(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             with self._autocast(variant):

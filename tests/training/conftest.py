@@ -1,9 +1,9 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_runs import Forge, Runner
+from forked_runs import Runner
 from rich.console import Console
 from tiny_run import tiny_config, write_images
 
@@ -33,32 +33,23 @@ def tiny(tmp_path, make_parquet) -> Callable[..., PretrainConfig]:
     return make
 
 
-@pytest.fixture(scope="session")
-def forge() -> Iterator[Forge]:
-    with Forge() as forge:
-        yield forge
+STOPPED = {"max_steps": 12, "checkpoint_minutes": 0}  # of which 9 are an epoch
 
 
 @pytest.fixture
-def runner(forge, tiny, tmp_path) -> Callable[..., Runner]:
+def runner(tiny, tmp_path) -> Callable[..., Runner]:
     def make(name: str = "stopped", **changes: Any) -> Runner:
-        """A run of 12 steps in a process of its own, of which 9 are an epoch."""
-        settings = {"max_steps": 12, "checkpoint_minutes": 0, **changes}
-        return Runner(forge, config_to_dict(tiny(out=tmp_path / name, **settings)))
+        """A run in a process of its own."""
+        return Runner(config_to_dict(tiny(**{"out": tmp_path / name, **STOPPED, **changes})))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def made_once() -> list[Runner]:
-    """The run that nothing stopped, once it was made."""
-    return []
-
-
-@pytest.fixture
-def unbroken(runner, made_once) -> Runner:
-    if not made_once:
-        whole = runner("whole")
-        assert whole.start().code == 0, whole.said
-        made_once.append(whole)
-    return made_once[0]
+def unbroken(tmp_path_factory) -> Runner:
+    """The run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    data = write_images(folder / "images.parquet")
+    whole = Runner(config_to_dict(tiny_config(data=data, out=folder / "whole", **STOPPED)))
+    assert whole.start().code == 0, whole.said
+    return whole

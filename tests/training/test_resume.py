@@ -50,14 +50,11 @@ def rows(folder):
 def assert_equal(left, right, place=""):
     """Equality of nested mappings, lists, tensors and plain values."""
     assert type(left) is type(right), place
-    if isinstance(left, dict):
-        assert left.keys() == right.keys(), place
-        for key in left:
-            assert_equal(left[key], right[key], f"{place}/{key}")
-    elif isinstance(left, list):
+    if isinstance(left, (dict, list)):
+        keys = left if isinstance(left, dict) else range(len(left))
         assert len(left) == len(right), place
-        for index, pair in enumerate(zip(left, right, strict=True)):
-            assert_equal(*pair, f"{place}/{index}")
+        for key in keys:
+            assert_equal(left[key], right[key], f"{place}/{key}")
     elif isinstance(left, torch.Tensor):
         assert torch.equal(left, right), place
     else:

@@ -47,20 +47,10 @@ def normalised(run, source):
     return run.statistics.normalize(torch.cat([batch.images for batch in batches]))
 
 
-@pytest.fixture
-def first_state(monkeypatch):
-    """The energy's tensors before the first step, once it is taken."""
-    state = {}
-    original = Stepper.__call__
-
-    def step(self, images, number):
-        if not state:
-            energy = self.training.module.energy
-            state.update({name: value.clone() for name, value in energy.state_dict().items()})
-        return original(self, images, number)
-
-    monkeypatch.setattr(Stepper, "__call__", step)
-    return state
+def still(folder):
+    """The backbone's tensors that training left as they were, and the names of all."""
+    first, last = load_file(folder.initial), load_checkpoint(folder.last_checkpoint)["model"]
+    return {n for n, t in first.items() if torch.equal(t, last[f"backbone.{n}"])}, set(first)
 
 
 def check_export(config, folder, **options):
@@ -80,16 +70,15 @@ def check_export(config, folder, **options):
                                        rtol=0, atol=1e-5)  # fmt: skip
 
 
-def test_a_backbone_with_batch_norms(tiny, quiet, first_state):
+def test_a_backbone_with_batch_norms(tiny, quiet):
     config = tiny(**RESNET)
     folder = pretrain(config, console=quiet)
     check_export(config, folder)
-    end = load_checkpoint(folder.last_checkpoint)["model"]
-    statistics = {name for name in end if name.endswith(("running_mean", "running_var"))}
+    same, names = still(folder)
+    statistics = {name for name in names if name.endswith(("running_mean", "running_var"))}
     assert statistics
-    assert all(torch.equal(end[name], first_state[name]) for name in statistics)
-    weights = {name for name in end if "conv" in name and name.endswith("weight")}
-    assert not any(torch.equal(end[name], first_state[name]) for name in weights)
+    assert statistics <= same
+    assert not {name for name in same if "conv" in name and name.endswith("weight")}
     # Restoration with what is exported is that of training.
     watched = json.loads(folder.health.read_text())["history"][-1]["tasks"]["masking"]
     run = load_pretrained(folder.root)
@@ -135,7 +124,10 @@ def test_what_a_run_leaves(tiny, quiet, make_parquet):
     assert names == {f"step-{step:07d}-{task}.png" for step in watched for task in TASKS}
     with Image.open(folder.previews / "step-0000045-sorting.png") as picture:
         assert picture.size == (3 * 112 + 4 * 4, 6 * 112 + 7 * 4)  # corrupted, restored, clean
+    check_export(config, folder, img_size=28)
+    assert still(folder)[0] == {"norm.bias"}
     log = folder.log.read_text()
+    assert "1 parameter(s) get no gradient and stay as they are: backbone.norm.bias" in log
     assert "180 images to train, 20 held out" in log
     assert "labels of 10 classes" in log
     assert f"backbone written to {folder.backbone}" in log
@@ -144,13 +136,11 @@ def test_what_a_run_leaves(tiny, quiet, make_parquet):
 def check_facts(facts, data, per_epoch):
     assert set(facts["versions"]) == {"python", "backfold", "torch", "timm", "lightning"}
     expected = {
-        "command": "backfold pretrain of a test", "backbone": "vit_tiny_patch16_224",
-        "device": "cpu", "precision": "32-true", "image_size": [28, 28], "channels": 1,
-        "data": str(data), "training_images": 180, "held_out_images": 20, "steps": 45,
-        "total_steps": 45, "epochs": 45 / per_epoch, "tasks": list(TASKS),
+        "command": "backfold pretrain of a test", "data": str(data), "training_images": 180,
+        "held_out_images": 20, "steps": 45, "epochs": 45 / per_epoch, "tasks": list(TASKS),
     }  # fmt: skip
     assert {name: facts[name] for name in expected} == expected
-    assert {"started", "hardware", "seconds", "parameters", "mean", "std"} <= facts.keys()
+    assert {"started", "hardware", "seconds", "parameters", "mean", "image_size"} <= facts.keys()
 
 
 def check_health(health, watched, per_epoch):
@@ -160,12 +150,9 @@ def check_health(health, watched, per_epoch):
         assert entry["epoch"] == entry["step"] / per_epoch
         assert 1 <= entry["rank_me"] <= entry["embedding_size"] == 16
         assert 0 <= entry["knn"] <= 100
-        tasks = entry["tasks"]
-        gains = [row["psnr_restored_db"] - row["psnr_corrupted_db"] for row in tasks.values()]
+        tasks = entry["tasks"].values()
+        gains = [row["psnr_restored_db"] - row["psnr_corrupted_db"] for row in tasks]
         assert entry["psnr_gain_db"] == pytest.approx(sum(gains) / 4)
-        for name in ("auroc", "energy_gap"):
-            mean = sum(row[name] for row in tasks.values()) / 4
-            assert entry[name] == pytest.approx(mean)
     for name in TASKS:
         # The images and their corruption are the same at every look.
         assert len({entry["tasks"][name]["psnr_corrupted_db"] for entry in history}) == 1
@@ -180,57 +167,36 @@ def check_metrics(table, per_epoch):
     for row in table:
         assert float(row["epoch"]) == pytest.approx(int(row["step"]) / per_epoch, rel=1e-4)
         assert 0 <= float(row["data_wait"]) <= 1
-        assert float(row["images_per_second"]) > 0
         assert all(math.isfinite(float(value)) for value in row.values())
-    seconds = [float(row["seconds"]) for row in table]
-    assert seconds == sorted(seconds)
 
 
 @pytest.mark.parametrize("minutes", [0, 10])
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tiny, quiet, minutes):
     rate = OptimizerSettings(base_lr=1e30, warmup_epochs=0)
     config = tiny(optimizer=rate, max_steps=30, checkpoint_minutes=minutes)
-    with pytest.raises(UserError) as caught:
+    message = r"^the loss is .*last\.ckpt.*lower optimizer\.base_lr \(now 1e\+30\).*$"
+    with pytest.raises(UserError, match=message):
         pretrain(config, console=quiet)
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in ("the loss is ", "last.ckpt", "lower optimizer.base_lr (now 1e+30)"):
-        assert part in message
     run = load_pretrained(config.out)
     assert (run.step > 0) == (minutes == 0)
     assert all(torch.isfinite(value).all() for value in run.energy.state_dict().values())
 
 
-def test_a_vit_s_export_and_its_frozen_parameters(tiny, quiet, first_state):
-    config = tiny(max_steps=5)
-    folder = pretrain(config, console=quiet)
-    check_export(config, folder, img_size=28)
-    end = load_checkpoint(folder.last_checkpoint)["model"]
-    still = {name for name in end if torch.equal(end[name], first_state[name])}
-    assert still == {"backbone.norm.bias"}
-    assert "1 parameter(s) get no gradient" in folder.log.read_text()
-
-
 def test_waiting_for_slow_images_is_warned_of_once(tiny, quiet, monkeypatch):
-    original = ParquetSource.read
-
-    def slow(*arguments):
-        time.sleep(0.002)
-        return original(*arguments)
-
+    read = ParquetSource.read
+    slow = lambda *given: time.sleep(0.002) or read(*given)  # noqa: E731
     monkeypatch.setattr(ParquetSource, "read", slow)
     monkeypatch.setattr(trainer, "LOG_EVERY", 1)
     monkeypatch.setattr(log, "LONG_WAIT", 0.05)  # the machine may be busy otherwise
     folder = pretrain(tiny(max_steps=45, epochs=100), console=quiet)
-    warnings = [line for line in folder.log.read_text().splitlines() if "WARNING" in line]
-    (line,) = warnings
+    (line,) = (line for line in folder.log.read_text().splitlines() if "WARNING" in line)
     assert "waiting for images takes" in line
 
 
 @pytest.mark.parametrize(
     ("place", "name", "advice"),
     [
-        (trainer, "calibrate", "choose a smaller image size"),
+        (trainer, "freeze_unreachable", "choose a smaller image size"),
         (Stepper, "__call__", "8 images at once; set --micro-batch 4"),
         (trainer, "watch", "8 images at once; set --micro-batch 4"),
     ],

@@ -58,36 +58,21 @@ def assert_close(left, right, tolerance):
         assert difference <= tolerance * left[name].norm() + 1e-7, (name, difference)
 
 
-def test_parts_of_a_batch_are_as_equal_as_possible_and_give_its_gradient(pictures):
-    whole, step_whole = make(num_steps=2)
-    parts, step_parts = make(num_steps=2, micro_batch=7)
-    assert [len(part.clean) for part in step_parts.parts(pictures, 0)] == [6, 5, 5]
-    loss_whole, norm_whole, _ = step_whole(pictures, 0)
-    loss_parts, norm_parts, last = step_parts(pictures, 0)
-    assert float(loss_parts) == pytest.approx(float(loss_whole), rel=1e-5)
-    assert float(norm_parts) == pytest.approx(float(norm_whole), rel=1e-4)
-    assert_close(gradients(whole), gradients(parts), 1e-4)
-    assert len(last.clean) == 5
-
-
 def test_contrast_counts_in_the_last_epochs_alone(pictures):
     """Of 100 steps, ten an epoch: the plausibility of corrupted images from step 80 on."""
     task = Mixture((MASKING, Identity()), (1.0, 1.0))
     tasks = TaskSettings(mixture={"masking": 1.0, "identity": 1.0})
-    options = {"task": task, "pretext": "mixture", "tasks": tasks}
-    for step, weight in ((79, 0.0), (80, 0.5)):
-        found = []
-        for changes in (
-            {"plausibility_weight": 0.5, "contrast_epochs": 2.0}, {"plausibility_weight": weight}
-        ):  # fmt: skip
-            energy, stepper = make(**options, **changes)
-            stepper(pictures, step)
-            found.append(gradients(energy))
-        assert_close(*found, 0.0)
-        energy, stepper = make(**options, plausibility_weight=0.5 - weight)
+
+    def after(step, **changes):
+        energy, stepper = make(task, pretext="mixture", tasks=tasks, **changes)
         stepper(pictures, step)
+        return gradients(energy)
+
+    for step, weight in ((79, 0.0), (80, 0.5)):
+        found = after(step, plausibility_weight=0.5, contrast_epochs=2.0)
+        assert_close(found, after(step, plausibility_weight=weight), 0.0)
         with pytest.raises(AssertionError):
-            assert_close(gradients(energy), found[0], 0.01)
+            assert_close(found, after(step, plausibility_weight=0.5 - weight), 0.01)
 
 
 def reference(energy, clean, corrupted, mask, num_steps, step_size):
@@ -105,38 +90,42 @@ def reference(energy, clean, corrupted, mask, num_steps, step_size):
     return total, points.detach()
 
 
-@pytest.mark.parametrize("task", [MASKING, Mixture((MASKING, Denoising()), (1.0, 2.0))])
-def test_loss_and_gradient_equal_a_written_out_reference(pictures, task):
-    energy, step = make(task, num_steps=3, step_size=0.4, seed=5)
+@pytest.mark.parametrize(
+    ("task", "micro_batch", "sizes", "largest"),
+    [
+        (MASKING, None, [16], 0.0),
+        (Mixture((MASKING, Denoising()), (1.0, 2.0)), None, [16], 0.01),
+        (MASKING, 7, [6, 5, 5], 0.0),  # as equal as possible
+    ],
+)
+def test_loss_and_gradient_equal_a_written_out_reference(
+    pictures, task, micro_batch, sizes, largest
+):
+    settings = {
+        "micro_batch": micro_batch,
+        "optimizer": OptimizerSettings(max_gradient_norm=largest),
+    }
+    energy, step = make(task, num_steps=3, step_size=0.4, seed=5, **settings)
     twin, _ = make(task)
-    twin.load_state_dict(energy.state_dict())
+    assert [len(part.clean) for part in step.parts(pictures, 7)] == sizes
     loss, norm, last = step(pictures, 7)
     clean = (pictures - 0.3) / 0.35
-    seed = step_seed(5, 7, 0)
-    corruption = task(clean, torch.Generator().manual_seed(seed))
+    corruption = task(clean, torch.Generator().manual_seed(step_seed(5, 7, 0)))
     given = (clean, corruption.corrupted, corruption.loss_mask)
     expected, restored = reference(twin, *given, num_steps=3, step_size=0.4)
     expected.backward()
     assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
-    assert_close(gradients(twin), gradients(energy), 1e-4)
-    squares = sum(float(p.grad.square().sum()) for p in twin.parameters() if p.grad is not None)
-    assert float(norm) == pytest.approx(squares**0.5, rel=1e-4)
-    assert torch.equal(last.corruption.corrupted, corruption.corrupted)
+    length = sum(float(gradient.square().sum()) for gradient in gradients(twin).values()) ** 0.5
+    assert float(norm) == pytest.approx(length, rel=1e-4)
+    scaled = {name: g * (largest or length) / length for name, g in gradients(twin).items()}
+    assert_close(scaled, gradients(energy), 1e-3)
+    corrupted, clean, restored = (t[-sizes[-1] :] for t in (corruption.corrupted, clean, restored))
+    assert torch.equal(last.corruption.corrupted, corrupted)
     torch.testing.assert_close(last.restored, restored, rtol=1e-4, atol=1e-5)
     assert not last.restored.requires_grad
     with torch.no_grad():
-        gap = float((energy(corruption.corrupted) - energy(clean)).mean())
+        gap = float((energy(corrupted) - energy(clean)).mean())
     assert last.energy_gap(energy) == pytest.approx(gap, rel=1e-4)
-
-
-def test_gradients_are_scaled_down_to_the_norm_asked_for(pictures):
-    free, step_free = make()
-    bound, step_bound = make(optimizer=OptimizerSettings(max_gradient_norm=0.01))
-    _, norm, _ = step_free(pictures, 0)
-    _, norm_before, _ = step_bound(pictures, 0)
-    assert float(norm) == pytest.approx(float(norm_before), rel=1e-5)
-    scaled = {name: g * 0.01 / float(norm) for name, g in gradients(free).items()}
-    assert_close(scaled, gradients(bound), 1e-3)
 
 
 @pytest.fixture
@@ -151,41 +140,24 @@ def quick_compiler(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(
+    ("compile_", "steps_left", "decisions", "compiled"),
+    [
+        ("auto", 70, {}, False),
+        ("auto", 80, {}, True),
+        (False, 80, {}, False),
+        ("auto", 1, {"micro_batch": 5, "compiled": True}, True),
+    ],
+)
 @pytest.mark.usefixtures("quick_compiler")
-def test_weights_gradients_and_random_numbers_stay_as_they_are(pictures):
-    energy, stepper = make(compile=True, micro_batch="auto", options={"proj_drop_rate": 0.3})
-    weights = {name: value.clone() for name, value in energy.state_dict().items()}
-    state = torch.get_rng_state()
-    warm_up(stepper, pictures, steps_left=10, decisions={})
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(parameter.grad is None for parameter in energy.parameters())
-    for name, value in energy.state_dict().items():
-        assert torch.equal(value, weights[name]), name
-    assert stepper.micro_batch == 16
-
-
-@pytest.mark.usefixtures("quick_compiler")
-def test_auto_compiles_long_runs_only(pictures, monkeypatch):
+def test_auto_compiles_long_runs_only_and_what_was_decided_is_not_measured_again(
+    pictures, monkeypatch, compile_, steps_left, decisions, compiled
+):
     monkeypatch.setattr(module, "_seconds", lambda _, images: 0.5 * len(images))
-    for steps_left, compile_, compiled in (
-        (70, "auto", False),
-        (80, "auto", True),
-        (80, False, False),
-    ):
-        _, stepper = make(compile=compile_)
-        warm_up(stepper, pictures, steps_left, {})  # of 8 seconds each
-        assert (stepper.restoration.compiled is not None) == compiled
-
-
-@pytest.mark.usefixtures("quick_compiler")
-def test_what_was_decided_before_is_not_measured_again(pictures, monkeypatch):
-    monkeypatch.setattr(module, "find_micro_batch", lambda *_: pytest.fail("measured"))
-    decisions = {"micro_batch": 5, "compiled": True}
-    _, stepper = make(micro_batch="auto")
-    warm_up(stepper, pictures, steps_left=1, decisions=decisions)
-    assert stepper.micro_batch == 5
-    assert stepper.restoration.compiled.is_compiled
-    assert decisions == {"micro_batch": 5, "compiled": True}
+    _, stepper = make(compile=compile_, micro_batch="auto")
+    warm_up(stepper, pictures, steps_left, decisions)  # of 8 seconds each
+    assert (stepper.restoration.compiled is not None) == compiled
+    assert stepper.micro_batch == decisions["micro_batch"] == (5 if steps_left == 1 else 16)
 
 
 @pytest.mark.parametrize("is_wrong", [False, True])
@@ -196,6 +168,8 @@ def test_a_compiled_step_with_another_gradient_is_not_used(
 ):
     energy, stepper = make(compile=True, options={"proj_drop_rate": dropout})
     energy.train()
+    weights = {name: value.clone() for name, value in energy.state_dict().items()}
+    state = torch.get_rng_state()
     if is_wrong:
         plain = stepper.restoration.restore
         made = CompiledStep(plain, backend="aot_eager")
@@ -203,12 +177,16 @@ def test_a_compiled_step_with_another_gradient_is_not_used(
         monkeypatch.setattr("backfold.training.step.CompiledStep", lambda *_, **__: made)
     with caplog.at_level(logging.INFO, logger="backfold"):
         warm_up(stepper, pictures, steps_left=10, decisions={})
-    (message,) = caplog.messages
+    (message,) = (line for line in caplog.messages if "the step" in line)
     refused = re.search(r"its gradient of backbone\S+ is 0.01 from the eager one", message)
     assert bool(refused) == is_wrong
     assert message.startswith("compiled the step") != is_wrong
     assert stepper.restoration.compiled.is_compiled != is_wrong
+    # Nothing else is left behind.
     assert energy.backbone.blocks[0].training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in energy.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in energy.state_dict().items())
 
 
 @pytest.mark.parametrize(("num_steps", "micro_batch"), [(1, None), (3, 6)])

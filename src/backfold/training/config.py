@@ -33,21 +33,12 @@ NOT_DENSE = (
     "was not trained as; pretrain with --energy dense to judge images"
 )
 POSITIVE = (
-    "num_steps",
-    "hidden_blocks",
-    "step_size",
-    "batch_size",
-    "epochs",
-    "watch_every",
-    "held_out",
-)
+    "num_steps", "hidden_blocks", "step_size", "batch_size", "epochs", "watch_every", "held_out",
+)  # fmt: skip
 COUNTS = (
     "max_steps", "micro_batch", "prefetch", "keep_checkpoints", "max_pixels", "stream_images",
     "num_nodes",
 )  # fmt: skip
-Precision = Literal["auto", "32-true", "bf16-mixed"]
-Derivative = Literal["exact", "finite-difference"]
-EnergyForm = Literal["auto", "conditional", "dense"]
 LoggerName = Literal["wandb", "mlflow"]
 
 
@@ -118,59 +109,54 @@ class PretrainConfig:
         image_size: N or HxW in pixels; none takes the backbone's own.
         channels: channels of the images; none counts them in the data.
         frames: of clips, how many consecutive ones are stacked as an image's channels, the latest
-            first: files of one folder by name, or pages of a GIF or TIFF; none takes images alone.
+            first: files of one folder by name, or pages of a GIF or TIFF.
         pretext: masking, sorting, superresolution, denoising, colorization, bands, frames (the
             latest frame of a clip is hidden) or mixture.
         tasks: the pretext tasks' own settings.
-        energy: "conditional" trains hidden patches given the visible ones, which costs less than an
-            ordinary step (timm's ViTs and EVAs); "dense" trains whole images, with any backbone;
-            "auto" takes the conditional one where backbone and settings allow it.
+        energy: "conditional" trains hidden patches given the visible ones, at less cost (timm's
+            ViTs and EVAs); "dense" whole images, with any backbone; "auto" takes the conditional
+            one where backbone and settings allow it.
         hidden_blocks: how many of the last blocks the conditional energy runs hidden patches
             through, 1 to all.
         invariance: with the conditional energy, weight of a loss by which two crops of an image
-            embed alike; each batch holds half as many images, twice. 0 leaves it out. In
-            micro-batches the loss compares the images of each alone.
+            embed alike, within each micro-batch; a batch holds half as many images, twice.
         num_steps: restoration steps K in training.
         step_size: factor of the energy gradient in a restoration step.
-        plausibility_weight: of a second loss, by which the energy itself and not its gradient alone
-            tells clean images from corrupted ones, for scoring images; needs "identity" in the
-            mixture. 0 leaves it out.
-        contrast_epochs: of the last epochs, in which alone the plausibility_weight counts:
-            restoration first, then contrast; 0 counts it in all.
+        plausibility_weight: of a second loss, by which the energy itself tells clean images from
+            corrupted ones, for scoring images; needs "identity" in the mixture.
+        contrast_epochs: last epochs, in which alone the plausibility_weight counts; 0 is all.
         epochs: passes over the training images.
         batch_size: images in an optimizer step, over all devices.
-        micro_batch: images that a device handles at once, to save memory; its share of the batch
-            is cut into equal parts of at most this many. None takes the share whole; "auto" too,
-            but on a GPU halves it until it fits. Results are the same but for rounding.
-        compile: compile the restoration step with torch.compile; "auto" does so where the run is
-            long enough to pay for compiling.
-        fast_kernels: on CUDA: matrix products in TF32, channels-last convolutions, a fused AdamW,
-            and compiled steps as CUDA graphs. Elsewhere it changes nothing.
+        micro_batch: most images that a device handles at once, to save memory; none takes its share
+            of the batch whole, "auto" halves it on a GPU until it fits. Only rounding differs.
+        compile: the restoration step, with torch.compile; "auto" does so where the run is long
+            enough to pay for it.
+        fast_kernels: on CUDA: matrix products in TF32, channels-last convolutions, and compiled
+            steps as CUDA graphs.
         deterministic: only algorithms whose bits repeat, where torch has them, at some loss of
-            speed. On a CPU runs repeat bit by bit in any case.
-        derivative: "exact", or "finite-difference" for training without a second derivative: in
-            less than half the memory, with fused attention, in float32 and for backbones without
-            kinks (ReLU) only.
+            speed; on a CPU they do in any case.
+        derivative: "exact", or "finite-difference": no second derivative, in less than half the
+            memory, in float32 and for backbones without kinks (ReLU) only.
         optimizer: learning rate and its schedule.
         augmentation: random crop and flip.
         precision: "32-true", "bf16-mixed", or "auto": bf16 where the hardware has it.
         accelerator: Lightning's name of the hardware: auto, cpu, cuda, mps.
-        devices: how many devices of each machine, or "auto": all, or as torchrun or srun says.
+        devices: of each machine, or "auto": all, or as torchrun or srun says.
         num_nodes: how many machines, or "auto": as torchrun or srun says, or one.
-        shard_optimizer: share the optimizer's state out over all devices, which saves each of them
-            up to 8 bytes a parameter, and costs half as much communication again.
-        num_workers: processes that load images for each device; none takes a device's share of the
-            cores less one, 8 at most.
+        shard_optimizer: share its state out over all devices, which saves each of them up to 8
+            bytes a parameter, and costs half as much communication again.
+        num_workers: that load images for each device; none takes its share of the cores less one, 8
+            at most.
         prefetch: batches that each of them keeps ready; none takes 4.
         seed: of weights, order, augmentation and corruption.
         held_out: images kept from training to watch the run; at most a tenth of the data.
         watch_every: epochs between looks at the held-out images.
         watch_labels: take first-level sub-folders for classes, or a label column, to watch the
             accuracy of kNN on held-out images; labels never train.
-        loggers: services that get the run's numbers too, beside TensorBoard and ``metrics.csv``:
-            "wandb", "mlflow"; their own environment variables say where they send them.
-        checkpoint_minutes: a checkpoint is written after each look at the held-out images, and
-            when this many minutes have passed since the last.
+        loggers: services that get the run's numbers too, "wandb" or "mlflow"; their own environment
+            variables say where they send them.
+        checkpoint_minutes: after so many since the last a checkpoint is written, and after each
+            look at the held-out images.
         keep_checkpoints: the newest checkpoints that are kept, 1 or more.
         init: existing weights to start from: a safetensors or torch file, the folder of a run or of
             an export, or "timm" for timm's own; none starts at random.
@@ -190,7 +176,7 @@ class PretrainConfig:
     frames: int | None = None
     pretext: str = "masking"
     tasks: TaskSettings = field(default_factory=TaskSettings)
-    energy: EnergyForm = "auto"
+    energy: Literal["auto", "conditional", "dense"] = "auto"
     hidden_blocks: int = 1
     invariance: float = 0.0
     num_steps: int = 1
@@ -203,10 +189,10 @@ class PretrainConfig:
     compile: bool | Literal["auto"] = "auto"
     fast_kernels: bool = True
     deterministic: bool = False
-    derivative: Derivative = "exact"
+    derivative: Literal["exact", "finite-difference"] = "exact"
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     augmentation: Augmentation = field(default_factory=Augmentation)
-    precision: Precision = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     accelerator: str = "auto"
     devices: int | str = "auto"
     num_nodes: int | Literal["auto"] = "auto"
@@ -247,35 +233,34 @@ class PretrainConfig:
         self._check_plausibility()
         if not 0 <= self.invariance < math.inf:
             raise UserError(f"invariance is {self.invariance:g}; give 0 or more, such as 0.1")
-        obstacle = conditional_obstacle(self)
-        if self.energy == "conditional" and obstacle:
-            raise UserError(f"{obstacle}; set it back, or energy to dense")
+        if self.energy == "conditional":
+            check_conditional_settings(self)
         parse_image_size(self.image_size)
 
     def _check_plausibility(self) -> None:
         weight, names = self.plausibility_weight, task_names(self)
+        given = f"plausibility_weight is {weight:g}"
         if not 0 <= weight < math.inf:
-            raise UserError(f"plausibility_weight is {weight:g}; give 0 or more")
+            raise UserError(f"{given}; give 0 or more")
         if not 0 <= self.contrast_epochs <= self.epochs:
             raise UserError(
                 f"contrast_epochs is {self.contrast_epochs:g}; give 0 to epochs ({self.epochs:g})"
             )
         if weight and IDENTITY not in names:
             raise UserError(
-                f"plausibility_weight is {weight:g}, which needs clean images beside corrupted "
-                "ones; use the mixture with identity, such as --pretext mixture "
-                """--tasks.mixture '{"masking": 3, "identity": 1}'"""
+                f"{given}, which needs clean images beside corrupted ones; use the mixture with "
+                "identity, such as --mixture masking=3,identity=1"
             )
         if weight and self.derivative != "exact":
             raise UserError(
-                f"plausibility_weight is {weight:g}, which the finite-difference step does not "
-                "train; set it to 0, or derivative to exact"
+                f"{given}, which the finite-difference step does not train; set it to 0, or "
+                "derivative to exact"
             )
         if weight and self.num_steps != 1:
             # From the second step on, clean images are no longer bit for bit what they were.
             raise UserError(
-                f"plausibility_weight is {weight:g} and num_steps {self.num_steps}; it tells clean "
-                "from corrupted images before the first step alone; set it to 0, or num_steps to 1"
+                f"{given} and num_steps {self.num_steps}; it tells clean from corrupted images "
+                "before the first step alone; set it to 0, or num_steps to 1"
             )
 
 
@@ -285,11 +270,7 @@ def config_to_dict(config: PretrainConfig) -> dict[str, Any]:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> PretrainConfig:
-    """Check and convert every value.
-
-    Raises:
-        UserError: an unknown key or a value of another type; both are named.
-    """
+    """Check and convert every value; unknown keys and values of another type are a `UserError`."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PretrainConfig)
     try:
@@ -299,15 +280,12 @@ def config_from_dict(values: Mapping[str, Any]) -> PretrainConfig:
     return PretrainConfig(**vars(checked))
 
 
-def conditional_obstacle(config: PretrainConfig) -> str:
-    """What in the settings needs the dense energy; empty if nothing does."""
-    if config.plausibility_weight:
-        return (
-            f"plausibility_weight is {config.plausibility_weight:g}, which needs the dense energy"
-        )
-    if config.derivative != "exact":
-        return f"derivative {config.derivative} needs the dense energy"
-    return ""
+def check_conditional_settings(config: PretrainConfig) -> None:
+    """Raise UserError where settings need the dense energy."""
+    weight, derivative = config.plausibility_weight, config.derivative
+    if weight or derivative != "exact":
+        name = f"plausibility_weight {weight:g}" if weight else f"derivative {derivative}"
+        raise UserError(f"{name} needs the dense energy; set it back for the conditional one")
 
 
 def doubtful_settings(config: PretrainConfig) -> list[str]:
@@ -319,27 +297,17 @@ def doubtful_settings(config: PretrainConfig) -> list[str]:
             "the backbone need not look at anything coarse; set tasks.denoising.octaves to 4 or 5, "
             "or train on a mixture"
         )
-    if tasks.excerpt.share == 1 and tasks.excerpt != ExcerptSettings():
-        lines.append("tasks.excerpt.excerpt_patch_size has no effect with a share of 1")
     if tasks.masking.hidden_share < 1 and "masking" not in names and config.energy == "dense":
         lines.append("tasks.masking.hidden_share has no effect without the masking task")
     if config.contrast_epochs and not config.plausibility_weight:
         lines.append("contrast_epochs has no effect without a plausibility_weight")
     if config.energy == "dense" and config.hidden_blocks != 1:
         lines.append("hidden_blocks has no effect on the dense energy")
-    if config.compile is True and config.derivative != "exact":
-        lines.append("compile has no effect on the finite-difference step, which runs eagerly")
-    if config.num_workers == 0 and config.prefetch is not None:
-        lines.append("prefetch has no effect without worker processes (num_workers is 0)")
     return lines
 
 
 def parse_image_size(value: int | str | None) -> ImageSize | None:
-    """(height, width) of ``N`` or ``HxW``.
-
-    Raises:
-        UserError: anything else.
-    """
+    """(height, width) of ``N`` or ``HxW``; anything else is a `UserError`."""
     if value is None:
         return None
     sides = str(value).lower().split("x")
@@ -374,15 +342,11 @@ def task_names(config: PretrainConfig) -> tuple[str, ...]:
 
 
 def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]:
-    """The pretext tasks by name; one-channel images have no colorization and no bands.
+    """The pretext tasks by name; the default mixture has those that the images allow.
 
     Raises:
-        UserError: one of these is asked for by name, and the images have one channel.
+        UserError: a task is asked for that images of so many channels do not allow.
     """
-    made = {name: getattr(config.tasks, name) for name in TASK_NAMES if name != FRAMES}
-    made[IDENTITY] = Identity()
-    if config.frames is not None and not channels % config.frames:  # the latest one, from the rest
-        made[FRAMES] = Bands(groups=(tuple(range(channels // config.frames)),))
     names = task_names(config)
     refused = [name for name in names if channels == 1 and name in OF_CHANNELS]
     if refused and (config.pretext != MIXTURE or config.tasks.mixture):
@@ -390,13 +354,19 @@ def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]
             f"{refused[0]} needs more than 1 channel, and the images have 1; "
             f"choose another pretext, or leave {refused[0]} out of the mixture"
         )
-    names = tuple(name for name in names if name not in refused)
-    if FRAMES in names and FRAMES not in made:
-        raise UserError(
-            f"the task frames has frames {config.frames} and images of {channels} channel(s); give "
-            "--frames a number that divides the channels, such as 4, and --data with clips"
-        )
-    return {name: made[name] for name in names}
+    made: dict[str, PretextTask] = {}
+    for name in names:
+        if name == FRAMES:  # the latest one, from the rest
+            if config.frames is None or channels % config.frames:
+                raise UserError(
+                    f"the task frames has frames {config.frames} and images of {channels} "
+                    "channel(s); give --frames a number that divides the channels, such as 4, and "
+                    "--data with clips"
+                )
+            made[name] = Bands(groups=(tuple(range(channels // config.frames)),))
+        elif name not in refused:
+            made[name] = Identity() if name == IDENTITY else getattr(config.tasks, name)
+    return made
 
 
 def used_task(task: PretextTask, config: PretrainConfig) -> PretextTask:

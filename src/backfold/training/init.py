@@ -3,12 +3,11 @@
 import logging
 import re
 import sys
-import urllib.error
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-from safetensors import SafetensorError
 from timm.models import adapt_input_conv, load_pretrained, load_state_dict
 from torch import Tensor, nn
 
@@ -18,9 +17,8 @@ from backfold.training.run import RunFolder
 LOGGER = logging.getLogger("backfold")
 TIMM = "timm"
 LEAST_SHARE = 0.5
-NAMES_SHOWN = 4
 # What others put before timm's names: our checkpoints, transformers' wrapper of timm models.
-PREFIXES = ("backbone.", "timm_model.")
+PREFIX = re.compile(r"(backbone|timm_model)\.")
 FOLDER_FILES = ("backbone.safetensors", "model.safetensors", "checkpoints/last.ckpt")
 CLASSIFIER = re.compile(r"(head|head_dist|fc|classifier|last_linear)\.")
 
@@ -47,16 +45,11 @@ def initialise(backbone: nn.Module, path: Path | str) -> None:
         _load_from_timm(backbone)
         LOGGER.info("initialised with timm's pretrained weights")
         return
-    own = backbone.state_dict()
-    weights = read_weights(Path(path))
-    for prefix in PREFIXES:
-        if any(name.startswith(prefix) for name in weights):
-            inner = weights.items()
-            weights = {n.removeprefix(prefix): t for n, t in inner if n.startswith(prefix)}
-            break
-    # As timm itself converts checkpoints of this family: names, positions, patch kernels.
-    convert = _filter(backbone)
-    if convert is not None:
+    own, weights = backbone.state_dict(), read_weights(Path(path))
+    prefixed = {PREFIX.sub("", n, count=1): t for n, t in weights.items() if PREFIX.match(n)}
+    weights = prefixed or weights
+    if convert := _filter(backbone):
+        # As timm itself converts checkpoints of this family: names, positions, patch kernels.
         try:
             weights = convert(weights, backbone)
         except Exception as error:
@@ -72,18 +65,13 @@ def initialise(backbone: nn.Module, path: Path | str) -> None:
     share = sum(trained.get(name, 0) for name in fitting) / max(1, sum(trained.values()))
     if share < LEAST_SHARE:
         raise UserError(
-            f"{path} has {share:.0%} of the backbone's weights ({_named('missing', missing)}; "
-            f"{_named('in the file', sorted(weights))}); give weights of the same timm model"
+            f"{path} has {share:.0%} of the backbone's weights ({_named('missing', missing)}"
+            f"{_named('; in the file', weights)}); give weights of the same timm model"
         )
-    unused = sorted(n for n in weights.keys() - fitting.keys() if not CLASSIFIER.match(n))
-    details = [_named("kept random", missing), _named("not used", unused)]
     backbone.load_state_dict(fitting, strict=False)
-    LOGGER.info(
-        "initialised with %.1f %% of the weights from %s%s",
-        100 * share,
-        path,
-        "".join(f"; {text}" for text in details if text),
-    )
+    unused = sorted(n for n in weights.keys() - fitting.keys() if not CLASSIFIER.match(n))
+    details = _named("; kept random", missing) + _named("; not used", unused)
+    LOGGER.info(f"initialised with {share:.1%} of the weights from {path}{details}")
 
 
 def read_weights(path: Path) -> Weights:
@@ -103,20 +91,14 @@ def read_weights(path: Path) -> Weights:
         if found == RunFolder(path).last_checkpoint:
             LOGGER.warning("%s is not finished: its last checkpoint is taken", path)
         path = found
-    if path.suffix.lower() in (".npz", ".npy"):
-        raise UserError(f"{path} is a NumPy archive; give a safetensors or torch file")
     try:
         content = load_state_dict(str(path), weights_only=True)
-    except (SafetensorError, OSError, EOFError, KeyError) as error:
-        raise UserError(
-            f"{path} can't be read ({_first_line(error)}): damaged or no weights; give a "
-            "safetensors or torch file"
-        ) from error
     except Exception as error:
         # torch and timm differ between versions in what they raise here.
         raise UserError(
-            f"{path} is a pickle with more than tensors in it ({_first_line(error)}), and loading "
-            "such a file can run any code; save its state_dict as safetensors"
+            f"{path} can't be read ({_first_line(error)}): damaged, or no safetensors or torch "
+            "file, or one with more than tensors in it, and loading such a file can run any code; "
+            "save its state_dict as safetensors"
         ) from error
     if isinstance(content, Mapping):
         tensors = {str(name): item for name, item in content.items() if isinstance(item, Tensor)}
@@ -126,8 +108,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def _filter(backbone: nn.Module) -> Callable[..., Any] | None:
-    module = sys.modules[type(backbone).__module__]
-    return getattr(module, "checkpoint_filter_fn", None)
+    return getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
 
 
 def _adapt_channels(backbone: nn.Module, weights: Weights) -> None:
@@ -137,10 +118,9 @@ def _adapt_channels(backbone: nn.Module, weights: Weights) -> None:
         name = f"{layer}.weight"
         if name not in weights or weights[name].ndim != 4:
             continue
-        wanted = backbone.get_submodule(layer).weight
+        wanted, kernel = backbone.get_submodule(layer).weight, weights[name]
         assert isinstance(wanted, Tensor)
-        kernel, channels = weights[name], wanted.shape[1]
-        have = kernel.shape[1]
+        have, channels = kernel.shape[1], wanted.shape[1]
         if have == channels or kernel.shape[2:] != wanted.shape[2:]:
             continue
         if have not in (1, 3):
@@ -160,27 +140,20 @@ def _load_from_timm(backbone: nn.Module) -> None:
     if not any(config.get(key) for key in ("hf_hub_id", "url", "file", "state_dict")):
         raise UserError(f"timm has no pretrained weights for {name!r}; give --init a file")
     convolutions = (part for part in backbone.modules() if isinstance(part, nn.Conv2d))
+    channels = next((convolution.in_channels for convolution in convolutions), 3)
     try:
-        load_pretrained(
-            backbone,
-            pretrained_cfg=config,
-            num_classes=0,
-            in_chans=next((convolution.in_channels for convolution in convolutions), 3),
-            filter_fn=_filter(backbone),
-            strict=False,
-        )
-    except (OSError, urllib.error.URLError, RuntimeError, AssertionError) as error:
+        convert = _filter(backbone)
+        load_pretrained(backbone, config, 0, channels, filter_fn=convert, strict=False)
+    except (OSError, RuntimeError, AssertionError) as error:
         raise UserError(
             f"timm's weights for {name!r} can't be had: {_first_line(error)}; give --init a file, "
             "and no backbone options that change the layers"
         ) from error
 
 
-def _named(what: str, names: list[str]) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return f"{what}: {', '.join(names[:NAMES_SHOWN])}{more}"
+def _named(what: str, names: Collection[str]) -> str:
+    """The first names; nothing where there are none."""
+    return f"{what}: {shorten(', '.join(names), 200, placeholder=' ...')}" if names else ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """The optimizer, its schedule, and which parameters it can train at all."""
 
-from typing import cast
+import logging
+from textwrap import shorten
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -14,6 +15,7 @@ from backfold.restoration import training_step
 from backfold.sparse import running_tokens
 from backfold.training.config import OptimizerSettings
 
+LOGGER = logging.getLogger("backfold")
 LARGEST_WARMUP_SHARE = 1 / 3
 
 
@@ -39,17 +41,16 @@ def freeze_unreachable(
     tokens = running_tokens(running, energy.backbone, (images.shape[2], images.shape[3]))
     energy_fn = energy.given(images, *tokens)
     loss, _, _ = training_step(energy_fn, images, clean, mask, 1.0, plausibility_weight)
-    named = list(energy.named_parameters())
-    gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
-    found = cast(tuple[Tensor | None, ...], gradients)
-    frozen = {
-        name: parameter
-        for (name, parameter), grad in zip(named, found, strict=True)
-        if grad is None and not name.startswith("projector.")  # that is for another loss
-    }
-    for parameter in frozen.values():
-        parameter.requires_grad_(False)
-    return list(frozen)
+    # The projector is for another loss.
+    named = {n: p for n, p in energy.named_parameters() if not n.startswith("projector.")}
+    gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    frozen = [name for name, grad in zip(named, gradients, strict=True) if grad is None]
+    for name in frozen:
+        named[name].requires_grad_(False)
+    if frozen:
+        shown = shorten(", ".join(frozen), 200, placeholder=" ...")
+        LOGGER.info(f"{len(frozen)} parameter(s) get no gradient and stay as they are: {shown}")
+    return frozen
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerSettings, batch_size: int) -> AdamW:

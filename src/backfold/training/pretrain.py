@@ -1,20 +1,13 @@
-"""Pretraining: a run is made from its settings, then one loop of step, log, watch, save.
+"""Pretraining: a run is made from its settings, then one loop of step, log, watch, save."""
 
-Lightning Fabric, not its Trainer, runs devices, precision and distribution: each of the K
-restoration steps has a backward pass of its own, of which only the last may reduce gradients
-between processes, and a run must go on in mid-epoch with the same bits. Both are a plain loop here,
-and would be overridden hooks there.
-"""
-
-import copy
 import importlib.metadata
 import logging
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, NoReturn, cast
@@ -27,12 +20,11 @@ from rich.progress import Progress
 from torch import Tensor
 
 from backfold.backbone import default_image_size, is_convolutional
-from backfold.batch_norm import batch_norms, refresh_batch_norm
+from backfold.batch_norm import refresh_batch_norm
 from backfold.conditional import check_conditional
 from backfold.data import loading
 from backfold.data.source import BrokenFiles, ImageSource
 from backfold.data.stream import StreamBatches
-from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.files import write_atomically, write_json
 from backfold.memory import keep_freed_memory, memory_advice
@@ -41,11 +33,10 @@ from backfold.sparse import running_tokens
 from backfold.training import devices, log, run, signals
 from backfold.training.autotune import warm_up
 from backfold.training.config import (
-    EnergyForm,
     PretrainConfig,
     build_tasks,
+    check_conditional_settings,
     combine_tasks,
-    conditional_obstacle,
     config_to_dict,
     doubtful_settings,
     parse_image_size,
@@ -62,8 +53,7 @@ LOG_EVERY = 20
 PREFETCH = 4
 CALIBRATION_IMAGES = 32
 PREVIEW_IMAGES, WATCH_BATCH = 6, 64
-# Settings whose outcome depends on measurements, which a resumed run takes over.
-DECIDED = ("micro_batch", "compile", "derivative")
+PACKAGES = ("backfold", "torch", "timm", "lightning")
 # (steps done, loss on the device, what the last part of the batch came to).
 Callback = Callable[[int, Tensor, Restored], None]
 
@@ -97,25 +87,24 @@ def pretrain(
         try:
             # What can be refused is refused before the folder is touched.
             run.check_available(config.out, resume=resume, overwrite=overwrite)
-            build_tasks(config, config.channels or 3 * (config.frames or 1))
             log.check_loggers(config.loggers)
             with log.log_to(None, console) as messages, request.at_once(), memory_advice():
-                made = Run(config, command, resume, source)
-            first, problem = made.fabric.is_global_zero, ""
-            if first:
+                made = Run(config, command, resume, source, request)
+            problem = ""
+            if made.is_first:
                 try:
                     stack.enter_context(run.claim(config.out, resume=resume, overwrite=overwrite))
                 except UserError as error:
                     problem = str(error)
-            problem = made.fabric.broadcast(problem)  # or the others would wait for the first
-            if problem:
+            if problem := made.fabric.broadcast(problem):  # or the others would wait for the first
                 raise UserError(problem)
-            path, earlier = (made.folder.log, messages) if first else (None, [])
-            stack.enter_context(log.log_to(path, console, earlier))
+            path = made.folder.log if made.is_first else None
+            stack.enter_context(log.log_to(path, console, messages))
             with memory_advice(lambda: made.stepper.micro_batch or made.local_batch):
-                if resume:
-                    made.load()
-                made.train(console, request, callback)
+                made.begin(stack)
+                with log.progress_bar(console, "step", made.state.step, made.total_steps) as bar:
+                    made.train(bar, callback)
+                made.export()
         except signals.StopNow:
             raise signals.stopped(request.number, "", config.out) from None
     return made.folder
@@ -135,98 +124,100 @@ class State:
 
 
 class Run:
-    """A run: what it is made of, and what it does; nothing is written before `train`.
-
-    Arguments are those of `pretrain`. Raises UserError for bad settings or data.
-    """
+    """A run: what it is made of, and what it does; nothing is written before `begin`."""
 
     def __init__(
-        self, config: PretrainConfig, command: str, resume: bool, source: ImageSource | None = None
+        self,
+        config: PretrainConfig,
+        command: str,
+        resume: bool,
+        source: ImageSource | None,
+        request: signals.StopRequest,
     ) -> None:
         config = replace(config)  # what is decided on below is not the caller's
-        self.config, self.folder, self.command = config, run.RunFolder(config.out), command
+        self.config, self.folder = config, run.RunFolder(config.out)
+        self.command, self.request = command, request
         self.state = State(started=datetime.now(UTC).isoformat(timespec="seconds"))
         self.history: list[dict[str, Any]] = []
         self.energies: dict[str, dict[str, list[float]]] = {}
-        self._unreadable: list[str] = []  # lines that are not counted yet
+        self.metrics: log.MetricsLog | None = None  # the first process alone has it
         self._told_of_waiting = False
         self._stream: StreamBatches | None = None
-        last = self.folder.last_checkpoint
-        continued = resume and last.exists()
-        content = run.load_checkpoint(last) if continued else None
-        known = None if content is None else run.statistics_of(content)
-        if content is not None and config.energy == "auto":
-            config.energy = content["config"].get("energy", "dense")
+        self._loss, self._norm = torch.zeros(2)  # of the last step
+        content, known = None, None
+        if resume and self.folder.last_checkpoint.exists():
+            content = run.load_checkpoint(self.folder.last_checkpoint)
+            known = run.statistics_of(content)
+            if config.energy == "auto":
+                config.energy = content["config"].get("energy", "dense")
+        elif resume:
+            LOGGER.info("no checkpoint yet in %s: starting from step 0", self.folder.root)
         self.images = open_images(config, known, source)
         self.broken = BrokenFiles(self.images.count, config.max_broken_share)
         self.energy = run.build_energy(config, self.images.channels)
-        if config.init is not None and not continued:
+        if config.init is not None and content is None:
             initialise(self.energy.backbone, config.init)
         self.image_size = parse_image_size(config.image_size) or default_image_size(
             getattr(self.energy.backbone, "pretrained_cfg", None)
         )
-        tasks = build_tasks(config, self.images.channels)
-        task = self._settle(tasks)
+        self.shape = {"channels": self.images.channels, "image_size": self.image_size}
+        self.shape |= asdict(self.images.statistics)
+        task = self._settle()
         for line in doubtful_settings(config):
             LOGGER.warning("%s", line)
         # Watched as they are used: on whole images, whatever part of them training runs on.
         self.tasks = used_tasks(config, self.images.channels)
         self._place()
         self.held_out = load_held_out(self.images, self.image_size, self.fabric.device, self.broken)
-        # Existing weights have batch norms' statistics of their own.
-        calibrate(self.energy, self.tasks, self.held_out.images, batch_norm=config.init is None)
+        self._calibrate()
         tried = task(self.held_out.images[:2], torch.Generator(self.fabric.device).manual_seed(0))
-        frozen = freeze_unreachable(
-            self.energy, tried.corrupted, config.plausibility_weight, tried.running
-        )
-        if frozen:
-            LOGGER.info(
-                "%d parameter(s) get no gradient from restoration and stay as they are: %s",
-                len(frozen),
-                ", ".join(frozen[:4]) + (", ..." if len(frozen) > 4 else ""),
-            )
+        freeze_unreachable(self.energy, tried.corrupted, config.plausibility_weight, tried.running)
         self.stepper = Stepper(
             config, self.energy, task, self.images.statistics, self.fabric,
             self.total_steps, self.steps_per_epoch,
         )  # fmt: skip
+        if content is not None:
+            self._load(content)
 
-    def _settle(self, tasks: dict[str, PretextTask]) -> PretextTask:
+    def _settle(self) -> PretextTask:
         """Decide on the energy, and try all tasks on a black image; returns training's task.
 
         A task may refuse such images, a backbone to run on parts of them.
         """
         config, backbone = self.config, self.energy.backbone
+        tasks = build_tasks(config, self.images.channels)
         black = torch.zeros(1, self.images.channels, *self.image_size)
 
-        def tried(energy: EnergyForm) -> PretextTask:
-            config.energy = energy
+        def tried() -> PretextTask:
             task = combine_tasks(config, tasks)
-            for each in (*tasks.values(), task) if energy == "dense" else (task,):
+            for each in (*tasks.values(), task) if config.energy == "dense" else (task,):
                 made = each(black, torch.Generator().manual_seed(0))
                 running_tokens(made.running, backbone, self.image_size)
             return task
 
-        if config.energy != "dense":
-            asked = config.energy
+        asked = config.energy
+        if asked != "dense":
             try:
-                if obstacle := conditional_obstacle(config):
-                    raise UserError(obstacle)
+                check_conditional_settings(config)
                 check_conditional(backbone, config.hidden_blocks)
-                return tried("conditional")
+                config.energy = "conditional"
+                return tried()
             except UserError as error:
                 if asked == "conditional":
                     raise
                 LOGGER.info("training the dense energy: %s", error)
+        config.energy = "dense"
         self.energy.second_head = self.energy.projector = None
         if config.invariance:
             LOGGER.warning("invariance has no effect on the dense energy")
             config.invariance = 0.0
-        return tried("dense")
+        return tried()
 
     def _place(self) -> None:
         """Start the processes, share the batch among them, count steps, and move the energy."""
         config = self.config
         self.fabric = devices.make_fabric(config)
+        self.is_first = self.fabric.is_global_zero
         device, ranks = self.fabric.device, self.fabric.world_size
         if device.type == "cpu":
             keep_freed_memory()
@@ -244,10 +235,6 @@ class Run:
             )
         if config.invariance and self.images.stream is not None:
             raise UserError("invariance does not work on a stream; set it to 0, or store the data")
-        nodes = getattr(self.fabric.strategy, "num_nodes", 1)
-        usual = loading.default_workers(ranks // nodes)
-        self.workers = usual if config.num_workers is None else config.num_workers
-        self.watch_batch = min(WATCH_BATCH, config.batch_size)  # images restored at once
         self.steps_per_epoch = loading.steps_per_epoch(self.images.count, config.batch_size)
         total = max(1, round(config.epochs * self.steps_per_epoch))
         self.total_steps = min(total, config.max_steps or total)
@@ -256,12 +243,19 @@ class Run:
         if devices.has_fast_kernels(config, device) and is_convolutional(self.energy.backbone):
             self.energy = self.energy.to(memory_format=torch.channels_last)
 
-    def load(self) -> None:
-        """Take up the last checkpoint; raises UserError if it can't be read."""
-        if not self.folder.last_checkpoint.exists():
-            LOGGER.info("no checkpoint yet in %s: starting from step 0", self.folder.root)
-            return
-        content = run.load_checkpoint(self.folder.last_checkpoint)
+    def _calibrate(self) -> None:
+        """Fit the head's scale, and batch norms, to images corrupted as in training."""
+        tasks, images = list(self.tasks.values()), self.held_out.images
+        generator = torch.Generator(images.device).manual_seed(0)
+        parts = images[: CALIBRATION_IMAGES * len(tasks)].tensor_split(len(tasks))
+        pairs = zip(tasks, parts, strict=True)
+        made = Corruption.join([task(part, generator) for task, part in pairs if len(part)])
+        # Existing weights have batch norms' statistics of their own.
+        fresh = self.config.init is None
+        self.energy.calibrate(made.corrupted, fresh, self.energy.of(made))
+
+    def _load(self, content: Mapping[str, Any]) -> None:
+        """Take up a checkpoint."""
         try:
             self.energy.load_state_dict(content["model"])
             self.stepper.optimizer.load_state_dict(content["optimizer"])
@@ -274,98 +268,69 @@ class Run:
         self.state = State(**content["state"])
         self.history, self.energies = content["history"], content["energies"]
         self.broken.add(self.state.broken)
-        now = config_to_dict(self.config)
-        if any(now.get(name) != content["config"].get(name) for name in DECIDED):
+        if self.config.compile != content["config"]["compile"]:
             self.state.decisions = {}  # asked for otherwise this time
         LOGGER.info("resuming at step %d of %d", self.state.step, self.total_steps)
 
-    def train(
-        self, console: Console, request: signals.StopRequest, callback: Callback | None = None
-    ) -> None:
-        """Go on to the last step, and leave the weights."""
-        settings, first = config_to_dict(self.config), self.fabric.is_global_zero
-        if first:
-            text = yaml.safe_dump(settings, sort_keys=False)
-            write_atomically(self.folder.config, text.encode())
+    def begin(self, stack: ExitStack) -> None:
+        """Write what a run starts from, and find out what fits into memory and what to compile."""
+        if self.is_first:
+            settings = config_to_dict(self.config)
+            write_atomically(self.folder.config, yaml.safe_dump(settings, sort_keys=False).encode())
             if self.state.step:  # a run that was killed just behind a checkpoint had not yet
                 self._describe()
             else:  # what evaluation holds the pretrained backbone against
                 run.write_tensors(self.folder.initial, self.energy.backbone.state_dict())
-        with request.at_once():
-            self._prepare()
-        metrics, succeeded = None, False
-        if first:
             services = log.open_services(self.config.loggers, self.folder, settings)
-            metrics = log.MetricsLog(self.folder, self.state.step, services)
-        try:
-            with log.progress_bar(console, "step", self.state.step, self.total_steps) as bar:
-                self._loop(bar, metrics, request, callback)
-            succeeded = True
-        finally:
-            if metrics is not None:
-                metrics.close(succeeded=succeeded)
-        if first:
-            self._export()
-
-    def _prepare(self) -> None:
-        """Find out what fits into memory, and what to compile."""
-        held_out = self.images.statistics.denormalize(self.held_out.images)  # as batches come
-        batch = held_out.repeat(-(-self.local_batch // len(held_out)), 1, 1, 1)[: self.local_batch]
+            self.metrics = metrics = log.MetricsLog(self.folder, self.state.step, services)
+            stack.push(lambda kind, *_: metrics.close(succeeded=kind is None))
         self.energy.train()
-        warm_up(self.stepper, batch, self.total_steps - self.state.step, self.state.decisions)
-        self.watch_batch = min(self.watch_batch, self.stepper.micro_batch or self.local_batch)
+        images = self.images.statistics.denormalize(self.held_out.images)  # as batches come
+        images = images.repeat(-(-self.local_batch // len(images)), 1, 1, 1)[: self.local_batch]
+        with self.request.at_once():
+            left = self.total_steps - self.state.step
+            warm_up(self.stepper, images, left, self.state.decisions)
 
-    def _loop(
-        self,
-        bar: Progress,
-        metrics: log.MetricsLog | None,
-        request: signals.StopRequest,
-        callback: Callback | None,
-    ) -> None:
-        meter, state = log.Meter(self.state.seconds), self.state
-        batches = self._batches()
-        self.energy.train()
-        saved = time.monotonic()
+    def train(self, bar: Progress, callback: Callback | None) -> None:
+        """Go on to the last step."""
+        state, alone, unreadable = self.state, self.fabric.world_size == 1, list[str]()
+        batches, meter, saved = self._batches(), log.Meter(state.seconds), time.monotonic()
         if state.step == 0 and not self.history:
-            if metrics is not None:
-                self._watch(metrics)
+            self._watch()
             self._save()
             meter.resume()
         while state.step < self.total_steps:
             meter.before_batch()
-            batch = self._next(batches, request)
+            batch = self._next(batches)
             meter.before_step(len(batch.images) * self.fabric.world_size)
-            self._unreadable += batch.broken
-            if self.fabric.world_size == 1:
-                self._count_unreadable()
-            loss, norm, last = self.stepper(batch.images, state.step)
+            self._loss, self._norm, last = self.stepper(batch.images, state.step)
             state.step += 1
             bar.advance(bar.task_ids[0])
             if callback is not None:
-                callback(state.step, loss, last)
+                callback(state.step, self._loss, last)
             looks = state.step % self.watch_steps == 0 or state.step == self.total_steps
             logs = looks or state.step % LOG_EVERY == 0
+            unreadable += batch.broken
+            if alone or logs or state.step == 1:
+                # All processes stop if it is too much.
+                for line in self.broken.add(devices.gather_lines(self.fabric, unreadable)):
+                    LOGGER.warning("skipped: %s", line)
+                unreadable = []
             if logs or state.step == 1:
-                self._count_unreadable()
-                row = self._row(loss, norm, last, meter)
-                bar.update(bar.task_ids[0], numbers=log.describe_row(row))
-                if metrics is not None:
-                    metrics.add(row)
+                numbers = self._log(last, meter)
+                bar.update(bar.task_ids[0], numbers=numbers)
             state.seconds = meter.seconds()
-            if looks and metrics is not None:
-                LOGGER.info("epoch %.1f: %s", self._epoch(), log.describe_row(row))
+            if looks:
+                LOGGER.info("epoch %.1f: %s", self.epoch, numbers)
                 meter.pause()
-                self._watch(metrics)
+                self._watch()
                 meter.resume()
-            number = request.number
-            due = looks or time.monotonic() - saved > 60 * self.config.checkpoint_minutes
+            number = self.request.number
+            due = int(looks or time.monotonic() - saved > 60 * self.config.checkpoint_minutes)
             # Asking at every step would make each process wait for its device there.
-            if self.fabric.world_size > 1:
-                number, wanted = devices.largest(self.fabric, number, int(due)) if logs else (0, 0)
-                due = bool(wanted)
+            if not alone:
+                number, due = devices.largest(self.fabric, number, due) if logs else (0, 0)
             if due or number:
-                self._check_finite(float(loss), float(norm))
-                self._count_unreadable()
                 self._save()
                 saved = time.monotonic()
             if number and state.step < self.total_steps:
@@ -375,7 +340,10 @@ class Run:
         """One batch on this device for each step that is left, from files or from a stream."""
         config, images, fabric = self.config, self.images, self.fabric
         rank, ranks, pinned = fabric.global_rank, fabric.world_size, fabric.device.type == "cuda"
-        workers, prefetch = self.workers, config.prefetch or PREFETCH
+        prefetch, workers = config.prefetch or PREFETCH, config.num_workers
+        if workers is None:
+            nodes = getattr(fabric.strategy, "num_nodes", 1)
+            workers = loading.default_workers(ranks // nodes)
         if images.stream is not None:
             places = self.state.stream
             stream = self._stream = StreamBatches(
@@ -392,73 +360,68 @@ class Run:
         )  # fmt: skip
         return loading.watched(fabric.setup_dataloaders(loader, use_distributed_sampler=False))
 
-    def _next(
-        self, batches: Iterator[loading.Batch], request: signals.StopRequest
-    ) -> loading.Batch:
+    def _next(self, batches: Iterator[loading.Batch]) -> loading.Batch:
         if self.fabric.world_size > 1:  # processes leave together, behind a step
             return next(batches)
         try:
-            with request.at_once():
+            with self.request.at_once():
                 return next(batches)
         except (signals.StopNow, RuntimeError):
             # A signal reaches the workers too, and they leave: that is the RuntimeError.
-            if not request.number:
+            if not self.request.number:
                 raise
             signals.ignore_dying_workers()
             self._save()
-            self._stop(request.number)
-
-    def _count_unreadable(self) -> None:
-        """Tell and count what any process could not read; all of them stop if it is too much."""
-        lines = devices.gather_lines(self.fabric, self._unreadable)
-        self._unreadable = []
-        for line in self.broken.add(lines):
-            LOGGER.warning("skipped: %s", line)
+            self._stop(self.request.number)
 
     def _stop(self, number: int) -> NoReturn:
         """Leave after the last step, which is saved."""
         # Lightning kills the first process when it finds that another has left.
         self.fabric.barrier()
-        done = f"at step {self.state.step} of {self.total_steps}, which is saved"
-        raise signals.stopped(number, done, self.config.out)
+        when = f"at step {self.state.step} of {self.total_steps}, which is saved"
+        raise signals.stopped(number, when, self.config.out)
 
-    def _row(
-        self, loss: Tensor, norm: Tensor, last: Restored, meter: log.Meter
-    ) -> dict[str, float]:
-        """A row of ``metrics.csv``; stops the run if the loss is not finite."""
+    def _log(self, last: Restored, meter: log.Meter) -> str:
+        """Add a row to ``metrics.csv``, and return it in short."""
         gain = last.psnr_gain_db(torch.tensor(self.images.statistics.std))
-        here = [float(loss), gain, last.energy_gap(self.energy)]
-        mean = self.fabric.all_reduce(torch.tensor(here, device=loss.device), reduce_op="mean")
-        mean_loss, gain, gap = cast(Tensor, mean).tolist()
-        self._check_finite(mean_loss, float(norm))
+        here = [self._loss, gain, last.energy_gap(self.energy)]
+        means = torch.tensor(here, device=self.fabric.device)
+        means = cast(Tensor, self.fabric.all_reduce(means, reduce_op="mean"))
+        self._loss = means[0]
+        self._check_finite()
+        loss, gain, gap = means.tolist()
         speed, wait = meter.read()
         share = meter.long_wait()
         if share is not None and not self._told_of_waiting:
             self._told_of_waiting = True
             LOGGER.warning(
-                "waiting for images takes %.0f %% of the time; raise --num-workers (now %d), or "
-                "store the images smaller",
-                100 * share,
-                self.workers,
+                f"waiting for images takes {share:.0%} of the time; raise --num-workers, or store "
+                "the images smaller"
             )
-        return {
+        row = {
             "step": self.state.step,
-            "epoch": self._epoch(),
+            "epoch": self.epoch,
             "seconds": meter.seconds(),
             "images_per_second": speed,
             "data_wait": wait,
             "lr": self.stepper.optimizer.param_groups[0]["lr"],
-            "loss": mean_loss,
-            "gradient_norm": float(norm),
+            "loss": loss,
+            "gradient_norm": float(self._norm),
             "psnr_gain_db": gain,
             "energy_gap": gap,
         }
+        if self.metrics is not None:
+            self.metrics.add(row)
+        return log.describe_row(row)
 
-    def _epoch(self) -> float:
+    @property
+    def epoch(self) -> float:
+        """The passes over the training images that are done."""
         return self.state.step / self.steps_per_epoch
 
-    def _check_finite(self, loss: float, norm: float) -> None:
-        # The norm too: where it is not finite, the weights are broken by now.
+    def _check_finite(self) -> None:
+        # The norm, which processes share, too: where it is not finite, the weights are broken now.
+        loss, norm = float(self._loss), float(self._norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
                 f"the loss is {loss:g} and its gradient's norm {norm:g} at step "
@@ -467,43 +430,44 @@ class Run:
                 f"{self.config.optimizer.base_lr:g}) or step_size, or set precision to 32-true"
             )
 
-    def _watch(self, metrics: log.MetricsLog) -> None:
-        """Look at the held-out images: health, previews."""
-        statistics, images = self.images.statistics, self.held_out.images
+    def _watch(self) -> None:
+        """Look at the held-out images, in the first process: health, previews."""
+        if self.metrics is None:
+            return
+        config, statistics, images = self.config, self.images.statistics, self.held_out.images
+        at_once = min(WATCH_BATCH, config.batch_size, self.stepper.micro_batch or self.local_batch)
         entry, self.energies = watch(
-            self.energy, self.tasks, self.held_out, statistics, self.config, self.watch_batch
+            self.energy, self.tasks, self.held_out, statistics, config, at_once
         )
-        entry = {"step": self.state.step, "epoch": self._epoch(), **entry}
+        entry = {"step": self.state.step, "epoch": self.epoch, **entry}
         self.history.append(entry)
-        metrics.add_health(entry)
+        self.metrics.add_health(entry)
         LOGGER.info("%s", describe_health(entry))
         spread = np.linspace(0, len(images) - 1, min(PREVIEW_IMAGES, len(images)))
-        shown = images[torch.from_numpy(spread.round().astype(np.int64))]
+        shown = images[spread.round().astype(np.int64)]
         for name, task in self.tasks.items():
             path = self.folder.previews / f"step-{self.state.step:07d}-{name}.png"
             write_preview(path, self.energy, task, shown, statistics, self.config)
 
     def _save(self) -> None:
         """A checkpoint, and beside it what the report reads."""
+        self._check_finite()
         state = self.state
         state.broken = self.broken.descriptions
         if self._stream is not None:
             state.stream = devices.gather_lines(self.fabric, [self._stream.where()])
         # All processes: a sharded optimizer's state is gathered in the first.
         optimizer = self.stepper.optimizer.state_dict()
-        if not self.fabric.is_global_zero:
+        if not self.is_first:
             return
-        newest = self.history[-1] if self.history else {"step": -1, "psnr_gain_db": -math.inf}
+        newest = self.history[-1]
         is_best = newest["step"] == state.step and newest["psnr_gain_db"] > state.best_gain_db
         if is_best:
             state.best_gain_db = newest["psnr_gain_db"]
         content = {
             "state": vars(state).copy(),
             "config": config_to_dict(self.config),
-            "channels": self.images.channels,
-            "image_size": list(self.image_size),
-            "mean": list(self.images.statistics.mean),
-            "std": list(self.images.statistics.std),
+            **self.shape,
             "model": self.energy.state_dict(),
             "optimizer": optimizer,
             "history": self.history,
@@ -519,26 +483,22 @@ class Run:
         """What the report reads, as of the last checkpoint."""
         write_json(self.folder.health, {"history": self.history, "energies": self.energies})
         images, device = self.images, self.fabric.device
-        processor = devices.cpu_capabilities().get("cpu_name", "") or platform.machine()
-        packages = ("backfold", "torch", "timm", "lightning")
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        if device.type == "cuda":
+            hardware = torch.cuda.get_device_name(device)
+        else:
+            processor = devices.cpu_capabilities().get("cpu_name", "") or platform.machine()
+            hardware = f"{processor}, {torch.get_num_threads()} threads"
         facts = {
             "command": self.command,
             "started": self.state.started,
             "seconds": self.state.seconds,
-            "versions": {
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in packages},
-            },
-            "hardware": torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else f"{processor}, {torch.get_num_threads()} threads",
+            "versions": {"python": platform.python_version()} | versions,
+            "hardware": hardware,
             "device": device.type,
             "backbone": self.config.backbone,
             "parameters": sum(p.numel() for p in self.energy.backbone.parameters()),
-            "image_size": list(self.image_size),
-            "channels": images.channels,
-            "mean": list(images.statistics.mean),
-            "std": list(images.statistics.std),
+            **self.shape,
             "data": (images.stream or images.training).name,
             "training_images": images.count,
             "held_out_images": len(images.held_out),
@@ -546,28 +506,14 @@ class Run:
             "precision": str(self.fabric.strategy.precision.precision),
             "steps": self.state.step,
             "total_steps": self.total_steps,
-            "epochs": self._epoch(),
+            "epochs": self.epoch,
         }
         write_json(self.folder.facts, facts)
 
-    def _export(self) -> None:
+    def export(self) -> None:
         """The backbone's weights under timm's names, batch norms refreshed."""
-        backbone = self.energy.backbone
-        if batch_norms(backbone):
-            backbone = copy.deepcopy(backbone).eval()
+        if self.is_first:
+            backbone = self.energy.backbone.eval()
             refresh_batch_norm(backbone, self.held_out.images.split(self.config.batch_size))
-        run.write_tensors(self.folder.backbone, backbone.state_dict())
-        LOGGER.info("backbone written to %s", self.folder.backbone)
-
-
-def calibrate(
-    energy: EnergyModel, tasks: dict[str, PretextTask], images: Tensor, batch_norm: bool
-) -> None:
-    """Fit the head's scale, and ``batch_norm``, to normalised images corrupted as in training."""
-    generator = torch.Generator(images.device).manual_seed(0)
-    parts = images[: CALIBRATION_IMAGES * len(tasks)].tensor_split(len(tasks))
-    made = [
-        task(part, generator) for task, part in zip(tasks.values(), parts, strict=True) if len(part)
-    ]
-    joined = Corruption.join(made)
-    energy.calibrate(joined.corrupted, batch_norm, energy.of(joined))
+            run.write_tensors(self.folder.backbone, backbone.state_dict())
+            LOGGER.info("backbone written to %s", self.folder.backbone)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -36,8 +37,8 @@ Found = tuple[Tensor, ...]  # loss, restored images, energies; embeddings where 
 class CompiledStep:
     """A step that is compiled at its first call; eager from then on if that fails, said once.
 
-    Shapes are static: each new shape of the arguments is compiled once, and a training run has one
-    or two. With ``graphs`` each step is replayed as one CUDA graph, which frees the host.
+    Shapes are static: each of a run's one or two is compiled once. With ``graphs`` each step is
+    replayed as one CUDA graph, which frees the host.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class CompiledStep:
         )
 
     def __call__(self, *given: Tensor | None) -> Found:
-        """See `RestorationTraining.restore`."""
+        """As `RestorationTraining.restore`."""
         if not self.is_compiled:
             return self.eager(*given)
         try:
@@ -70,35 +71,24 @@ class CompiledStep:
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
-            # The compiler tells first that it failed, and then why.
-            lines = [line.strip() for line in str(cause).splitlines() if line.strip()][:2]
-            self.fall_back(f"{type(cause).__name__}: {' '.join(lines) or 'no message'}")
+            self.fall_back(f"{type(cause).__name__}: {shorten(str(cause), 200)}")
             return self.eager(*given)
 
     def fall_back(self, cause: str) -> None:
         """Go on without compiling, and say why."""
         self.is_compiled = False
         LOGGER.warning(
-            "the step can't be compiled and runs eagerly, which is slower: %s; "
-            "--compile false silences this",
-            cause,
+            f"the step can't be compiled and runs eagerly, which is slower: {cause}; "
+            "--compile false silences this"
         )
 
 
 class RestorationTraining(nn.Module):
     """One restoration step with its loss, as one forward: what DistributedDataParallel may wrap.
 
-    Args:
-        energy: its attention layers are set to their plain form, which has a second derivative,
-            unless the energy is ``conditional``, whose hidden patches have an attention of their
-            own.
-        step_size: of the restoration step.
-        plausibility_weight: of the loss on the energy itself.
-        conditional: the energy of hidden patches given visible ones.
-        invariance: weight of `backfold.invariance.vicreg_loss` between each image and the next,
-            which are two views of one, of all processes; needs a ``conditional`` energy.
-        compiled: run under `torch.compile`, where that works.
-        graphs: compile into CUDA graphs.
+    Attention layers are set to their plain form, which has a second derivative, unless the energy
+    is ``conditional``: its hidden patches have an attention of their own. With an ``invariance``,
+    each image and the next are views of one, and so much `vicreg_loss` of all processes is added.
     """
 
     def __init__(
@@ -108,44 +98,25 @@ class RestorationTraining(nn.Module):
         plausibility_weight: float = 0.0,
         conditional: bool = False,
         invariance: float = 0.0,
-        compiled: bool = False,
         graphs: bool = False,
     ) -> None:
         super().__init__()
-        if not conditional:  # visible patches are never differentiated twice
+        if not conditional:
             use_plain_attention(energy)
-        self.energy, self.graphs = energy, graphs
-        self.step_size, self.plausibility_weight = step_size, plausibility_weight
-        self.invariance = invariance
+        self.energy, self.step_size, self.graphs = energy, step_size, graphs
+        self.plausibility_weight, self.invariance = plausibility_weight, invariance
         self.compiled: CompiledStep | None = None
-        if compiled:
-            self.compile_step()
 
     def compile_step(self) -> CompiledStep:
-        """Run compiled from now on, where that works; see `CompiledStep`."""
+        """Run compiled from now on, where that works."""
         self.compiled = CompiledStep(self.restore, graphs=self.graphs)
         return self.compiled
 
     def restore(
-        self,
-        images: Tensor,
-        target: Tensor,
-        loss_mask: Tensor,
-        tokens: Tensor | None = None,
-        visible: Tensor | None = None,
-        normalised: Tensor | None = None,
+        self, images: Tensor, target: Tensor, loss_mask: Tensor, *tokens: Tensor | None
     ) -> Found:
-        """See `backfold.restoration.training_step`; never compiled.
-
-        Args:
-            images: (batch, channels, height, width).
-            target: as ``images``; what they shall be restored to.
-            loss_mask: bool, (batch, 1, height, width).
-            tokens: int64, (batch, tokens), the patch tokens that run; None runs all.
-            visible: int64, (batch, visible tokens), the context of a conditional energy.
-            normalised: bool, as ``tokens``, those of the second head.
-        """
-        energy = self.energy.given(images, tokens, visible, normalised)
+        """`backfold.restoration.training_step` on some ``tokens``: those of `RunningTokens`."""
+        energy = self.energy.given(images, *tokens)
         found = training_step(
             energy, images, target, loss_mask, self.step_size, self.plausibility_weight
         )
@@ -153,7 +124,7 @@ class RestorationTraining(nn.Module):
             return found
         return *found, self.energy.projected(energy.keywords["context"])
 
-    def forward(self, *given: Tensor | None) -> Found:
+    def forward(self, *given: Tensor) -> Found:
         """As `restore`, compiled where that is asked for; the loss is the whole one."""
         step: Callable[..., Found] = self.compiled or self.restore
         loss, restored, energies, *embeddings = step(*given)
@@ -163,7 +134,7 @@ class RestorationTraining(nn.Module):
 
 
 class DisplacedEnergy(nn.Module):
-    """One pass of the finite-difference step, as one forward: see `RestorationTraining`."""
+    """One pass of the finite-difference step, as one forward, as `RestorationTraining` is."""
 
     def __init__(self, energy: EnergyModel) -> None:
         super().__init__()
@@ -177,7 +148,7 @@ class DisplacedEnergy(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a batch on one device, of which ``tokens`` run; its weight in the batch's mean."""
+    """A part of a batch on one device, and its weight in the batch's mean."""
 
     clean: Tensor
     corruption: Corruption
@@ -199,8 +170,9 @@ class Restored:
     corruption: Corruption
     restored: Tensor
 
-    def _is_corrupted(self) -> Tensor:
-        """Which images are corrupted: bool, (batch,); a mixture may leave some clean."""
+    @property
+    def is_corrupted(self) -> Tensor:
+        """Which images are: bool, (batch,); a mixture may leave some clean."""
         return (self.corruption.corrupted != self.clean).flatten(1).any(dim=1)
 
     def psnr_gain_db(self, std: Tensor) -> float:
@@ -208,8 +180,7 @@ class Restored:
 
         What a second head restores to something else than the clean pixels does not count.
         """
-        chosen, corruption = self._is_corrupted(), self.corruption
-        mask = corruption.loss_mask
+        chosen, corruption, mask = self.is_corrupted, self.corruption, self.corruption.loss_mask
         if corruption.target is not None:
             mask = mask & (corruption.target == self.clean).all(dim=1, keepdim=True)
         mask, clean = mask[chosen], self.clean[chosen]
@@ -226,21 +197,12 @@ class Restored:
         made, _ = self.corruption.split([first, len(self.clean) - first])
         function = energy.of(made)  # by the same weights: those of the step were others
         clean, corrupted = (function(images) for images in (self.clean[:first], made.corrupted))
-        chosen = self._is_corrupted()[:first]
+        chosen = self.is_corrupted[:first]
         return energy_gap(clean[chosen], corrupted[chosen])
 
 
 class Stepper:
-    """Takes optimizer steps on an energy.
-
-    Args:
-        config: settings; those of the optimizer, K, step size, derivative and seed count here.
-        energy: on the device, its unreachable parameters frozen.
-        task: corrupts the images, which the statistics normalise.
-        statistics: of the data.
-        fabric: devices and precision.
-        total_steps: of the whole run, which with the steps of an epoch make the schedule.
-        steps_per_epoch: for the learning rate's warm-up.
+    """Takes optimizer steps on an energy, whose unreachable parameters are frozen.
 
     Attributes:
         micro_batch: most images that are handled at once; None takes what a step is given.
@@ -261,7 +223,6 @@ class Stepper:
     ) -> None:
         self.config, self.task, self.statistics, self.fabric = config, task, statistics, fabric
         self.micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else None
-        fast = has_fast_kernels(config, fabric.device)
         whole = build_optimizer(energy, config.optimizer, config.batch_size)
         sharded = config.shard_optimizer and fabric.world_size > 1
         optimizer: Optimizer = shard_optimizer(whole) if sharded else whole
@@ -275,7 +236,7 @@ class Stepper:
             self.restoration = RestorationTraining(
                 energy, config.step_size, config.plausibility_weight,
                 conditional=config.energy == "conditional", invariance=config.invariance,
-                graphs=fast,
+                graphs=has_fast_kernels(config, fabric.device),
             )  # fmt: skip
         self.training, self.optimizer = fabric.setup(
             self.restoration or DisplacedEnergy(energy), optimizer
@@ -289,11 +250,9 @@ class Stepper:
             self.restoration.plausibility_weight = weight
         self.optimizer.zero_grad(set_to_none=True)
         total, restored = self.accumulate(images, step)
+        largest = self.config.optimizer.max_gradient_norm or math.inf
         norm = self.fabric.clip_gradients(
-            self.training,
-            self.optimizer,
-            max_norm=self.config.optimizer.max_gradient_norm or math.inf,
-            error_if_nonfinite=False,
+            self.training, self.optimizer, max_norm=largest, error_if_nonfinite=False
         )
         assert norm is not None
         self.optimizer.step()
@@ -317,24 +276,22 @@ class Stepper:
         torch.manual_seed(seed)  # dropout and drop path
         clean = self.statistics.normalize(images)
         corruption = self.task(clean, torch.Generator(clean.device).manual_seed(seed))
-        views = 2 if self.config.invariance else 1
-        groups = clean.unflatten(0, (-1, views))
+        groups = clean.unflatten(0, (-1, 2 if self.config.invariance else 1))
         count = -(-len(clean) // (self.micro_batch or len(clean)))
         pieces = [piece.flatten(0, 1) for piece in groups.tensor_split(min(count, len(groups)))]
-        size = (clean.shape[2], clean.shape[3])
-        return [
-            Part(own, made, running_tokens(made.running, self.energy.backbone, size), share)
-            for own, made in zip(pieces, corruption.split([len(p) for p in pieces]), strict=True)
-            for share in (len(own) / len(clean),)
-        ]
+        size, found = (clean.shape[2], clean.shape[3]), []
+        corruptions = corruption.split([len(piece) for piece in pieces])
+        for piece, made in zip(pieces, corruptions, strict=True):
+            tokens = running_tokens(made.running, self.energy.backbone, size)
+            found.append(Part(piece, made, tokens, len(piece) / len(clean)))
+        return found
 
     def restore_part(self, part: Part, last_part: bool) -> tuple[Tensor, Restored]:
         """K restoration steps on one part of the batch, with backward passes after each.
 
         In the ``last_part`` processes wait for each other and add up their gradients.
         """
-        total = torch.zeros((), device=part.clean.device)
-        losses = self._losses(part)
+        total, losses = torch.zeros((), device=part.clean.device), self._losses(part)
         passes = self.config.num_steps * (1 if self.is_exact else 2)
         with nullcontext() if self.is_exact else full_float32():
             for number in range(1, passes + 1):
@@ -353,16 +310,15 @@ class Stepper:
             step = lambda images: self.training(images, *part.aim)  # noqa: E731
             yield from restoration_losses(step, points, num_steps)
             return
+        step_size, mask, tokens = self.config.step_size, part.corruption.loss_mask, part.tokens
+        energy, displaced = (
+            partial(module, tokens=tokens.tokens) for module in (self.energy, self.training)
+        )
         for _ in range(num_steps):
-            for loss, restored, energies in finite_difference_losses(
-                partial(self.energy, tokens=part.tokens.tokens),
-                points,
-                part.clean,
-                part.corruption.loss_mask,
-                self.config.step_size,
-                self.displacement,
-                partial(self.training, tokens=part.tokens.tokens),
-            ):
+            halves = finite_difference_losses(
+                energy, points, part.clean, mask, step_size, self.displacement, displaced
+            )
+            for loss, restored, energies in halves:
                 yield loss / num_steps, restored, energies
             points = restored
 
