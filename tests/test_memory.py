@@ -5,7 +5,6 @@ import torch
 
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
-from backfold.finite_difference import finite_difference_losses
 from backfold.memory import memory_advice, out_of_memory
 from backfold.restoration import restoration_losses, training_step
 from step_cost.measuring import peak_memory
@@ -46,25 +45,6 @@ def test_memory_does_not_grow_with_the_number_of_steps():
     assert exact_peak(4, backward_at_once=False) > 2.5 * once
 
 
-def test_the_finite_difference_takes_less_memory_and_as_much_as_an_ordinary_step():
-    model, (corrupted, clean) = small_vit()
-
-    def finite_difference():
-        for part, _, _ in finite_difference_losses(model, corrupted, clean, EVERYWHERE):
-            part.backward()
-
-    def ordinary():
-        model(corrupted).sum().backward()
-
-    for train in (finite_difference, ordinary):
-        train()
-    found = peak_memory(finite_difference, CPU)
-    assert found < 0.7 * exact_peak(1)
-    # It holds the restored images, the displacement and the displaced images besides.
-    images = corrupted.nbytes
-    assert found <= peak_memory(ordinary, CPU) + 6 * images
-
-
 def test_running_out_of_memory_is_told_from_other_errors():
     for allocate in (lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**60)):
         with pytest.raises((RuntimeError, MemoryError)) as caught:
@@ -84,5 +64,5 @@ def test_the_advice_names_a_smaller_micro_batch_where_there_is_one(count, micro_
     advice = str(caught.value)
     assert "\n" not in advice
     assert (f"--micro-batch {micro_batch}" in advice) == bool(micro_batch)
-    for part in ("smaller image size", "finite-difference", "hidden-share"):
+    for part in ("smaller image size", "hidden-share"):
         assert part in advice

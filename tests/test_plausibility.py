@@ -70,7 +70,6 @@ def test_identity_is_one_of_the_mixture():
         ),
         # Clean images leave their place in the first step, and would then count as corrupted.
         (MIXED | {"num_steps": 2}, r"^plausibility_weight is 0\.1 and num_steps 2; it tells"),
-        (MIXED | {"derivative": "finite-difference"}, "finite-difference step does not"),
     ],
 )
 def test_settings_that_can_t_work_are_refused(settings, message):

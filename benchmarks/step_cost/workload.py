@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from backfold.backbone import feature_map, use_plain_attention
 from backfold.energy import EnergyModel
-from backfold.finite_difference import finite_difference_losses
 from backfold.pretext import HiddenPatches, Masking
 from backfold.restoration import restoration_losses
 from backfold.sparse import running_tokens
@@ -30,7 +29,6 @@ TITLES = {  # in the order of the tables, and in which they are warmed up while 
     "exact": "Backfold, dense",
     "sparse": "Backfold, sparse",
     "conditional": "Backfold, conditional",
-    "finite-difference": "Backfold, finite difference",
     "simmim": "SimMIM (transformers)",
     "mae": "MAE (transformers)",
     "masking": "drawing masks",
@@ -107,9 +105,7 @@ class Variant:
             return False
         if model.family != "vit" and self.method in ("mae", "sparse", "conditional"):
             return False
-        if self.precision != "float32" and self.method in ("masking", "finite-difference"):
-            return False
-        if self.compiled and self.method == "masking":
+        if self.method == "masking" and (self.compiled or self.precision != "float32"):
             return False
         return self.num_steps == 1 or self.method == "exact"
 
@@ -199,9 +195,6 @@ class Workload:
         if method in ("exact", "sparse", "conditional"):
             return self._restoration(variant)
         energy = self._compiled(self.fused) if variant.compiled else self.fused
-        if method == "finite-difference":
-            given = (self.dense.corrupted, self.images, self.dense.loss_mask, 1.0)
-            return lambda: _backward_each(finite_difference_losses(energy, *given))
         loss, inputs = (energy, [self.images]) if method == "forward" else self._loss(variant)
 
         def step() -> None:

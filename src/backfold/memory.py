@@ -55,6 +55,6 @@ def memory_advice(images_at_once: Callable[[], int | None] = lambda: None) -> It
                 "is; or "
             )
         raise UserError(
-            f"out of memory {when}; {remedy}choose a smaller image size or backbone, --derivative "
-            "finite-difference, or, with masking, --tasks.masking.hidden-share 0.33"
+            f"out of memory {when}; {remedy}choose a smaller image size or backbone, or, with "
+            "masking, --tasks.masking.hidden-share 0.33"
         ) from error

@@ -50,10 +50,6 @@ def test_broken_files_are_skipped_and_named_until_there_are_too_many(
         ("--pretext=colorization", ("colorization needs more than 1 channel",)),
         ("--batch-size=64", ("54 images are fewer than one global batch of 64", "--batch-size")),
         (
-            "--derivative=finite-difference --precision=bf16-mixed",
-            ("finite-difference step needs float32", "--precision 32-true"),
-        ),
-        (
             "--tasks.masking.hidden-share=0.5 --tasks.masking.mask-patch-size=5",
             ("divides both sides", "hidden_share"),
         ),

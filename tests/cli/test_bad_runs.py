@@ -61,7 +61,7 @@ def test_bad_checkpoints(
 def test_an_older_run_s_linear_head_and_unused_task_are_no_obstacle(run_folder):
     path, before = RunFolder(run_folder).last_checkpoint, load_pretrained(run_folder)
     content = torch.load(path, weights_only=True)
-    content["config"]["head"] = "linear"
+    content["config"] |= {"head": "linear", "derivative": "exact"}
     content["config"]["tasks"]["exchange"] = {"exchange_ratio": 0.4, "exchange_patch_size": 16}
     torch.save(content, path)
     assert load_pretrained(run_folder).config == before.config

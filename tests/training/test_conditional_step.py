@@ -250,7 +250,6 @@ def test_an_older_run_is_read_and_resumed_as_the_dense_one_it_was(tiny, quiet, t
         ({"backbone": "resnet10t", "backbone_options": {}, "image_size": 32}, "neither timm's"),
         ({"tasks": TaskSettings(masking=Masking(mask_patch_size=10))}, "mask_patch_size is 10"),
         ({"tasks": TaskSettings(masking=Masking(mask_patch_size=4))}, "give a multiple"),
-        ({"derivative": "finite-difference"}, "needs the dense energy"),
         ({"hidden_blocks": 9}, "hidden_blocks is 9; give 1 to 1"),
         ({"batch_size": 7, "invariance": 0.1}, "needs an even number of 4 or more"),
     ],

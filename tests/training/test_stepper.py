@@ -189,26 +189,6 @@ def test_a_compiled_step_with_another_gradient_is_not_used(
     assert all(torch.equal(value, weights[name]) for name, value in energy.state_dict().items())
 
 
-@pytest.mark.parametrize(("num_steps", "micro_batch"), [(1, None), (3, 6)])
-def test_the_finite_difference_step_has_the_exact_step_s_gradient(
-    pictures, num_steps, micro_batch, caplog
-):
-    settings = {"num_steps": num_steps, "micro_batch": micro_batch}
-    task = Masking(mask_patch_size=7, fill="noise")
-    exact, step_exact = make(task, **settings)
-    other, step_other = make(task, derivative="finite-difference", **settings)
-    with caplog.at_level(logging.INFO, logger="backfold"):
-        warm_up(step_other, pictures, steps_left=10, decisions={})
-    assert any("finite-difference step: displacement" in r.message for r in caplog.records)
-    loss_exact, norm_exact, restored = step_exact(pictures, 0)
-    loss_other, norm_other, restored_other = step_other(pictures, 0)
-    assert float(loss_other) == pytest.approx(float(loss_exact), rel=1e-5)
-    assert float(norm_other) == pytest.approx(float(norm_exact), rel=1e-3)
-    flat = [torch.cat([g.flatten() for g in gradients(e).values()]) for e in (exact, other)]
-    assert (flat[1] - flat[0]).norm() < 1e-3 * flat[0].norm()
-    torch.testing.assert_close(restored_other.restored, restored.restored, rtol=1e-4, atol=1e-4)
-
-
 def runs_out_above(limit, monkeypatch, stepper, error):
     """Let restoring more images than this at once fail; returns the sizes that are tried."""
     tried, original = [], stepper.restore_part

@@ -41,9 +41,6 @@ CASES: dict[str, tuple[PretextTask, dict[str, Any]]] = {
     "mixture": (Mixture((MASKING, SORTING, *OTHERS), (1,) * 5), {}),
     "K = 2 and accumulation": (SORTING, {"num_steps": 2, "micro_batch": 3}),
     "sparse": (Masking(mask_patch_size=7, mask_ratio=0.75, hidden_share=1 / 3), {}),
-    "finite difference": (
-        Masking(mask_patch_size=7, fill="noise"), {"derivative": "finite-difference"}
-    ),
     "compiled": (MASKING, {}),
     "sharded optimizer": (MASKING, {"shard_optimizer": True}),
     "conditional": (

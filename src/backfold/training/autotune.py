@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backfold.finite_difference import best_displacement, full_float32
 from backfold.memory import out_of_memory
 from backfold.restoration import eval_mode
 from backfold.training.devices import largest
@@ -25,7 +24,6 @@ LOGGER = logging.getLogger("backfold")
 COMPILE_PAYS_SECONDS = 600.0  # it takes half a minute to two, and saves a tenth to a third
 MOST_UNROLLED_GROUPS = 256
 TIMED_ON_CPU = 16  # images: throughput hardly depends on the batch there
-DISPLACED = 4  # images: there may be no memory for many exact steps at once
 MOMENTS = 2  # of AdamW, a copy of the trainable parameters each
 CUDA_MARGIN = 0.05  # of the memory, for fragments and workspaces that libraries take late
 # A parameter whose gradient is off by more than this share is wrong, and not a matter of rounding.
@@ -34,7 +32,7 @@ SMALLEST_SHARE = 0.05  # of the largest gradient; what is smaller is compared wi
 
 
 def warm_up(stepper: Stepper, images: Tensor, steps_left: int, decisions: dict[str, Any]) -> None:
-    """Set the stepper's micro-batch and displacement and compile its step, as its settings ask.
+    """Set the stepper's micro-batch and compile its step, as its settings ask.
 
     ``images`` are a batch as this device will get it. What ``decisions`` lack is decided and added:
     a resumed run does not depend on how fast the machine is this time.
@@ -50,15 +48,11 @@ def warm_up(stepper: Stepper, images: Tensor, steps_left: int, decisions: dict[s
                 decisions["micro_batch"] = fits
                 LOGGER.info("micro-batches of %d images", fits)
             stepper.micro_batch = decisions["micro_batch"]
-        if not stepper.is_exact:
-            if "displacement" not in decisions:
-                decisions["displacement"] = _best_displacement(stepper, images[:DISPLACED])
-            stepper.displacement = decisions["displacement"]
         if "compiled" not in decisions:
-            wanted = stepper.is_exact and _wants_compiling(stepper, images, steps_left)
+            wanted = _wants_compiling(stepper, images, steps_left)
             # Processes must go the same way.
             decisions["compiled"] = not largest(stepper.fabric, int(not wanted))[0]
-        if decisions["compiled"] and stepper.restoration is not None:
+        if decisions["compiled"]:
             start = time.perf_counter()
             decisions["compiled"] = _compile(stepper, stepper.restoration, images)
             if decisions["compiled"]:
@@ -110,22 +104,6 @@ def _fits(stepper: Stepper, images: Tensor) -> bool:
     finally:
         stepper.optimizer.zero_grad(set_to_none=True)
     return True
-
-
-def _best_displacement(stepper: Stepper, images: Tensor) -> float:
-    part = stepper.parts(images, 0)[0]
-    with full_float32():
-        displacement, distance = best_displacement(
-            partial(stepper.energy, tokens=part.tokens.tokens),
-            [parameter for parameter in stepper.energy.parameters() if parameter.requires_grad],
-            part.corruption.corrupted,
-            part.clean,
-            part.corruption.loss_mask,
-            stepper.config.step_size,
-        )
-    said = "finite-difference step: displacement %g, gradient within %.1g of the exact one"
-    LOGGER.info(said, displacement, distance)
-    return float(stepper.fabric.broadcast(displacement))
 
 
 def _seconds(stepper: Stepper, images: Tensor) -> float:

@@ -135,8 +135,6 @@ class PretrainConfig:
             steps as CUDA graphs.
         deterministic: only algorithms whose bits repeat, where torch has them, at some loss of
             speed; on a CPU they do in any case.
-        derivative: "exact", or "finite-difference": no second derivative, in less than half the
-            memory, in float32 and for backbones without kinks (ReLU) only.
         optimizer: learning rate and its schedule.
         augmentation: random crop and flip.
         precision: "32-true", "bf16-mixed", or "auto": bf16 where the hardware has it.
@@ -189,7 +187,6 @@ class PretrainConfig:
     compile: bool | Literal["auto"] = "auto"
     fast_kernels: bool = True
     deterministic: bool = False
-    derivative: Literal["exact", "finite-difference"] = "exact"
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     augmentation: Augmentation = field(default_factory=Augmentation)
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
@@ -251,11 +248,6 @@ class PretrainConfig:
                 f"{given}, which needs clean images beside corrupted ones; use the mixture with "
                 "identity, such as --mixture masking=3,identity=1"
             )
-        if weight and self.derivative != "exact":
-            raise UserError(
-                f"{given}, which the finite-difference step does not train; set it to 0, or "
-                "derivative to exact"
-            )
         if weight and self.num_steps != 1:
             # From the second step on, clean images are no longer bit for bit what they were.
             raise UserError(
@@ -282,10 +274,11 @@ def config_from_dict(values: Mapping[str, Any]) -> PretrainConfig:
 
 def check_conditional_settings(config: PretrainConfig) -> None:
     """Raise UserError where settings need the dense energy."""
-    weight, derivative = config.plausibility_weight, config.derivative
-    if weight or derivative != "exact":
-        name = f"plausibility_weight {weight:g}" if weight else f"derivative {derivative}"
-        raise UserError(f"{name} needs the dense energy; set it back for the conditional one")
+    if config.plausibility_weight:
+        raise UserError(
+            f"plausibility_weight {config.plausibility_weight:g} needs the dense energy; give "
+            "--energy dense, or no weight"
+        )
 
 
 def doubtful_settings(config: PretrainConfig) -> list[str]:
@@ -297,13 +290,29 @@ def doubtful_settings(config: PretrainConfig) -> list[str]:
             "the backbone need not look at anything coarse; set tasks.denoising.octaves to 4 or 5, "
             "or train on a mixture"
         )
-    if tasks.masking.hidden_share < 1 and "masking" not in names and config.energy == "dense":
-        lines.append("tasks.masking.hidden_share has no effect without the masking task")
-    if config.contrast_epochs and not config.plausibility_weight:
-        lines.append("contrast_epochs has no effect without a plausibility_weight")
-    if config.energy == "dense" and config.hidden_blocks != 1:
-        lines.append("hidden_blocks has no effect on the dense energy")
-    return lines
+    is_dense = config.energy == "dense"
+    idle = {
+        "tasks.mixture": (tasks.mixture and config.pretext != MIXTURE, "without pretext mixture"),
+        "tasks.masking.hidden_share": (
+            is_dense and tasks.masking.hidden_share < 1 and "masking" not in names,
+            "without the masking task",
+        ),
+        "tasks.sorting": (
+            config.energy == "conditional" and "sorting" in names and tasks.sorting != Sorting(),
+            "on the conditional energy, where tasks.masking says which patches are hidden",
+        ),
+        "hidden_blocks": (is_dense and config.hidden_blocks != 1, "on the dense energy"),
+        "contrast_epochs": (
+            config.contrast_epochs and not config.plausibility_weight,
+            "without a plausibility_weight",
+        ),
+        "tasks.excerpt.excerpt_patch_size": (
+            tasks.excerpt.share == 1 and tasks.excerpt != ExcerptSettings(), "with a share of 1",
+        ),
+        "prefetch": (config.num_workers == 0 and config.prefetch, "without worker processes"),
+    }  # fmt: skip
+    found = [f"{name} has no effect {why}" for name, (is_idle, why) in idle.items() if is_idle]
+    return lines + found
 
 
 def parse_image_size(value: int | str | None) -> ImageSize | None:

@@ -79,13 +79,6 @@ def choose_precision(
     config: PretrainConfig, device: torch.device
 ) -> Literal["32-true", "bf16-mixed"]:
     """Lightning's name of the precision: bf16 autocast where the hardware computes in bf16."""
-    if config.derivative == "finite-difference":
-        if config.precision == "bf16-mixed":
-            raise UserError(
-                "precision is bf16-mixed, and the finite-difference step needs float32: in bf16 "
-                "rounding is larger than the difference; give --precision 32-true"
-            )
-        return "32-true"
     if config.precision != "auto":
         return config.precision
     if device.type == "cuda":

@@ -210,8 +210,9 @@ def load_pretrained(path: Path) -> Pretrained:
         # Older runs had other settings beside today's, and knew no energy but the dense one.
         settings = {"energy": "dense"} | content["config"]
         settings["tasks"] = {k: v for k, v in settings["tasks"].items() if k != "exchange"}
-        if settings.get("head") == "linear":
-            del settings["head"]
+        for name, kept in (("head", "linear"), ("derivative", "exact")):
+            if settings.get(name) == kept:
+                del settings[name]
         config = config_from_dict(settings)
         channels, (height, width) = content["channels"], content["image_size"]
         energy = build_energy(config, channels)

@@ -2,10 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from textwrap import shorten
 
 import numpy as np
@@ -18,7 +16,6 @@ from torch.optim import Optimizer
 from backfold.backbone import use_plain_attention
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
-from backfold.finite_difference import DISPLACEMENT, finite_difference_losses, full_float32
 from backfold.invariance import of_all_processes, vicreg_loss
 from backfold.metrics import energy_gap, psnr_db
 from backfold.pretext.corruption import Corruption, PretextTask
@@ -133,19 +130,6 @@ class RestorationTraining(nn.Module):
         return loss, restored, energies
 
 
-class DisplacedEnergy(nn.Module):
-    """One pass of the finite-difference step, as one forward, as `RestorationTraining` is."""
-
-    def __init__(self, energy: EnergyModel) -> None:
-        super().__init__()
-        self.energy = energy
-
-    def forward(self, displaced: Tensor, weights: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """The sum of weighted energies."""
-        energies: Tensor = self.energy(displaced, tokens)
-        return (weights * energies).sum()
-
-
 @dataclass(frozen=True)
 class Part:
     """A part of a batch on one device, and its weight in the batch's mean."""
@@ -206,9 +190,7 @@ class Stepper:
 
     Attributes:
         micro_batch: most images that are handled at once; None takes what a step is given.
-        restoration: the exact step, without devices and distribution around it; None where the
-            derivative is a finite difference.
-        displacement: of the finite difference, see `backfold.finite_difference`.
+        restoration: the step, without devices and distribution around it.
     """
 
     def __init__(
@@ -227,27 +209,22 @@ class Stepper:
         sharded = config.shard_optimizer and fabric.world_size > 1
         optimizer: Optimizer = shard_optimizer(whole) if sharded else whole
         self.schedule = build_schedule(optimizer, config.optimizer, total_steps, steps_per_epoch)
-        self.energy, self.displacement = energy, DISPLACEMENT
+        self.energy = energy
         contrast = round(config.contrast_epochs * steps_per_epoch)
         self._contrast_from = total_steps - contrast if contrast else 0
-        self.is_exact = config.derivative == "exact"
-        self.restoration: RestorationTraining | None = None
-        if self.is_exact:
-            self.restoration = RestorationTraining(
-                energy, config.step_size, config.plausibility_weight,
-                conditional=config.energy == "conditional", invariance=config.invariance,
-                graphs=has_fast_kernels(config, fabric.device),
-            )  # fmt: skip
-        self.training, self.optimizer = fabric.setup(
-            self.restoration or DisplacedEnergy(energy), optimizer
-        )
+        self.restoration = RestorationTraining(
+            energy, config.step_size, config.plausibility_weight,
+            conditional=config.energy == "conditional", invariance=config.invariance,
+            graphs=has_fast_kernels(config, fabric.device),
+        )  # fmt: skip
+        self.training, self.optimizer = fabric.setup(self.restoration, optimizer)
 
     def __call__(self, images: Tensor, step: int) -> tuple[Tensor, Tensor, Restored]:
         """One optimizer step; returns the mean loss, the gradient's norm and the last part."""
         self.schedule.step_update(step)
-        if self.restoration is not None:  # a compiled step is compiled anew where this changes
-            weight = self.config.plausibility_weight if step >= self._contrast_from else 0.0
-            self.restoration.plausibility_weight = weight
+        # A compiled step is compiled anew where this changes.
+        weight = self.config.plausibility_weight if step >= self._contrast_from else 0.0
+        self.restoration.plausibility_weight = weight
         self.optimizer.zero_grad(set_to_none=True)
         total, restored = self.accumulate(images, step)
         largest = self.config.optimizer.max_gradient_norm or math.inf
@@ -291,36 +268,18 @@ class Stepper:
 
         In the ``last_part`` processes wait for each other and add up their gradients.
         """
-        total, losses = torch.zeros((), device=part.clean.device), self._losses(part)
-        passes = self.config.num_steps * (1 if self.is_exact else 2)
-        with nullcontext() if self.is_exact else full_float32():
-            for number in range(1, passes + 1):
-                reduces = last_part and number == passes
-                with self.fabric.no_backward_sync(self.training, enabled=not reduces):
-                    loss, final, _ = next(losses)
-                    scaled = loss * part.weight
-                    self.fabric.backward(scaled)
-                total += scaled.detach()
-        return total, Restored(part.clean, part.corruption, final)
-
-    def _losses(self, part: Part) -> Iterator[Found]:
-        """Shares of a part's loss: one for each exact step, two for each finite difference."""
-        num_steps, points = self.config.num_steps, part.corruption.corrupted
-        if self.is_exact:
-            step = lambda images: self.training(images, *part.aim)  # noqa: E731
-            yield from restoration_losses(step, points, num_steps)
-            return
-        step_size, mask, tokens = self.config.step_size, part.corruption.loss_mask, part.tokens
-        energy, displaced = (
-            partial(module, tokens=tokens.tokens) for module in (self.energy, self.training)
+        total, num_steps = torch.zeros((), device=part.clean.device), self.config.num_steps
+        losses = restoration_losses(
+            lambda images: self.training(images, *part.aim), part.corruption.corrupted, num_steps
         )
-        for _ in range(num_steps):
-            halves = finite_difference_losses(
-                energy, points, part.clean, mask, step_size, self.displacement, displaced
-            )
-            for loss, restored, energies in halves:
-                yield loss / num_steps, restored, energies
-            points = restored
+        for number in range(1, num_steps + 1):
+            reduces = last_part and number == num_steps
+            with self.fabric.no_backward_sync(self.training, enabled=not reduces):
+                loss, final, _ = next(losses)
+                scaled = loss * part.weight
+                self.fabric.backward(scaled)
+            total += scaled.detach()
+        return total, Restored(part.clean, part.corruption, final)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
