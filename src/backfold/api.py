@@ -25,7 +25,7 @@ from pyarrow import csv, parquet
 from torch import Tensor
 
 from backfold.backbone import check_image_size
-from backfold.cli.inference import USUAL_IMAGES, ScoreSettings, run_score
+from backfold.cli.inference import ScoreSettings, run_score
 from backfold.data.decode import as_float
 from backfold.data.files import IN_MEMORY
 from backfold.data.formats import MapDataset
@@ -36,7 +36,7 @@ from backfold.defects import DefectFinder
 from backfold.embedding import EmbeddingChoice, embed
 from backfold.errors import UserError
 from backfold.exporting.export import Format, export_run
-from backfold.inference.jobs import USUAL_BATCH, find_defects, usual_images
+from backfold.inference.jobs import USUAL_BATCH, find_defects, usual_finder
 from backfold.inference.restored import new_images, read_images
 from backfold.pretext.corruption import Corruption
 from backfold.pretext.hidden import hidden_by
@@ -145,14 +145,11 @@ class Backfold:
         if usual is not None:
             return find_defects(self.run, self._prepare(usual).split(USUAL_BATCH))
         if self._own_finder is None:
-            config = self.run.config
             try:
-                options = (False, config.max_pixels, config.frames)
-                source = open_source(config.data, "train", *options)
+                source = self.run.open()
             except UserError as error:
                 raise UserError(f"the run's own data are not there: {error}; or usual") from error
-            images = usual_images(self.run, source, USUAL_IMAGES)
-            self._own_finder = find_defects(self.run, images.split(USUAL_BATCH))
+            self._own_finder = usual_finder(self.run, source)
         return self._own_finder
 
     def restore(

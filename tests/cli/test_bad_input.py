@@ -45,7 +45,7 @@ def test_broken_files_are_skipped_and_named_until_there_are_too_many(
         ("--pretext=maskin", ("'maskin'", "nearest: masking", "denoising")),
         ("--pretext=mixture --tasks.mixture.sortin=1", ("'sortin'", "nearest: sorting")),
         ("--image-size=30", ("30x30 is no multiple of the 7x7 patches", "give a multiple")),
-        ("--backbone-options.depht=1", ("'depht' is no part", "nearest: depth")),
+        ("--backbone-options.depht=1", ("option depht is 1", "such as depth")),
         ("--tasks.masking.mask-patch-size=29", ("29, larger than the 28x28", "give 28 or less")),
         ("--pretext=colorization", ("colorization needs more than 1 channel",)),
         ("--batch-size=64", ("54 images are fewer than one global batch of 64", "--batch-size")),

@@ -18,7 +18,7 @@ def fashion():
     found = []
     for source in (open_source(None, split, labelled=True) for split in ("train", "test")):
         images = torch.stack([source.read(index) for index in range(1_500)]).float() / 255
-        found += [F.avg_pool2d(images, 4).flatten(1), torch.as_tensor(source.labels)[:1_500]]
+        found += [F.avg_pool2d(images, 4).flatten(1), torch.tensor(source.labels)[:1_500]]
     return found
 
 

@@ -15,7 +15,6 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
 from backfold.data.loading import default_workers
-from backfold.data.open import open_source
 from backfold.data.source import Split
 from backfold.defects import DefectFinder
 from backfold.embedding import EmbeddingChoice
@@ -25,11 +24,11 @@ from backfold.inference.contact_sheet import render_contact_sheet
 from backfold.inference.jobs import (
     INDEX,
     MAP,
+    USUAL_IMAGES,
     EmbeddingJob,
     Job,
     ScoringJob,
-    find_defects,
-    usual_images,
+    usual_finder,
 )
 from backfold.inference.parts import (
     Engine,
@@ -45,7 +44,6 @@ from backfold.training.log import log_to, terminal
 from backfold.training.run import DEMO_RUN, Pretrained, load_pretrained
 
 LOGGER = logging.getLogger("backfold")
-USUAL_IMAGES = 256
 
 
 @dataclass
@@ -192,27 +190,23 @@ def _finder(settings: ScoreSettings, run: Pretrained) -> DefectFinder | None:
 
     None, with a warning, where there are no usual images: the run's own may be gone.
     """
-    options = (False, run.config.max_pixels, run.config.frames)
-    if settings.usual is not None:
-        source = open_source(settings.usual, "train", *options)
-    else:
-        try:
-            source = open_source(run.config.data, "train", *options)
-        except UserError as error:
-            if settings.maps is not None:
-                raise UserError(f"maps need usual images: {error}; or give --usual") from error
-            LOGGER.warning("no defects are scored, for want of --usual images: %s", error)
-            return None
+    try:
+        source = run.open(settings.usual)
+    except UserError as error:
+        if settings.usual is not None:
+            raise
+        if settings.maps is not None:
+            raise UserError(f"maps need usual images: {error}; or give --usual") from error
+        LOGGER.warning("no defects are scored, for want of --usual images: %s", error)
+        return None
     is_local = settings.engine == "local"
     run.energy.to(choose_device(settings.accelerator if is_local else "auto"))
-    images = usual_images(run, source, settings.usual_images, settings.batch_size)
-    return find_defects(run, images.split(settings.batch_size))
+    return usual_finder(run, source, settings.usual_images, settings.batch_size)
 
 
 def _good(settings: ScoreSettings, run: Pretrained) -> NDArray[np.bool_]:
     """By image, whether it is of the class that is without defects."""
-    data = run.config.data if settings.data is None else settings.data
-    source = open_source(data, settings.split, True, run.config.max_pixels, run.config.frames)
+    source = run.open(settings.data, settings.split, labelled=True)
     names = source.class_names
     if settings.good not in names:
         raise UserError(
@@ -254,9 +248,7 @@ def _compute(
     console: Console,
     finish: Callable[[Parts], None] | None = None,
 ) -> int:
-    config, workers = job.run.config, settings.num_workers
-    data = config.data if settings.data is None else settings.data
-    source = open_source(data, settings.split, False, config.max_pixels, config.frames)
+    source, workers = job.run.open(settings.data, settings.split), settings.num_workers
     parts = Parts(job, source, settings.out, settings.batch_size, settings.part_size)
     if settings.engine == "ray":
         actors = 2 if workers is None else max(1, workers)

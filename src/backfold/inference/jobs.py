@@ -30,7 +30,7 @@ from backfold.training.config import task_names
 from backfold.training.run import Pretrained
 
 LOGGER = logging.getLogger("backfold")
-USUAL_BATCH = 32
+USUAL_IMAGES, USUAL_BATCH = 256, 32
 MAP = "map"
 INDEX = "index"  # the column of an image's place in its source
 
@@ -139,19 +139,19 @@ class ScoringJob:
         return torch.where(result.status.diverged.cpu(), torch.inf, torch.stack(errors)), restored
 
 
-def usual_images(
-    run: Pretrained, source: ImageSource, count: int, batch_size: int = USUAL_BATCH
-) -> Tensor:
-    """So many images spread over the source, or those of them that can be read, normalised."""
-    chosen = spread(source, count)
+def usual_finder(
+    run: Pretrained, source: ImageSource, count: int = USUAL_IMAGES, batch_size: int = USUAL_BATCH
+) -> DefectFinder:
+    """The run's finder, shown so many images spread over the source, or those that can be read."""
     images, indices = [], []
+    chosen = spread(source, count)
     for batch in evaluation_batches(chosen, run.image_size, run.channels, batch_size, 1):
         for line in batch.broken:
             LOGGER.warning("skipped: %s", line)
         images.append(run.statistics.normalize(batch.images))
         indices += batch.indices.tolist()
     _, first = np.unique(indices, return_index=True)  # without those that stand in for broken ones
-    return torch.cat(images)[first]
+    return find_defects(run, torch.cat(images)[first].split(batch_size))
 
 
 def find_defects(run: Pretrained, usual: Sequence[Tensor]) -> DefectFinder:

@@ -13,8 +13,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from backfold.data.augmentation import cover
 from backfold.data.decode import decode, decode_pillow, to_channels
 from backfold.data.loading import evaluation_batches, stack_images
-from backfold.data.open import open_source
-from backfold.data.source import NoTestSplit, spread
+from backfold.data.source import spread
 from backfold.errors import BrokenImage, UserError
 from backfold.files import write_atomically
 from backfold.metrics import psnr_db, ssim
@@ -69,12 +68,7 @@ def read_images(given: Sequence[Image.Image | Path | str], run: Pretrained) -> T
 
 def sample_images(run: Pretrained, count: int) -> tuple[list[str], Tensor]:
     """Names and normalised images spread over the run's own data, its test split if it has one."""
-    config = run.config
-    try:
-        source = open_source(config.data, "test", frames=config.frames)
-    except NoTestSplit:
-        source = open_source(config.data, "train", frames=config.frames)
-    chosen = spread(source, count)
+    chosen = spread(run.open(split=None), count)
     (batch,) = evaluation_batches(chosen, run.image_size, run.channels, count)
     return [f"image-{index}" for index in chosen.indices], run.statistics.normalize(batch.images)
 
