@@ -36,7 +36,7 @@ from backfold.defects import DefectFinder
 from backfold.embedding import EmbeddingChoice, embed
 from backfold.errors import UserError
 from backfold.exporting.export import Format, export_run
-from backfold.inference.jobs import USUAL_BATCH, find_defects, usual_finder
+from backfold.inference.jobs import USUAL_BATCH, find_defects, open_data, usual_finder
 from backfold.inference.restored import new_images, read_images
 from backfold.pretext.corruption import Corruption
 from backfold.pretext.hidden import hidden_by
@@ -146,7 +146,7 @@ class Backfold:
             return find_defects(self.run, self._prepare(usual).split(USUAL_BATCH))
         if self._own_finder is None:
             try:
-                source = self.run.open()
+                source = open_data(self.run)
             except UserError as error:
                 raise UserError(f"the run's own data are not there: {error}; or usual") from error
             self._own_finder = usual_finder(self.run, source)

@@ -28,6 +28,7 @@ from backfold.inference.jobs import (
     EmbeddingJob,
     Job,
     ScoringJob,
+    open_data,
     usual_finder,
 )
 from backfold.inference.parts import (
@@ -191,7 +192,7 @@ def _finder(settings: ScoreSettings, run: Pretrained) -> DefectFinder | None:
     None, with a warning, where there are no usual images: the run's own may be gone.
     """
     try:
-        source = run.open(settings.usual)
+        source = open_data(run, settings.usual)
     except UserError as error:
         if settings.usual is not None:
             raise
@@ -206,7 +207,7 @@ def _finder(settings: ScoreSettings, run: Pretrained) -> DefectFinder | None:
 
 def _good(settings: ScoreSettings, run: Pretrained) -> NDArray[np.bool_]:
     """By image, whether it is of the class that is without defects."""
-    source = run.open(settings.data, settings.split, labelled=True)
+    source = open_data(run, settings.data, settings.split, labelled=True)
     names = source.class_names
     if settings.good not in names:
         raise UserError(
@@ -248,7 +249,7 @@ def _compute(
     console: Console,
     finish: Callable[[Parts], None] | None = None,
 ) -> int:
-    source, workers = job.run.open(settings.data, settings.split), settings.num_workers
+    source, workers = open_data(job.run, settings.data, settings.split), settings.num_workers
     parts = Parts(job, source, settings.out, settings.batch_size, settings.part_size)
     if settings.engine == "ray":
         actors = 2 if workers is None else max(1, workers)

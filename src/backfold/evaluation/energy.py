@@ -20,6 +20,8 @@ from torch import Tensor
 from torchmetrics.functional.image import total_variation
 from torchvision.transforms.v2.functional import to_pil_image
 
+from backfold.data.open import open_source
+from backfold.data.source import NoTestSplit
 from backfold.data.statistics import ChannelStatistics
 from backfold.defects import Usual
 from backfold.embedding import EmbeddingChoice, embed, embed_batches
@@ -63,7 +65,11 @@ def energy(given: "Evaluation") -> list[Row]:
         rows += _rows(case, usual, strange, settings.seed, paired=True)
     for kind, data in (("near", settings.near), ("far", settings.far)):
         if data is not None:
-            source = run.open(data, split=None)
+            options = (False, given.subject.max_pixels, run.config.frames)
+            try:
+                source = open_source(data, "test", *options)
+            except NoTestSplit:
+                source = open_source(data, "train", *options)
             found = Images(source, given.subject, given.num_workers)
             images, _ = found.load(settings.test_images, settings.seed)
             strange, _ = scorer(images)

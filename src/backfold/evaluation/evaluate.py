@@ -340,7 +340,7 @@ def _refuse(names: Sequence[str], evaluation: Evaluation) -> None:
     if "energy" in names and subject.run is not None:
         for data in (settings.near, settings.far):
             if data is not None:
-                subject.run.open(data)
+                open_source(data, "train", False, subject.max_pixels, subject.run.config.frames)
 
 
 def _signed(row: Row, evaluation: Evaluation) -> Row:

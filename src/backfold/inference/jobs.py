@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from backfold.data.loading import evaluation_batches
-from backfold.data.source import ImageSource, spread
+from backfold.data.open import open_source
+from backfold.data.source import ImageSource, Split, spread
 from backfold.defects import DefectFinder
 from backfold.embedding import EmbeddingChoice, embed_batches
 from backfold.files import write_atomically
@@ -137,6 +138,15 @@ class ScoringJob:
             for row, corruption in enumerate(corruptions)
         ]
         return torch.where(result.status.diverged.cpu(), torch.inf, torch.stack(errors)), restored
+
+
+def open_data(
+    run: Pretrained, data: str | Path | None = None, split: Split = "train", labelled: bool = False
+) -> ImageSource:
+    """Images, read as the run read its own, which None takes."""
+    config = run.config
+    chosen = config.data if data is None else data
+    return open_source(chosen, split, labelled, config.max_pixels, config.frames)
 
 
 def usual_finder(

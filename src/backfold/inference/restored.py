@@ -13,9 +13,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 from backfold.data.augmentation import cover
 from backfold.data.decode import decode, decode_pillow, to_channels
 from backfold.data.loading import evaluation_batches, stack_images
-from backfold.data.source import spread
+from backfold.data.source import NoTestSplit, spread
 from backfold.errors import BrokenImage, UserError
 from backfold.files import write_atomically
+from backfold.inference.jobs import open_data
 from backfold.metrics import psnr_db, ssim
 from backfold.pictures import png_bytes, restoration_grid, to_display
 from backfold.pretext.corruption import PretextTask
@@ -68,7 +69,11 @@ def read_images(given: Sequence[Image.Image | Path | str], run: Pretrained) -> T
 
 def sample_images(run: Pretrained, count: int) -> tuple[list[str], Tensor]:
     """Names and normalised images spread over the run's own data, its test split if it has one."""
-    chosen = spread(run.open(split=None), count)
+    try:
+        source = open_data(run, split="test")
+    except NoTestSplit:
+        source = open_data(run)
+    chosen = spread(source, count)
     (batch,) = evaluation_batches(chosen, run.image_size, run.channels, count)
     return [f"image-{index}" for index in chosen.indices], run.statistics.normalize(batch.images)
 

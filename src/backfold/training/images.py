@@ -133,5 +133,5 @@ def _load(
             LOGGER.warning("skipped: %s", line)
         parts.append(images.statistics.normalize(batch.images))
         places.append(batch.indices)
-    labels = None if chosen.labels is None else torch.from_numpy(chosen.labels)[torch.cat(places)]
+    labels = None if chosen.labels is None else torch.tensor(chosen.labels)[torch.cat(places)]
     return torch.cat(parts), labels

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from backfold.backbone import ImageSize
 from backfold.batch_norm import batch_norms
-from backfold.data.open import open_source
-from backfold.data.source import ImageSource, NoTestSplit, Split
 from backfold.data.statistics import ChannelStatistics
 from backfold.energy import EnergyModel
 from backfold.errors import UserError
@@ -199,23 +197,6 @@ class Pretrained:
     channels: int
     image_size: ImageSize
     step: int
-
-    def open(
-        self, data: str | Path | None = None, split: Split | None = "train", labelled: bool = False
-    ) -> ImageSource:
-        """Images, read as the run read its own, which None takes.
-
-        A split of None is that of test images, or all where there is none.
-        """
-        config = self.config
-        reading = labelled, config.max_pixels, config.frames
-        chosen = config.data if data is None else data
-        try:
-            return open_source(chosen, split or "test", *reading)
-        except NoTestSplit:
-            if split is not None:
-                raise
-            return open_source(chosen, "train", *reading)
 
 
 def load_pretrained(path: Path) -> Pretrained:
