@@ -11,12 +11,6 @@ from PIL import Image
 from backfold.errors import UserError
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """From Python 3.12 on, forking a process with threads warns; torch has threads and forks."""
-    warning = "ignore:This process .* is multi-threaded:DeprecationWarning"
-    item.add_marker(pytest.mark.filterwarnings(warning))
-
-
 def random_image(seed: int, shape: tuple[int, ...] = (9, 11, 3)) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 

@@ -65,6 +65,9 @@ def test_grey_frames_join_coloured_ones_and_unequal_sizes_are_broken(tmp_path):
     frame(9, size=8).save(tmp_path / "a" / "00.png")
     with pytest.raises(BrokenImage, match="16x16, 8x8 pixels"):
         ClipSource(tmp_path, 2).read(0)
+    write(tmp_path / "jpeg", [10], "0.jpg", size=64)
+    write(tmp_path / "jpeg", [20], "1.png", size=64)
+    assert ClipSource(tmp_path / "jpeg", 2).read(0, min_side=SIZE).shape == (2, 64, 64)
 
 
 def test_frames_beside_sub_folders_are_one_clip(tmp_path):
@@ -73,12 +76,6 @@ def test_frames_beside_sub_folders_are_one_clip(tmp_path):
     write(tmp_path / "walk", [2], "n{}.png")
     source = ClipSource(tmp_path, 2)
     assert [values(source, index) for index in range(len(source))] == [[2, 1]]
-
-
-def test_jpeg_and_png_frames_of_one_size_fit(tmp_path):
-    write(tmp_path / "a", [10], "0.jpg", size=64)
-    write(tmp_path / "a", [20], "1.png", size=64)
-    assert ClipSource(tmp_path, 2).read(0, min_side=SIZE).shape == (2, 64, 64)
 
 
 def test_classes_are_folders_above_those_of_clips(tmp_path):
@@ -101,15 +98,9 @@ def test_pages_keep_their_bits(tmp_path):
     torch.testing.assert_close(found, torch.tensor([1.0, 0.2, 0.0, 0.0, 0.0, 0.0]))
     with pytest.raises(BrokenImage, match="max_pixels 100"):
         ClipSource(tmp_path, 2, max_pixels=100).read(0)
-
-
-def test_sixteen_bits_stay(tmp_path):
-    write(tmp_path / "a", [])
-    for number in range(2):
-        array = np.full((SIZE, SIZE), 65535 * number, dtype=np.uint16)
-        Image.fromarray(array).save(tmp_path / "a" / f"{number}.png")
-    frame(255).save(tmp_path / "a" / "2.png")
-    assert ClipSource(tmp_path, 3).read(0)[:, 0, 0].tolist() == [1.0, 1.0, 0.0]
+    Image.fromarray(np.full((SIZE, SIZE), 13107, dtype=np.uint16)).save(tmp_path / "0.png")
+    frame(255).save(tmp_path / "1.png")
+    torch.testing.assert_close(values(ClipSource(tmp_path, 2), 1), [1.0] * 3 + [0.2] * 3)
 
 
 def test_what_holds_no_clips_is_refused(tmp_path):
@@ -125,15 +116,11 @@ def test_what_holds_no_clips_is_refused(tmp_path):
         open_source(tmp_path, "test", frames=2)
     with pytest.raises(UserError, match="frames is 1"):
         backfold.pretrain(data=tmp_path, frames=1)
+    (tmp_path / "a" / "damaged.gif").write_bytes(b"GIF89a")  # no clip, but a frame
+    assert len(open_source(tmp_path, "train", frames=3)) == 1
     write(tmp_path / "splits" / "train" / "a", [1, 2])
     write(tmp_path / "splits" / "test" / "a", [3, 4])
     assert values(open_source(tmp_path / "splits", "test", frames=2), 0) == [4, 3]
-
-
-def test_damaged_files_are_no_clips(tmp_path):
-    write(tmp_path / "damaged", [3, 4])
-    (tmp_path / "damaged" / "clip.gif").write_bytes(b"GIF89a")
-    assert len(open_source(tmp_path, "train", frames=2)) == 1
 
 
 @pytest.fixture(scope="module")

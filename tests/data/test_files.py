@@ -4,7 +4,7 @@ import pytest
 
 from backfold.data.files import expand_pattern, find_files, read_file
 from backfold.data.open import open_source
-from backfold.errors import BrokenImage, UserError
+from backfold.errors import BrokenImage
 
 
 def test_links_back_are_not_followed_for_ever(tmp_path, make_folder):
@@ -58,10 +58,8 @@ def test_patterns(shards, pattern, expected):
     [
         ("{00..04}.tar", "03.tar does not exist; check the pattern"),
         ("de*", "matches folders only; match files"),
-        ("{00..02.tar", r"unbalanced braces; write \{000..012\}"),
+        ("{00..02.tar", "unbalanced braces; write {000..012}"),
     ],
 )
-def test_patterns_that_fit_nothing_are_the_users_error(shards, pattern, message):
-    with pytest.raises(UserError, match=message) as caught:
-        expand_pattern(f"{shards}/{pattern}")
-    assert "\n" not in str(caught.value)
+def test_patterns_that_fit_nothing_are_the_users_error(shards, users_error, pattern, message):
+    assert message in users_error(lambda: expand_pattern(f"{shards}/{pattern}"))

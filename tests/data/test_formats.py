@@ -15,7 +15,7 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from backfold.data.decode import decode
-from backfold.data.formats import FolderSource, ParquetSource, TarSource
+from backfold.data.formats import FolderSource, TarSource, open_parquet
 from backfold.data.open import open_source
 from backfold.data.source import NoTestSplit
 from backfold.errors import BrokenImage, UserError
@@ -41,8 +41,6 @@ def test_labels_are_first_level_folders_if_asked_and_possible(tmp_path, make_fol
     assert source.labels.dtype == np.int64
     copy = pickle.loads(pickle.dumps(source))
     assert torch.equal(copy.read(1), source.read(1))
-    named = FolderSource(folder, labelled=True, class_names=["ant", *source.class_names])
-    assert (named.labels.tolist(), named.class_names[1:]) == ([1, 1, 2, 3], source.class_names)
     assert FolderSource(folder).labels is None
     assert FolderSource(folder / "cat", labelled=True).labels is None
     make_folder(tmp_path, ["loose.png"])
@@ -61,11 +59,11 @@ def few(contents):
 
 
 def test_hugging_face_layout(tmp_path, few):
-    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    features = {"kind": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "more": [{}]}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     images = [{"bytes": content, "path": f"{n}.png"} for n, content in enumerate(few)]
-    columns = {"image": images, "label": [1, 0, 0, 1, 1]}
-    source = ParquetSource(write_table(tmp_path / "x.parquet", columns, metadata))
+    columns = {"image": images, "kind": [1, 0, 0, 1, 1], "label": [2] * 5}
+    source = open_parquet(write_table(tmp_path / "x.parquet", columns, metadata))
     assert torch.equal(source.read(3), decode(few[3]))
     assert source.labels.tolist() == [1, 0, 0, 1, 1]
     assert source.class_names == ("cat", "dog")
@@ -79,10 +77,10 @@ def test_several_files_and_row_groups(tmp_path, few, kind):
     pq.write_table(table.slice(0, 3), files[0], row_group_size=2)
     pq.write_table(table.slice(0, 0), files[1])
     pq.write_table(table.slice(3), files[2])
-    source = ParquetSource(files)
+    source = open_parquet(files)
     files[1].with_name("d.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match=r"no readable parquet file .*d\.parquet"):
-        ParquetSource([*files, tmp_path / "d.parquet"])
+        open_parquet([*files, tmp_path / "d.parquet"])
     assert [torch.equal(source.read(n), decode(c)) for n, c in enumerate(few)] == [True] * 5
     places = [source.describe(index) for index in range(5)]
     rows = [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
@@ -94,14 +92,14 @@ def test_several_files_and_row_groups(tmp_path, few, kind):
 @pytest.mark.parametrize("labels", [["a", "b", "c", "d", "e"], [0, 1, None, 2, 0], [-1] * 5])
 def test_labels_must_be_counting_numbers_where_they_are_asked_for(tmp_path, few, labels):
     path = write_table(tmp_path / "x.parquet", {"image": few, "label": labels})
-    assert ParquetSource(path, labelled=False).labels is None
+    assert open_parquet(path, labelled=False).labels is None
     with pytest.raises(UserError, match=r"`label` is .* or has nulls or .*give integers from 0"):
-        ParquetSource(path)
+        open_parquet(path)
 
 
 def test_files_and_rows_without_a_readable_image_are_broken(tmp_path, few):
     path = write_table(tmp_path / "x.parquet", {"image": [few[0], None, b"nonsense"]})
-    rows = ParquetSource(path)
+    rows = open_parquet(path)
     assert (rows.labels, rows.class_names) == (None, ())
     for name, content in (("1.png", few[0]), ("2.png", few[1]), ("3.png", b"nonsense")):
         (tmp_path / name).write_bytes(content)
@@ -123,15 +121,13 @@ def test_files_and_rows_without_a_readable_image_are_broken(tmp_path, few):
         (None, "no readable parquet file"),
     ],
 )
-def test_wrong_files_are_the_users_error(tmp_path, columns, message):
+def test_wrong_files_are_the_users_error(tmp_path, users_error, columns, message):
     path = tmp_path / "x.parquet"
     if columns is None:
         path.write_bytes(b"this is not parquet\n" * 10)
     else:
         write_table(path, columns)
-    with pytest.raises(UserError, match=message) as caught:
-        ParquetSource(path)
-    assert "\n" not in str(caught.value)
+    assert message in users_error(lambda: open_parquet(path))
 
 
 def write(path, members, mode="w"):
@@ -204,7 +200,7 @@ def test_links_and_odd_names_reach_nothing_outside(tmp_path, contents):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_wrong_shards_are_the_users_error(tmp_path, contents):
+def test_wrong_shards_are_the_users_error(tmp_path, users_error, contents):
     whole = write(tmp_path / "whole.tar", [(f"{n}.png", contents[n]) for n in range(4)])
     content = whole.read_bytes()
     middle = content.index(b"2.png")
@@ -221,9 +217,7 @@ def test_wrong_shards_are_the_users_error(tmp_path, contents):
         (write(tmp_path / "two.tar", two).read_bytes(), "has images png and jpg"),
     ]:
         whole.write_bytes(damaged)
-        with pytest.raises(UserError, match=message) as caught:
-            TarSource([whole])
-        assert "\n" not in str(caught.value)
+        assert message in users_error(lambda: TarSource([whole]))
 
 
 def test_a_shard_that_changes_later_has_broken_images(tmp_path, contents):

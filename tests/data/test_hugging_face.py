@@ -1,12 +1,11 @@
-from types import SimpleNamespace
+import pickle
 
 import datasets
+import pyarrow as pa
 import pytest
-import torch
 
-from backfold.data.decode import decode
-from backfold.data.hugging_face import HuggingFaceSource, image_bytes
-from backfold.data.open import open_source, open_stream
+from backfold.data.formats import TableSource
+from backfold.data.open import open_source
 from backfold.data.source import NoTestSplit
 from backfold.errors import BrokenImage, UserError
 
@@ -23,64 +22,64 @@ def contents(contents):
     return contents[:6]
 
 
-def dataset(contents, labels=None):
-    columns = {"image": [{"bytes": content, "path": None} for content in contents]}
-    features = {"image": datasets.Image()}
-    if labels is not None:
-        columns["label"] = labels
-        features["label"] = datasets.ClassLabel(names=["cat", "dog"])
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+def dataset(contents, **labels):
+    """Images in a column of any name, and labels in columns of classes or numbers."""
+    features = datasets.Features(
+        picture=datasets.Image(),
+        label=datasets.Value("int64"),
+        kind=datasets.ClassLabel(names=["cat", "dog"]),
+    )
+    columns = {"picture": [{"bytes": content, "path": None} for content in contents], **labels}
+    chosen = datasets.Features({name: features[name] for name in columns})
+    return datasets.Dataset.from_dict(columns, features=chosen)
 
 
 def read_all(source):
     return [source.content(index) for index in range(len(source))]
 
 
-def test_a_saved_data_set(tmp_path, contents):
+def test_a_saved_data_set_is_mapped_and_its_columns_told_by_their_types(
+    tmp_path, contents, users_error
+):
     labels = [0, 1, 1, 0, 1, 0]
-    dataset(contents, labels).save_to_disk(tmp_path / "saved")
+    dataset(contents, label=range(6), kind=labels).save_to_disk(tmp_path / "saved")
     source = open_source(tmp_path / "saved", "train", labelled=True)
-    assert read_all(source) == contents
-    assert torch.equal(source.read(2), decode(contents[2]))
     assert source.labels.tolist() == labels
     assert source.class_names == ("cat", "dog")
     assert source.describe(2) == f"{tmp_path / 'saved'} row 2"
+    pickled = pickle.dumps(source)
+    assert contents[0] not in pickled
+    for one in (source, pickle.loads(pickled)):
+        assert read_all(one) == contents
     assert open_source(tmp_path / "saved", "train").labels is None
     with pytest.raises(NoTestSplit):
         open_source(tmp_path / "saved", "test")
+    for file in (tmp_path / "saved").glob("*.arrow"):
+        file.write_bytes(b"nonsense")
+    line = users_error(lambda: open_source(tmp_path / "saved", "train"))
+    assert "no readable saved data set" in line
 
 
-def test_splits_of_a_saved_data_set(tmp_path, contents):
-    parts = {"train": dataset(contents[:4]), "validation": dataset(contents[4:])}
-    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
-    train, test = (open_source(str(tmp_path / "saved"), split) for split in ("train", "test"))
+@pytest.mark.parametrize("is_on_hub", [False, True])
+def test_splits_of_a_data_set(tmp_path, contents, monkeypatch, is_on_hub):
+    parts = {
+        "train": dataset(contents[:4], kind=[0, 1, 0, 1]),
+        "validation": dataset(contents[4:], kind=[-1, -1]),
+    }
+    odd = {"red": parts["train"], "blue": parts["validation"]}
+    saved = {}
+    for name, each in (("own/er", parts), ("own/er/odd", odd)):
+        saved[name] = datasets.DatasetDict(each)
+        if not is_on_hub:
+            saved[name].save_to_disk(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name: saved["/".join(name)])
+    train, test = (open_source("own/er", split, labelled=True) for split in ("train", "test"))
     assert read_all(train) == contents[:4]
     assert read_all(test) == contents[4:]
-    odd = datasets.DatasetDict(red=parts["train"], blue=parts["validation"])
-    odd.save_to_disk(tmp_path / "odd")
+    assert test.labels is None  # -1 says that there are none
     with pytest.raises(UserError, match="splits red, blue; name them train and test"):
-        open_source(tmp_path / "odd", "train")
-
-
-def test_the_image_column_is_told_by_its_type():
-    both = datasets.Features({"left": datasets.Image(), "right": datasets.Image()})
-
-    def made(rows):
-        return datasets.Dataset.from_dict({"left": rows, "right": rows}, features=both)
-
-    for given, message in (
-        (made([]), "no rows"),
-        (made([None]), "left, right and no single one of images; rename"),
-        (datasets.Dataset.from_dict({"text": ["a"]}), "columns text and no single"),
-    ):
-        with pytest.raises(UserError, match=message):
-            HuggingFaceSource(given, "x")
-
-
-@pytest.mark.parametrize("value", [None, {"bytes": None, "path": None}, "text", 7])
-def test_rows_without_an_image_are_broken(value):
-    with pytest.raises(BrokenImage, match="no image in this row"):
-        image_bytes(value)
+        open_source("own/er/odd", "train")
 
 
 def test_paths_in_a_row_lead_nowhere_outside(tmp_path, contents):
@@ -89,13 +88,19 @@ def test_paths_in_a_row_lead_nowhere_outside(tmp_path, contents):
         place.mkdir()
         (place / "x.png").write_bytes(contents[0])
     (inside / "link.png").symlink_to(outside / "x.png")
-    folders = [inside.resolve()]
-    assert image_bytes({"bytes": None, "path": str(inside / "x.png")}, folders) == contents[0]
-    for path in (outside / "x.png", inside / ".." / "secret" / "x.png", inside / "link.png"):
-        with pytest.raises(BrokenImage, match="outside of the data set's folder"):
-            image_bytes({"bytes": None, "path": str(path)}, folders)
-    with pytest.raises(BrokenImage, match="outside"):
-        image_bytes({"bytes": None, "path": str(inside / "x.png")})
+    names = [inside / "x.png", outside / "x.png", f"{inside}/../secret/x.png", inside / "link.png"]
+    paths = [*map(str, names), "hf://datasets/owner/name/x.png", None]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    images = pa.array([{"bytes": None, "path": path} for path in paths], kind)
+    for folders in ([], [inside]):
+        source = TableSource(pa.table({"img": images}), [("x", 6)], folders=folders)
+        if folders:
+            assert source.content(0) == contents[0]
+        for row in range(bool(folders), 5):
+            with pytest.raises(BrokenImage, match="outside of the data set's folder"):
+                source.content(row)
+        with pytest.raises(BrokenImage, match="no image in this row"):
+            source.content(5)
 
 
 def test_large_parquet_files_go_through_the_cache_on_disk(tmp_path, make_parquet, monkeypatch):
@@ -104,53 +109,17 @@ def test_large_parquet_files_go_through_the_cache_on_disk(tmp_path, make_parquet
     in_memory = open_source(f"{tmp_path}/*.parquet", "train", labelled=True)
     monkeypatch.setattr("backfold.data.open.IN_MEMORY_BYTES", 10)
     mapped = open_source(f"{tmp_path}/*.parquet", "train", labelled=True)
-    assert isinstance(mapped, HuggingFaceSource)
+    assert mapped.describe(4) == f"{tmp_path}/0.parquet and 1 more row 4"
+    assert in_memory.content(0) not in pickle.dumps(mapped)
     assert read_all(mapped) == read_all(in_memory)
     assert mapped.labels.tolist() == in_memory.labels.tolist() == [0, 1, 1, 0, 1, 1]
-
-
-def test_damaged_saved_data_sets_are_the_users_error(tmp_path, contents):
-    dataset(contents).save_to_disk(tmp_path / "saved")
-    for file in (tmp_path / "saved").glob("*.arrow"):
-        file.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="no readable saved data set") as caught:
-        open_source(tmp_path / "saved", "train")
-    assert "\n" not in str(caught.value)
-
-
-def test_names_on_the_hub(contents, monkeypatch):
-    parts = {"train": dataset(contents[:4], [0, 1, 0, 1]), "test": dataset(contents[4:])}
-    splits = {name: datasets.SplitInfo(name, num_examples=4) for name in parts}
-    builder = SimpleNamespace(
-        dataset_name="made",
-        info=SimpleNamespace(splits=splits, download_size=10),
-        download_and_prepare=list,
-        as_dataset=lambda: datasets.DatasetDict(parts),
-        as_streaming_dataset=lambda split: parts[split].to_iterable_dataset(num_shards=2),
-    )
-    asked = []
-    answer = lambda *name: asked.append(name) or builder  # noqa: E731
-    monkeypatch.setattr(datasets, "load_dataset_builder", answer)
-    train = open_source("owner/name", "train", labelled=True)
-    test = open_source("owner/name/small", "test")
-    assert asked == [("owner/name",), ("owner/name", "small")]
-    assert read_all(train) == contents[:4]
-    assert train.labels.tolist() == [0, 1, 0, 1]
-    assert read_all(test) == contents[4:]
-    assert open_stream("owner/name") is None
-    builder.info.download_size = 10**15
-    with pytest.raises(UserError, match="931323 GiB to download and is only read as a stream"):
-        open_source("owner/name", "train")
-    stream = open_stream("owner/name")
-    assert stream.count == 4
-    assert [row["content"] for row in stream.rows([0, 1])] == contents[:4]
 
 
 def test_an_unknown_name_is_the_users_error(monkeypatch):
     def missing(*_):
         raise FileNotFoundError("no such thing\nat all")
 
-    monkeypatch.setattr(datasets, "load_dataset_builder", missing)
+    monkeypatch.setattr(datasets, "load_dataset", missing)
     with pytest.raises(UserError, match=r"owner/name is neither a path nor .*no such thing at all"):
         open_source("owner/name", "train")
     for name in ("name", "./owner/name", "a/b/c/d", "/owner/name"):

@@ -23,7 +23,6 @@ from backfold.data.loading import (
     training_loader,
     watched,
 )
-from backfold.data.source import SubsetSource
 from backfold.errors import BrokenImage, UserError
 
 
@@ -187,18 +186,6 @@ def test_an_image_that_hung_once_is_not_tried_again(monkeypatch):
     start = time.monotonic()
     assert contents(batches) == [([4], [4])] * 9
     assert time.monotonic() - start < 9
-
-
-def test_stand_ins_come_from_the_chosen_and_may_be_deadly_too():
-    # 9 takes the place of 2, and 0, the first, that of 17, the last.
-    chosen = [0, 6, 2, 9, 12, 17]
-    deadly, broken = (
-        SubsetSource(trap, chosen)
-        for trap in (Trap(exit=(0, 2, 9, 17)), Trap(broken=(0, 2, 9, 17)))
-    )
-    given = list(evaluation_batches(deadly, (4, 4), 1, 3, 1))
-    as_broken = evaluation_batches(broken, (4, 4), 1, 3)
-    assert contents(given) == contents(as_broken)
 
 
 class Killed(Trap):

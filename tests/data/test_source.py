@@ -67,7 +67,6 @@ def test_parquet_files_with_and_without_splits(tmp_path, make_parquet, train, te
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere", "does not exist; give"),
         ("empty", "holds no images; give"),
         ("one.png", "is a single file; give"),
     ],
@@ -135,11 +134,4 @@ def test_each_broken_file_counts_once_and_one_too_many_stops_the_run():
     assert broken.descriptions == ["a: empty", "b: empty"]
     with pytest.raises(UserError, match="3 images can't be read, 2 are allowed: a: empty; b"):
         broken.add(["c: empty"])
-
-
-@pytest.mark.parametrize(("count", "share", "allowed"), [(1099, 0.01, 10), (5, 0.01, 1), (9, 0, 1)])
-def test_one_broken_file_is_always_allowed(count, share, allowed):
-    broken = BrokenFiles(count, share)
-    broken.add(list(map(str, range(allowed))))
-    with pytest.raises(UserError, match=f"{allowed + 1} images can't be read"):
-        broken.add(["another"])
+    assert BrokenFiles(5, 0.0).add(["a: empty"])  # one is always allowed

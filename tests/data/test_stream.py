@@ -1,24 +1,22 @@
 import contextlib
 import functools
 import http.server
-import io
 import itertools
 import json
 import os
 import signal
-import tarfile
 import threading
 import time
 
-import datasets
 import numpy as np
 import pytest
+from webdataset import TarWriter
 
+from backfold.data import source
 from backfold.data import stream as module
 from backfold.data.augmentation import UNCHANGED, Augmentation
-from backfold.data.hugging_face import hub_stream
 from backfold.data.open import open_source, open_stream
-from backfold.data.stream import SHARD_FACTOR, StreamBatches, tar_stream
+from backfold.data.stream import SHARD_FACTOR, Stream, StreamBatches
 from backfold.errors import BrokenImage, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -26,13 +24,10 @@ SHARDS, EACH = 4, 6
 ALL = set(range(SHARDS * EACH))
 
 
-def write_tar(path, contents, mode="w:gz", label=b"cat"):
-    with tarfile.open(path, mode) as tar:
+def write_tar(path, contents):
+    with TarWriter(str(path)) as tar:
         for number, content in enumerate(contents):
-            for name, data in ((f"{number}.png", content), (f"{number}.cls", label)):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+            tar.write({"__key__": str(number), "png": content, "cls": b"cat"})
     return path
 
 
@@ -130,7 +125,7 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(tmp_path, encode):
 
 
 def test_broken_and_deadly_images_are_passed_over_and_told(make, contents, monkeypatch, tmp_path):
-    decode = module.decode
+    decode = source.decode
 
     def decode_or_die(content, *rest):
         if content == contents[7]:
@@ -139,7 +134,7 @@ def test_broken_and_deadly_images_are_passed_over_and_told(make, contents, monke
             time.sleep(1000)
         return decode(content, *rest)
 
-    monkeypatch.setattr(module, "decode", decode_or_die)
+    monkeypatch.setattr(source, "decode", decode_or_die)
     monkeypatch.setattr(module, "IMAGE_SECONDS", 2.0)
     batches, _ = load(make({15: b"broken"}), 7, batch_size=3, num_workers=2)
     assert set(numbers(batches)) == ALL - {7, 15, 20}
@@ -172,7 +167,7 @@ def test_a_damaged_shard_ends_with_a_broken_row(tmp_path):
     contents = [np.random.default_rng(0).bytes(5000)] * 24  # so large that the cut is in one
     content = write_tar(tmp_path / "0.tar.gz", contents).read_bytes()
     (tmp_path / "0.tar.gz").write_bytes(content[: len(content) * 2 // 3])
-    stream = tar_stream([f"{tmp_path}/0.tar.gz", f"{tmp_path}/nowhere.tar.gz"], count=24)
+    stream = Stream([f"{tmp_path}/0.tar.gz", f"{tmp_path}/nowhere.tar.gz"], 24)
     *rows, last = stream.rows([0])
     assert [row["content"] for row in rows] == contents[: len(rows)]
     assert str(last["content"]).startswith("the shard ends here")
@@ -183,14 +178,14 @@ def test_a_damaged_shard_ends_with_a_broken_row(tmp_path):
 def test_members_of_any_promised_size_take_no_memory(tmp_path, contents, monkeypatch):
     monkeypatch.setattr(module, "LARGEST_MEMBER", len(contents[0]) + 5)
     path = write_tar(tmp_path / "0.tar.gz", [contents[0], b"x" * 10_000, contents[0]])
-    rows = list(tar_stream([str(path)], count=3).rows([0]))
+    rows = list(Stream([str(path)], 3).rows([0]))
     first, large, last = (row["content"] for row in rows)
     assert first == last == contents[0]
     assert isinstance(large, BrokenImage)
 
 
 def test_what_is_a_stream(tmp_path, contents):
-    path = write_tar(tmp_path / "0.tar", contents, "w")
+    path = write_tar(tmp_path / "0.tar", contents)
     for data in (None, tmp_path, path, f"{tmp_path}/*.tar", str(tmp_path / "nowhere")):
         assert open_stream(data) is None
     packed = write_tar(tmp_path / "0.tar.gz", contents)
@@ -222,18 +217,6 @@ def test_shards_at_addresses(make, tmp_path):
     assert set(given) == ALL - set(range(4))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_data_set_of_the_hub(contents, workers):
-    rows = {"image": [{"bytes": content, "path": None} for content in contents]}
-    rows["image"][9] = None
-    made = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
-    stream = hub_stream(made.to_iterable_dataset(num_shards=SHARDS), "x", count=24)
-    batches, _ = load(stream, 23, 1, num_workers=workers)
-    assert set(numbers(batches)) == ALL - {9}
-    lines = set(itertools.chain(*(batch.broken for batch in batches)))
-    assert lines == {"x shard 1 row 3: no image in this row"}
-
-
 @pytest.mark.parametrize("data", ["pipe:touch {}", "PIPE:touch {}", "{{Pipe:touch {},a://b}}"])
 def test_a_command_is_never_run(tmp_path, data):
     canary = tmp_path / "canary"
@@ -242,6 +225,6 @@ def test_a_command_is_never_run(tmp_path, data):
         open_source(text, "train")
     with contextlib.suppress(UserError):  # or else `open_source` is asked, as above
         assert open_stream(text, count=5) is None
-    (row,) = tar_stream([text], count=5).rows([0])
+    (row,) = Stream([text], 5).rows([0])
     assert isinstance(row["content"], BrokenImage)
     assert not canary.exists()

@@ -114,8 +114,6 @@ def test_broken_files_are_replaced_label_and_all(tmp_path, monkeypatch, kept_byt
     assert torch.equal(few, truth[places])
 
 
-# From Python 3.12 on, forking a process with threads warns; torch has threads and forks.
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_deadly_files_are_counted_and_skipped_until_they_are_too_many(caplog, monkeypatch):
     monkeypatch.setattr("backfold.data.loading.IMAGE_SECONDS", 0.5)
     grey = np.random.default_rng(0).integers(0, 256, (200, 1, 28, 28), np.uint8)

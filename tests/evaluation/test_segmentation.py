@@ -19,10 +19,6 @@ from backfold.evaluation.evaluate import EvaluateSettings, Evaluation
 from backfold.evaluation.subject import Subject
 from backfold.pictures import png_bytes
 
-# From Python 3.12 on, forking a process with threads warns; loaders fork their workers.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded:DeprecationWarning"
-)
 STATISTICS = ChannelStatistics((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 VIT = {"patch_size": 8, "depth": 1, "embed_dim": 24, "num_heads": 2}
 FROZEN = ("linear head, frozen", "decoder, frozen")

@@ -6,7 +6,6 @@ import time
 from functools import partial
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,12 +14,7 @@ from rich.console import Console
 from backfold import UserError
 from backfold.data import loading
 from backfold.embedding import embed
-from backfold.inference.parts import check_out, claim, compute, join, local_parts
-
-# From Python 3.12 on, forking a process with threads warns; torch has threads and forks.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded:DeprecationWarning"
-)
+from backfold.inference.parts import check_out, claim, compute, local_parts
 
 
 def start(parts, num_workers=0, **options):
@@ -114,21 +108,6 @@ def test_no_parts_no_images_and_no_file_are_refused(parts_of, pictures, tmp_path
             parts_of(pictures(count), part_size=part_size)
     with pytest.raises(UserError, match=" is a folder; choose another --out"):
         check_out(tmp_path, ("",), (), overwrite=True)
-
-
-def test_a_file_that_fails_midway_leaves_the_old_one(parts_of, pictures, monkeypatch):
-    parts = parts_of(pictures(4), out="v.csv")
-    parts.out.write_text("old")
-
-    def half():
-        yield pa.table({"index": [0], "path": ["a.png"], "energy": [0.5]})
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(parts, "tables", half)
-    with pytest.raises(UserError, match=r"can't write .*v\.csv: No space"):
-        join(parts)
-    assert parts.out.read_text() == "old"
-    assert [path.name for path in parts.out.parent.iterdir()] == ["v.csv"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ import yaml
 from backfold.cli import commands  # noqa: F401
 from backfold.cli.main import main
 from backfold.data import loading
-from backfold.data.formats import ParquetSource
+from backfold.data.formats import TableSource
 from backfold.training import pretrain as trainer
 from backfold.training.log import Meter
 from backfold.training.run import RunFolder, load_checkpoint
@@ -183,7 +183,7 @@ def install(happens: Moment, image_seconds: float) -> None:
     happens.told_by(trainer, "watch", "watch")
     happens.told_by(Stepper, "__call__", "step", "stepped")
     happens.told_by(Meter, "before_batch", "batch")
-    rename, read, make_loader = os.replace, ParquetSource.read, loading.training_loader
+    rename, read, make_loader = os.replace, TableSource.read, loading.training_loader
 
     def replace(source: Any, target: Any) -> None:
         name = os.path.basename(target)  # noqa: PTH119
@@ -193,7 +193,7 @@ def install(happens: Moment, image_seconds: float) -> None:
         happens(f"written {name}", target)
 
     def slow_loader(*args: Any, **kwargs: Any) -> Any:
-        ParquetSource.read = lambda *given: time.sleep(image_seconds) or read(*given)
+        TableSource.read = lambda *given: time.sleep(image_seconds) or read(*given)
         return make_loader(*args, **kwargs)
 
     os.replace = replace

@@ -13,7 +13,6 @@ from test_resume import StopError, stop_at
 
 from backfold import UserError
 from backfold.data import source
-from backfold.data import stream as stream_module
 from backfold.data.open import open_source
 from backfold.data.source import split_held_out
 from backfold.data.stream import StreamBatches
@@ -21,11 +20,7 @@ from backfold.training import pretrain as trainer
 from backfold.training.pretrain import pretrain
 from backfold.training.run import RunFolder, load_checkpoint
 
-pytestmark = [
-    # From Python 3.12 on, forking a process with threads warns; torch has threads and forks.
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 COUNT, HELD_OUT = 80, 8
 
 
@@ -67,15 +62,14 @@ def deadly(monkeypatch):
 
     def make(*numbers):
         contents = {png(number) for number in numbers}
-        for module in (source, stream_module):
-            decode = module.decode
+        decode = source.decode
 
-            def decode_or_die(content, *rest, decode=decode):
-                if content in contents:
-                    os._exit(3)
-                return decode(content, *rest)
+        def decode_or_die(content, *rest):
+            if content in contents:
+                os._exit(3)
+            return decode(content, *rest)
 
-            monkeypatch.setattr(module, "decode", decode_or_die)
+        monkeypatch.setattr(source, "decode", decode_or_die)
 
     return make
 

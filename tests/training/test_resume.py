@@ -17,10 +17,6 @@ from backfold.training.pretrain import pretrain
 from backfold.training.run import RunFolder, load_checkpoint
 from backfold.training.step import Stepper
 
-# From Python 3.12 on, forking a process with threads warns; torch has threads and forks workers.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded:DeprecationWarning"
-)
 TIMES = ("seconds", "images_per_second", "data_wait")
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from backfold.batch_norm import batch_norms
 from backfold.cli.main import main
-from backfold.data.formats import ParquetSource
+from backfold.data.formats import TableSource
 from backfold.data.loading import evaluation_batches
 from backfold.data.open import open_source
 from backfold.errors import UserError
@@ -183,9 +183,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tiny, quiet, m
 
 
 def test_waiting_for_slow_images_is_warned_of_once(tiny, quiet, monkeypatch):
-    read = ParquetSource.read
+    read = TableSource.read
     slow = lambda *given: time.sleep(0.002) or read(*given)  # noqa: E731
-    monkeypatch.setattr(ParquetSource, "read", slow)
+    monkeypatch.setattr(TableSource, "read", slow)
     monkeypatch.setattr(trainer, "LOG_EVERY", 1)
     monkeypatch.setattr(log, "LONG_WAIT", 0.05)  # the machine may be busy otherwise
     folder = pretrain(tiny(max_steps=45, epochs=100), console=quiet)

@@ -83,7 +83,7 @@ def expand_pattern(pattern: str) -> list[Path]:
     `UserError`.
     """
     files: list[Path] = []
-    for name in expand_braces(pattern):
+    for name in [pattern] if Path(pattern).is_file() else expand_braces(pattern):
         matched = [name] if Path(name).is_file() else glob.glob(name, recursive=True)  # noqa: PTH207
         if not matched:
             raise UserError(f"{name} does not exist; check the pattern {pattern!r}")

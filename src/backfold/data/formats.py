@@ -11,7 +11,6 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import torch
 from PIL import Image
@@ -30,6 +29,7 @@ from backfold.errors import BrokenImage, UserError
 
 IMAGE_KINDS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 IMAGE_KEYS = ("image", "img", "pixel_values")  # of an item that is a mapping
+LABEL_COLUMNS = ("label", "labels", "fine_label")
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # a sample's key, and what the member is of it
 Data = TypeVar("Data")
 Place = tuple[int, int, int]  # number of a shard, offset and size
@@ -87,83 +87,126 @@ def folder_labels(
     return np.searchsorted(names, folders), tuple(names)
 
 
-class ParquetSource(EncodedSource):
-    """Images in parquet files of the same columns, held in memory in their compressed form.
+class TableSource(EncodedSource):
+    """Images in an Arrow table, encoded, in memory or mapped from a disk.
 
-    The ``column`` holds bytes of an image file, or a struct with such ``bytes`` (as Hugging Face
-    datasets writes); ``remedy`` is for where there is none. Column ``label``, optional: integers
-    from 0. Class names are taken from Hugging Face's schema metadata, or else are the numbers.
+    Their column holds bytes of an image file, or a struct with such ``bytes``; a ``path`` in the
+    place of bytes is followed into the ``folders`` only, whoever wrote it. Labels are read where
+    their column (see `find_column`) has integers from 0. Class names are Hugging Face's, in the
+    schema's metadata, or else the numbers.
 
     Raises:
-        UserError: no parquet file, no images, or labels that are no integers from 0.
+        UserError: no rows, or a column of something else.
     """
 
     def __init__(
         self,
-        files: Path | Sequence[Path],
-        labelled: bool = True,
+        table: Any,  # of pyarrow, or of ``datasets``, which is pickled without what it maps
+        rows: Sequence[tuple[object, int]],  # of each part of the table: where from, and how many
+        labelled: bool = False,
         max_pixels: int = MAX_PIXELS,
-        name: str | None = None,
-        column: str = "image",
-        remedy: str = "rename the column that holds the images' bytes to `image`",
+        folders: Iterable[Path] = (),
+        column: str | None = None,  # see `image_column`
     ) -> None:
-        self.max_pixels = max_pixels
-        self._files = [files] if isinstance(files, Path) else list(files)
-        self.name = name or first_and_more(self._files)
-        try:
-            found = ds.dataset([str(file) for file in self._files], format="parquet")
-            names = found.schema.names
-            table = found.to_table([name for name in (column, "label") if name in names])
-            rows = [fragment.count_rows() for fragment in found.get_fragments()]
-        except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
+        self._places, self._ends = [place for place, _ in rows], np.cumsum([n for _, n in rows])
+        self.name, self.max_pixels = first_and_more(self._places), max_pixels
+        self._table, self._column = table, image_column(table.schema, self.name, column)
+        self._folders = [folder.resolve() for folder in folders]
+        if not table.num_rows:
+            raise UserError(f"{self.name}: no rows; give data that hold images")
+        kind = given = table.schema.field(self._column).type
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind = kind.field("bytes").type
+        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             raise UserError(
-                f"{self.name}: no readable parquet file ({reason}); replace it"
-            ) from error
-        if column not in names:
-            raise UserError(
-                f"{self.name} has columns {', '.join(names)} but no `{column}`; {remedy}"
-            )
-        self._ends = np.cumsum(rows)
-        if not len(table):
-            raise UserError(f"{self.name}: no rows; give parquet files that hold images")
-        images = table[column]
-        if pa.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
-            images = pc.struct_field(images, "bytes")
-        if not (pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type)):
-            raise UserError(
-                f"{self.name}: column `{column}` holds {table[column].type}, not bytes; store each "
+                f"{self.name}: column `{self._column}` holds {given}, not bytes; store each "
                 "image's encoded file there"
             )
-        self._images = images
-        if labelled and "label" in names:
-            labels = table["label"]
-            counting = pa.types.is_integer(labels.type) and not labels.null_count
-            if not counting or pc.min(labels).as_py() < 0:
-                raise UserError(
-                    f"{self.name}: column `label` is {labels.type} or has nulls or negative "
-                    "numbers; give integers from 0, or drop the column"
-                )
-            self.labels = np.asarray(labels.to_numpy(), dtype=np.int64)
-            metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-            label = metadata.get("info", {}).get("features", {}).get("label", {})
-            self.class_names = tuple(label.get("names") or numbered(self.labels))
+        label = find_column(table.schema, "ClassLabel", LABEL_COLUMNS)
+        labels = table.column(label).to_numpy() if labelled and label else np.empty(0)
+        if label and labels.dtype.kind in "iu" and labels.min() >= 0:
+            self.labels = labels.astype(np.int64)
+            names = _features(table.schema).get(label, {}).get("names")
+            self.class_names = tuple(names or numbered(self.labels))
 
     def __len__(self) -> int:
-        return len(self._images)
+        return int(self._table.num_rows)
 
     def content(self, index: int) -> bytes:
-        """See `EncodedSource.content`; a path beside the bytes is never followed."""
-        content = self._images[index].as_py()
-        if content is None:
+        """See `EncodedSource.content`."""
+        value = self._table.column(self._column)[index].as_py()
+        found = value if isinstance(value, dict) else {"bytes": value}
+        if found["bytes"] is not None:
+            return bytes(found["bytes"])
+        if not isinstance(found.get("path"), str):
             raise BrokenImage("no image in this row")
-        return bytes(content)
+        path = Path(found["path"]).resolve()
+        if not any(path.is_relative_to(folder) for folder in self._folders):
+            raise BrokenImage("a path outside of the data set's folder")
+        return read_file(path)
 
     def describe(self, index: int) -> str:
-        """The file's path and the row, counted from 0."""
-        file = int(np.searchsorted(self._ends, index, side="right"))
-        start = int(self._ends[file - 1]) if file else 0
-        return f"{self._files[file]} row {index - start}"
+        """Where the row is from, and its number there, counted from 0."""
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        start = int(self._ends[part - 1]) if part else 0
+        return f"{self._places[part]} row {index - start}"
+
+
+def open_parquet(
+    files: Path | Sequence[Path],
+    labelled: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    column: str | None = None,
+) -> TableSource:
+    """Parquet files of the same columns, read into memory; see `image_column`.
+
+    Files that are none, and labels that are no integers from 0, are a `UserError` too.
+    """
+    files = [files] if isinstance(files, Path) else files
+    name = first_and_more(files)
+    try:
+        found = ds.dataset([str(file) for file in files], format="parquet")
+        image = image_column(found.schema, name, column)
+        label = find_column(found.schema, "ClassLabel", LABEL_COLUMNS)
+        table = found.to_table([each for each in (image, label) if each])
+        rows = [fragment.count_rows() for fragment in found.get_fragments()]
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name}: no readable parquet file ({reason}); replace it") from error
+    parts = list(zip(files, rows, strict=True))
+    source = TableSource(table, parts, labelled, max_pixels, column=image)
+    if labelled and label and source.labels is None:
+        raise UserError(
+            f"{name}: column `{label}` is {table[label].type} or has nulls or negative numbers; "
+            "give integers from 0, or drop the column"
+        )
+    return source
+
+
+def image_column(schema: pa.Schema, name: str, column: str | None) -> str:
+    """The column given, or else that of images (see `find_column`); none is a `UserError`."""
+    found = column or find_column(schema, "Image", IMAGE_KEYS[:2])
+    if found not in schema.names:
+        raise UserError(
+            f"{name} has columns {', '.join(schema.names)} but no `{column or 'image'}`; rename "
+            "the column of encoded images so"
+        )
+    return str(found)
+
+
+def find_column(schema: pa.Schema, kind: str, names: Sequence[str]) -> str | None:
+    """The only column of a kind in Hugging Face's schema metadata, or else one with such a name."""
+    features = _features(schema)
+    found = [name for name in schema.names if features.get(name, {}).get("_type") == kind]
+    usual = [name for name in names if name in (found or schema.names)]
+    return next(iter(found if len(found) == 1 else usual), None)
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """Hugging Face's own description of each column that is no list."""
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = metadata.get("info", {}).get("features", {})
+    return {name: each for name, each in features.items() if isinstance(each, dict)}
 
 
 def first_and_more(names: Sequence[object]) -> str:
@@ -318,9 +361,6 @@ class DatasetSource(ImageSource):
     Raises:
         UserError: an empty or unsized data set, or labels that don't fit it.
     """
-
-    labels: Labels | None = None
-    class_names: tuple[str, ...] = ()
 
     def __init__(
         self, dataset: MapDataset, max_pixels: int = MAX_PIXELS, labelled: bool = True

@@ -1,11 +1,8 @@
 """Batches of augmented images, the same bits on every run and after every resumption.
 
 Which images a training step sees, and how each is cropped and flipped, depends on the seed, the
-step and the image alone: not on worker processes, nor on what was loaded before.
-
-Images are decoded by C libraries, which a damaged file can crash or keep busy for ever. So every
-worker process reads them in a process beside it (see `Expendable`), and such a file is a broken
-one.
+step and the image alone: not on worker processes, nor on what was loaded before. A worker process
+lets another decode (see `Expendable`), as a damaged file can crash decoders or keep them for ever.
 """
 
 import signal
@@ -109,12 +106,19 @@ class BatchDataset(Dataset[Batch]):
         return outcomes
 
     def _load(self, wanted: Wanted) -> NDArray[Any]:
-        try:
-            image = self.source.read(wanted[0], self._augmenter.min_side)
-            image = to_channels(image, self.channels)
-        except UserError as error:
-            raise UserError(f"{self.source.describe(wanted[0])}: {error}") from None
-        return self._augmenter.seeded(image, self.seed, *wanted[1:]).numpy()
+        index, *key = wanted
+        return load_image(self.source, index, self.channels, self._augmenter, (self.seed, *key))
+
+
+def load_image(
+    source: ImageSource, index: int, channels: int, augmenter: Augmenter, seed: Sequence[int]
+) -> NDArray[Any]:
+    """An image as batches hold it; errors name it."""
+    try:
+        image = to_channels(source.read(index, augmenter.min_side), channels)
+    except UserError as error:
+        raise UserError(f"{source.describe(index)}: {error}") from None
+    return augmenter.seeded(image, *seed).numpy()
 
 
 def none_readable(name: str, tries: int, last: str) -> UserError:

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 from backfold.data.augmentation import ImageSize
 from backfold.data.decode import to_channels
 from backfold.data.files import expand_pattern, find_files, is_pattern
-from backfold.data.formats import ParquetSource
+from backfold.data.formats import TableSource, open_parquet
 from backfold.data.loading import batch_loader, stack_images, watched
 from backfold.data.source import split_source
 from backfold.errors import BrokenImage, UserError
@@ -36,8 +36,8 @@ REMEDY = (
 class MaskedSource:
     """Images and masks, still encoded; ``indices`` are the rows of this part."""
 
-    images: ParquetSource
-    masks: ParquetSource
+    images: TableSource
+    masks: TableSource
     indices: NDArray[np.int64]
 
     def read(self, row: int, channels: int) -> tuple[Tensor, Tensor]:
@@ -152,8 +152,8 @@ def open_masked(data: Path | str | None, seed: int = 0) -> tuple[MaskedSource, M
 
 
 def _open_rows(files: list[Path]) -> MaskedSource:
-    masks = ParquetSource(files, labelled=False, column="mask", remedy=REMEDY)
-    return MaskedSource(ParquetSource(files, labelled=False), masks, np.arange(len(masks)))
+    images, masks = (open_parquet(files, False, column=name) for name in ("image", "mask"))
+    return MaskedSource(images, masks, np.arange(len(masks)))
 
 
 def spread(count: int, limit: int | None) -> Tensor:

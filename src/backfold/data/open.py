@@ -7,7 +7,6 @@ import fsspec
 from backfold.data.clips import ClipSource
 from backfold.data.decode import MAX_PIXELS
 from backfold.data.files import (
-    HUB_NAME,
     IMAGE_SUFFIXES,
     WAYS,
     expand_braces,
@@ -16,9 +15,9 @@ from backfold.data.files import (
     is_pattern,
     refuse_missing,
 )
-from backfold.data.formats import DatasetSource, FolderSource, MapDataset, ParquetSource, TarSource
+from backfold.data.formats import DatasetSource, FolderSource, MapDataset, TarSource, open_parquet
 from backfold.data.source import TEST_NAMES, ImageSource, Options, Split, of_split, parts_of
-from backfold.data.stream import Stream, tar_stream
+from backfold.data.stream import Stream
 from backfold.errors import UserError
 
 EMBEDDED = Path(__file__).with_name("embedded")
@@ -49,11 +48,10 @@ def open_source(
     - None: the 28 x 28 grey images embedded in this package (10,000 to train and 2,000 to test, 10
       classes).
 
-    What is compressed, elsewhere or too large for that is read by `open_stream`.
+    What is compressed or elsewhere is read by `open_stream`.
 
-    Data have splits if sub-folders, the names of parquet files or shards, or the splits of a data
-    set say so: one ``train`` and one of `TEST_NAMES` (sub-folders are named so, file names start
-    so). Otherwise all of them are the train split.
+    Data have splits if sub-folders, the beginnings of file names, or the splits of a data set say
+    so: one ``train`` and one of `TEST_NAMES`. Otherwise all of them are the train split.
 
     Labels are read where they are asked for and there are any (see the classes). Images of more
     than ``max_pixels`` are broken. So many ``frames`` of clips are one image; see `ClipSource`.
@@ -66,15 +64,17 @@ def open_source(
     if data is not None and not isinstance(data, (str, Path)):
         whole = of_split({}, split, data, type(data).__name__)
         return DatasetSource(whole, max_pixels, labelled)
-    if frames is not None and not (data and Path(data).is_dir()):
-        what = data or "the embedded sample"
-        raise UserError(f"{what} is no folder, and holds no clips of {frames} frames; give one")
-    if data is None:
-        name = f"embedded Fashion-MNIST sample, {split}"
-        return ParquetSource([EMBEDDED / f"fashion_mnist_{split}.parquet"], *options, name)
-    text, path = str(data), Path(data)
     if frames is not None:
-        return ClipSource(of_split(_sub_folders(path), split, path, data), frames, *options)
+        if data is None or not Path(data).is_dir():
+            what = data or "the embedded sample"
+            raise UserError(f"{what} is no folder, and holds no clips of {frames} frames; give one")
+        part = of_split(_sub_folders(Path(data)), split, Path(data), data)
+        return ClipSource(part, frames, *options)
+    if data is None:
+        source = open_parquet([EMBEDDED / f"fashion_mnist_{split}.parquet"], *options)
+        source.name = f"embedded Fashion-MNIST sample, {split}"
+        return source
+    text, path = str(data), Path(data)
     if path.is_dir():
         return _open_folder(path, split, options)
     if "://" in text:
@@ -82,8 +82,7 @@ def open_source(
             f"{text} is elsewhere and is only read as a stream, by pretraining; download it"
         )
     if path.is_file() or is_pattern(text):
-        files = [path] if path.is_file() else expand_pattern(text)
-        return _open_files(text, files, split, options)
+        return _open_files(text, expand_pattern(text), split, options)
     refuse_missing(text)
     from backfold.data.hugging_face import open_hub
 
@@ -95,16 +94,12 @@ def open_stream(
 ) -> Stream | None:
     """The training images as a stream, where they can't be opened by `open_source`; else None.
 
-    Streams are tar shards at addresses with ``://``, compressed tar shards, and data sets on the
-    Hugging Face hub of more than 50 GiB.
+    Streams are tar shards at addresses with ``://``, and compressed tar shards.
 
     Raises:
-        UserError: nothing there, no images, an unknown kind of address, or no ``count`` of the
-            images where the data don't say it.
+        UserError: nothing there, an unknown kind of address, or no ``count`` of the images.
     """
-    if data is None or Path(data).is_dir():
-        return None
-    text, path = str(data), Path(data)
+    text = str(data or "")
     if "://" in text:
         files = expand_braces(text)
         for file in files:
@@ -112,16 +107,13 @@ def open_stream(
                 fsspec.get_filesystem_class(file.partition("://")[0])
             except (ImportError, ValueError) as error:  # what opens it is unknown or not installed
                 raise UserError(f"{file} can't be opened ({error}); download it") from error
-        return tar_stream(files, count, max_pixels)
-    if path.is_file() or is_pattern(text):
-        files = [text] if path.is_file() else [str(file) for file in expand_pattern(text)]
-        is_compressed = all(file.lower().endswith(COMPRESSED_TARS) for file in files)
-        return tar_stream(files, count, max_pixels) if is_compressed else None
-    if not HUB_NAME.fullmatch(text):
+    elif Path(text).is_dir() or not (Path(text).is_file() or is_pattern(text)):
         return None
-    from backfold.data.hugging_face import stream_hub
-
-    return stream_hub(text, count, max_pixels)
+    else:
+        files = [str(file) for file in expand_pattern(text)]
+        if not all(file.lower().endswith(COMPRESSED_TARS) for file in files):
+            return None
+    return Stream(files, count or 0, max_pixels)
 
 
 def _open_folder(folder: Path, split: Split, options: Options) -> ImageSource:
@@ -163,10 +155,10 @@ def _open_packed(files: list[Path], options: Options) -> ImageSource:
     if files[0].suffix.lower() == ".tar":
         return TarSource(files, *options)
     if sum(file.stat().st_size for file in files) <= IN_MEMORY_BYTES:
-        return ParquetSource(files, *options)
-    from backfold.data.hugging_face import open_parquet
+        return open_parquet(files, *options)
+    from backfold.data.hugging_face import map_parquet
 
-    return open_parquet(files, options)
+    return map_parquet(files, options)
 
 
 def _sub_folders(folder: Path) -> dict[Split, Path]:

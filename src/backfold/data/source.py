@@ -149,20 +149,15 @@ class BrokenFiles:
 
     def __init__(self, count: int, max_share: float) -> None:
         self._allowed = max(1, int(max_share * count))
-        self._seen: dict[str, None] = {}
-
-    @property
-    def descriptions(self) -> list[str]:
-        """The distinct files, in the order met."""
-        return list(self._seen)
+        self.descriptions: list[str] = []  # the distinct files, in the order met
 
     def add(self, descriptions: Sequence[str]) -> list[str]:
         """Count a batch's broken files; returns those met for the first time."""
-        new = [line for line in dict.fromkeys(descriptions) if line not in self._seen]
-        self._seen.update(dict.fromkeys(new))
-        if len(self._seen) > self._allowed:
+        new = [line for line in dict.fromkeys(descriptions) if line not in self.descriptions]
+        self.descriptions += new
+        if len(self.descriptions) > self._allowed:
             raise UserError(
-                f"{len(self._seen)} images can't be read, {self._allowed} are allowed: "
+                f"{len(self.descriptions)} images can't be read, {self._allowed} are allowed: "
                 f"{'; '.join(self.descriptions[:3])}; mend or remove them"
             )
         return new

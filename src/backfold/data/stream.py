@@ -1,4 +1,4 @@
-"""Images that can only be read one after the other: elsewhere, compressed, or too many to fetch.
+"""Images that can only be read one after the other: in tar shards elsewhere, or compressed ones.
 
 ``datasets`` shuffles the shards and, through a buffer, the images, and shares them among ranks and
 worker processes; ``torchdata``'s StatefulDataLoader knows how far each worker is, so that a run can
@@ -10,7 +10,7 @@ import json
 import logging
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from backfold.data.augmentation import Augmentation, Augmenter, ImageSize
-from backfold.data.decode import MAX_PIXELS, decode, to_channels
+from backfold.data.decode import MAX_PIXELS
 from backfold.data.formats import first_and_more, image_samples, regular_members
 from backfold.data.isolation import IMAGE_SECONDS, Expendable
 from backfold.data.loading import (
     MAX_REPLACEMENTS,
     Batch,
+    load_image,
     none_readable,
     stack_images,
     watched,
@@ -36,18 +37,18 @@ from backfold.errors import BrokenImage, UserError
 LOGGER = logging.getLogger("backfold")
 LARGEST_MEMBER = 2**30  # bytes; a compressed tar can promise any size
 SHARD_FACTOR = 2**32  # `Batch.indices` of a stream: shard number x this + position in the shard
-Found = tuple[str, bytes | BrokenImage]  # where, and the encoded image
-Row = dict[str, Any]  # the same as "place" and "content", and the "index" in `Batch.indices`
+Row = dict[str, Any]  # "place", "content" (or how it is broken), and "index" in `Batch.indices`
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Shards of encoded images, each read from its beginning; a count below 1 is a `UserError`."""
+    """WebDataset shards (see `TarSource`), each read from its beginning; no count is a `UserError`.
 
-    name: str
+    They may be compressed, and lie wherever ``fsspec`` can open them.
+    """
+
+    shards: Sequence[str]  # addresses or paths
     count: int  # of all images, at least roughly: it decides how long an epoch is
-    shards: Sequence[str]  # names
-    open_shard: Callable[[int], Iterator[Found]]  # of this number, in the same order each time
     max_pixels: int = MAX_PIXELS
     first: int = 0  # the index of the first image that is trained on
 
@@ -57,12 +58,17 @@ class Stream:
                 f"{self.name} is a stream that does not say its length; give the image count"
             )
 
+    @property
+    def name(self) -> str:
+        """For logs and messages."""
+        return first_and_more(self.shards)
+
     def rows(self, shards: Sequence[int]) -> Iterator[Row]:
         """The images of these shards; one that ends too early has a last row without an image."""
         for shard in shards:
             index = shard * SHARD_FACTOR
             try:
-                for place, content in self.open_shard(shard):
+                for place, content in _read(self.shards[shard]):
                     if index >= self.first:
                         yield {"place": place, "content": content, "index": index}
                     index += 1
@@ -97,37 +103,28 @@ class StreamHead(EncodedSource):
 
     def content(self, index: int) -> bytes:
         """See `EncodedSource.content`."""
-        return _content(self.rows[index])
+        content: bytes | BrokenImage = self.rows[index]["content"]
+        if isinstance(content, BrokenImage):
+            raise content
+        return content
 
     def describe(self, index: int) -> str:
         """Where the image was read."""
         return str(self.rows[index]["place"])
 
 
-def _content(row: Row) -> bytes:
-    content: bytes | BrokenImage = row["content"]
-    if isinstance(content, BrokenImage):
-        raise content
-    return content
+def _read(shard: str) -> Iterator[tuple[str, bytes | BrokenImage]]:
+    """Where each image is, and what."""
+    from datasets.utils.file_utils import xopen  # tries again where a connection fails
 
-
-def tar_stream(urls: Sequence[str], count: int | None, max_pixels: int = MAX_PIXELS) -> Stream:
-    """WebDataset shards (see `TarSource`), compressed or not, in whatever ``fsspec`` opens."""
-
-    def read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | BrokenImage:
+    def content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | BrokenImage:
         file = tar.extractfile(member) if member.size <= LARGEST_MEMBER else None
         return BrokenImage(f"more than {LARGEST_MEMBER} bytes") if file is None else file.read()
 
-    def open_shard(shard: int) -> Iterator[Found]:
-        from datasets.utils.file_utils import xopen  # tries again where a connection fails
-
-        url = urls[shard]
-        with xopen(url, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
-            contents = ((member.name, read(tar, member)) for member in regular_members(tar))
-            for name, content, _ in image_samples(contents, url):
-                yield f"{url} member {name}", content
-
-    return Stream(first_and_more(urls), count or 0, urls, open_shard, max_pixels)
+    with xopen(shard, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+        members = ((member.name, content(tar, member)) for member in regular_members(tar))
+        for name, found, _ in image_samples(members, shard):
+            yield f"{shard} member {name}", found
 
 
 @dataclass(eq=False)
@@ -250,13 +247,9 @@ class StreamBatches(IterableDataset[Batch]):
             yield _batch(found, broken)
 
     def _load(self, row: Row) -> NDArray[Any]:
-        try:
-            image = decode(_content(row), self._augmenter.min_side, self.stream.max_pixels)
-            image = to_channels(image, self.channels)
-        except UserError as error:
-            raise UserError(f"{row['place']}: {error}") from None
-        place = divmod(row["index"], SHARD_FACTOR)
-        return self._augmenter.seeded(image, self.seed, self._rows.epoch, *place).numpy()
+        source = StreamHead(self.stream.name, [row], self.stream.max_pixels)
+        seed = (self.seed, self._rows.epoch, *divmod(row["index"], SHARD_FACTOR))
+        return load_image(source, 0, self.channels, self._augmenter, seed)
 
 
 def _batch(found: Sequence[tuple[Tensor, int]], broken: Sequence[str] = ()) -> Batch:

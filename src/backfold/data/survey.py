@@ -60,16 +60,14 @@ class Survey:
 
 @dataclass(frozen=True)
 class Look:
-    """What was found out about one image, in what can leave a process.
-
-    NumPy's arrays, as a tensor that leaves a worker process costs a file handle.
-    """
+    """What was found out about one image."""
 
     names: list[tuple[str, str]]  # fields of `Survey` that count, and what of
     shape: tuple[int, ...]  # channels, height and width
     digest: bytes
     extremes: tuple[float, float]  # on the scale of `as_float`
-    # Means and mean squares by channel; None where it can't be given the channels asked for.
+    # Means and mean squares by channel; None where it can't be given the channels asked for. Not a
+    # tensor, as one that leaves a worker process costs a file handle.
     moments: NDArray[np.float64] | None
     is_of_bytes: bool
 

@@ -160,7 +160,7 @@ class PretrainConfig:
             an export, or "timm" for timm's own; none starts at random.
         max_steps: stop after this many optimizer steps, if the epochs come to more.
         max_pixels: larger images are counted as unreadable, as they may be made to fill the memory.
-        stream_images: how many images a stream holds, where the data do not say it.
+        stream_images: how many images a stream holds.
         max_broken_share: share of unreadable files at which the run stops.
         embedding: layer and pooling of the embeddings that are watched.
     """
