@@ -16,7 +16,7 @@ from backfold.energy import EnergyModel
 from backfold.pretext import HiddenPatches, Masking
 from backfold.restoration import restoration_losses
 from backfold.sparse import running_tokens
-from backfold.training.step import RestorationTraining
+from backfold.training.step import CompiledStep, RestorationTraining
 from step_cost.measuring import Step
 
 MASK_RATIO = 0.75
@@ -241,7 +241,7 @@ class Workload:
         tokens = running_tokens(corruption.running, energy.backbone, sides)
         training = RestorationTraining(energy, 1.0, conditional=conditional)
         if variant.compiled:
-            training.compile_step()
+            training.compiled = CompiledStep(training.restore)
 
         def restore(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             with self._autocast(variant):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from backfold.errors import UserError
+from backfold.errors import UserError, first_line
 from backfold.layers import make_twice_differentiable
 
 ImageSize = tuple[int, int]
@@ -49,7 +49,7 @@ def create_backbone(
     except Exception as error:
         raise UserError(
             f"backbone {name!r} can't be built for {_describe(size)} pixels with "
-            f"{arguments}: {_first_line(error)}; change the image size or the backbone options"
+            f"{arguments}: {first_line(error)}; change the image size or the backbone options"
         ) from error
     make_twice_differentiable(backbone)
     check_image_size(backbone, size, channels, name)
@@ -150,7 +150,7 @@ def check_image_size(backbone: nn.Module, size: ImageSize, channels: int, name: 
     except Exception as error:
         raise UserError(
             f"backbone {name!r} can't take images of {channels} x {_describe(size)}: "
-            f"{_first_line(error)}; choose another image size or backbone"
+            f"{first_line(error)}; choose another image size or backbone"
         ) from error
     finally:
         backbone.train(was_training)
@@ -257,7 +257,3 @@ def _without_prefix(backbone: nn.Module, tokens: Tensor) -> Tensor:
 
 def _describe(size: tuple[int, ...]) -> str:
     return "x".join(str(side) for side in size)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

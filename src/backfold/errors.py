@@ -16,6 +16,11 @@ class BrokenImage(Exception):  # noqa: N818 - it is an event to count, not yet a
     """Bytes that hold no readable image; the message is the reason, in one line."""
 
 
+def first_line(error: BaseException) -> str:
+    """What it says at first, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 class RunStopped(Exception):  # noqa: N818 - nothing went wrong
     """The run was asked to stop, by the signal of this number, and did so behind a checkpoint."""
 

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from backfold.cli.main import main
-from backfold.data.open import EMBEDDED
+from tiny_run import write_images
 
 # A run that takes a second on grey or colour images of 28 x 28 pixels.
 TINY = [
@@ -31,18 +30,10 @@ def tiny() -> list[str]:
     return list(TINY)
 
 
-def write_images(path: Path, count: int = 60, first: int = 0, labelled: bool = True) -> Path:
-    """Grey images of 28 x 28 pixels in 10 classes, out of the embedded ones."""
-    table = pq.read_table(EMBEDDED / "fashion_mnist_train.parquet").slice(first, count)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table if labelled else table.drop_columns(["label"]), path)
-    return path
-
-
 @pytest.fixture
 def make_parquet(tmp_path) -> Callable[..., Path]:
     def make(name: str = "images.parquet", **kind: Any) -> Path:
-        return write_images(tmp_path / name, **kind)
+        return write_images(tmp_path / name, **{"count": 60, **kind})
 
     return make
 
@@ -68,7 +59,7 @@ def make_folder(tmp_path) -> Callable[..., Path]:
 def finished(tmp_path_factory) -> Path:
     """A finished run on 60 labelled grey images; its data lie beside it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    data = write_images(folder.with_name("images.parquet"))
+    data = write_images(folder.with_name("images.parquet"), 60)
     assert main(["pretrain", f"--data={data}", f"--out={folder}", *TINY]) == 0
     return folder
 

@@ -137,7 +137,7 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch, tiny, make_parquet, t
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("backfold.training.pretrain.write_preview", interrupted)
+    monkeypatch.setattr("backfold.training.pretrain.watch", interrupted)
     arguments = ["pretrain", *tiny, f"--data={make_parquet()}", f"--out={tmp_path / 'out'}"]
     assert main(arguments) == 130
     assert "backfold pretrain --resume --out" in capsys.readouterr().err.splitlines()[-1]

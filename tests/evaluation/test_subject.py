@@ -2,7 +2,6 @@
 
 import shutil
 
-import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -11,19 +10,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from backfold.backbone import feature_map
-from backfold.data.open import EMBEDDED
 from backfold.errors import UserError
 from backfold.evaluation.results import BEFORE, PRETRAINED, RANDOM
 from backfold.evaluation.subject import open_subject
 from backfold.exporting.export import export_run
-from backfold.pretext import Masking
 from backfold.training import pretrain as trainer
-from backfold.training.config import PretrainConfig, TaskSettings
 from backfold.training.pretrain import pretrain
 from backfold.training.run import RunFolder, build_energy, load_pretrained
+from tiny_run import TINY_VIT, tiny_config, write_images
 
 NAME = "vit_tiny_patch16_224"
-OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2}
+OPTIONS = TINY_VIT | {"depth": 2}
 IMAGES = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
@@ -33,18 +30,9 @@ def same(first, second):
 
 def run(folder, **changes):
     """A run of two steps on 40 grey images."""
-    folder.mkdir(exist_ok=True)
-    pq.write_table(
-        pq.read_table(EMBEDDED / "fashion_mnist_train.parquet").slice(0, 40),
-        folder / "images.parquet",
-    )
-    settings = {
-        "data": folder / "images.parquet", "out": folder / "run", "backbone": NAME,
-        "backbone_options": OPTIONS, "image_size": 28, "batch_size": 8, "max_steps": 2,
-        "held_out": 4, "tasks": TaskSettings(masking=Masking(mask_patch_size=7)), "devices": 1,
-        "accelerator": "cpu", "precision": "32-true", "num_workers": 0, "watch_labels": False,
-    }  # fmt: skip
-    pretrain(PretrainConfig(**{**settings, **changes}), console=Console(quiet=True))
+    settings = {"data": write_images(folder / "images.parquet", 40), "out": folder / "run"}
+    settings |= {"backbone_options": OPTIONS, "max_steps": 2, "held_out": 4, **changes}
+    pretrain(tiny_config(**settings), console=Console(quiet=True))
     return folder / "run"
 
 

@@ -5,14 +5,20 @@ from typing import Any
 import pytest
 from forked_runs import Runner
 from rich.console import Console
-from tiny_run import tiny_config, write_images
 
 from backfold.training.config import PretrainConfig, config_to_dict
+from backfold.training.run import RunFolder
+from tiny_run import tiny_config, write_images
 
 
 @pytest.fixture
 def quiet() -> Console:
     return Console(quiet=True)
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path / "night")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import copy
 import math
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,34 +13,27 @@ from backfold.cli.main import main
 from backfold.conditional import hidden, visible
 from backfold.data.loading import step_keys
 from backfold.data.statistics import ChannelStatistics
-from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.invariance import vicreg_loss
 from backfold.pretext import Denoising, HiddenPatches, Masking, Sorting
 from backfold.restoration import energy_gradient, eval_mode, training_step
 from backfold.sparse import running_tokens
 from backfold.training.autotune import gradient_distance
-from backfold.training.config import (
-    OptimizerSettings,
-    PretrainConfig,
-    TaskSettings,
-)
+from backfold.training.config import OptimizerSettings, PretrainConfig, TaskSettings
 from backfold.training.optimizer import freeze_unreachable
 from backfold.training.pretrain import pretrain
 from backfold.training.run import load_checkpoint, load_pretrained, save_checkpoint
 from backfold.training.step import CompiledStep, RestorationTraining, Stepper, step_seed
+from tiny_run import tiny_energy
 
-OPTIONS = {"patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
 MASKING = Masking(0.75, 4, normalised_share=0.5)
 TASK = HiddenPatches((MASKING, Sorting(4), Denoising()), (2.0, 1.0, 1.0), MASKING)
 STATISTICS = ChannelStatistics((0.0,) * 3, (1.0,) * 3)
 
 
 def make(**options):
-    torch.manual_seed(0)
-    return EnergyModel(
-        "vit_tiny_patch16_224", image_size=16, backbone_options=OPTIONS, second_head=True, **options
-    )
+    heads = {"second_head": True, **options}
+    return tiny_energy(16, heads=heads, patch_size=4, embed_dim=12, depth=2)
 
 
 def images_of(count=8):
@@ -206,18 +198,6 @@ def test_views_are_neighbours_in_the_batch_and_differ_in_their_changes():
     assert [[key[1] for key in keys[::2]] for keys in batches] == [
         [key[1] for key in keys] for keys in plain
     ]
-
-
-def test_a_run_trains_it_by_default_and_keeps_what_it_decided(tiny, quiet):
-    config = tiny()
-    folder = pretrain(config, console=quiet)
-    assert config.energy == "auto"
-    content = load_checkpoint(folder.last_checkpoint)
-    assert content["config"]["energy"] == "conditional"
-    assert load_pretrained(folder.root).energy.projector is None
-    name = "second_head.weight"
-    assert not torch.equal(content["model"][name], make().state_dict()[name][:16])
-    assert all(np.isfinite(row["psnr_gain_db"]) for row in content["history"])
 
 
 def test_an_older_run_is_read_and_resumed_as_the_dense_one_it_was(tiny, quiet, tmp_path):

@@ -3,25 +3,18 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio
 from sklearn.metrics import roc_auc_score
-from tiny_run import TINY_VIT
 
 from backfold.data.statistics import ChannelStatistics
-from backfold.energy import EnergyModel
 from backfold.metrics import knn_accuracy
 from backfold.pretext import Colorization, Denoising, Masking, Sorting
 from backfold.training.config import PretrainConfig
 from backfold.training.images import HeldOut
 from backfold.training.watch import describe_health, watch, watch_task
+from tiny_run import tiny_energy
 
 STATISTICS = ChannelStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 CONFIG = PretrainConfig(num_steps=2, step_size=0.3)
 MASKING = Masking(mask_patch_size=7)
-
-
-def make_energy(channels=3, **options):
-    torch.manual_seed(0)
-    made = {"channels": channels, "backbone_options": TINY_VIT | options}
-    return EnergyModel("vit_tiny_patch16_224", image_size=14, **made)
 
 
 def draw(count, seed):
@@ -33,12 +26,16 @@ def images():
     return draw(10, 1)
 
 
-def look(energy, held_out, **tasks):
-    return watch(energy, tasks, held_out, STATISTICS, CONFIG, 4)
+@pytest.fixture
+def look(tmp_path):
+    def make(energy, held_out, **tasks):
+        return watch(energy, tasks, held_out, STATISTICS, CONFIG, 4, tmp_path / "look")
+
+    return make
 
 
 def test_measures_equal_written_out_ones(images):
-    energy = make_energy()
+    energy = tiny_energy(14)
     made = []
     kept = lambda *given: made.append(MASKING(*given)) or made[-1]  # noqa: E731
     measures, found = watch_task(energy, kept, images, STATISTICS, CONFIG, 4)
@@ -72,7 +69,7 @@ def test_measures_equal_written_out_ones(images):
 
 
 def test_a_look_is_the_same_each_time_and_changes_nothing(images):
-    energy = make_energy(drop_path_rate=0.5, proj_drop_rate=0.3).train()
+    energy = tiny_energy(14, drop_path_rate=0.5, proj_drop_rate=0.3).train()
     before = {name: value.clone() for name, value in energy.state_dict().items()}
     first = watch_task(energy.eval(), Denoising(), images, STATISTICS, CONFIG, 4)
     torch.manual_seed(77)
@@ -84,7 +81,7 @@ def test_a_look_is_the_same_each_time_and_changes_nothing(images):
 
 
 def test_tasks_have_measures_in_their_own_terms(images):
-    energy = make_energy()
+    energy = tiny_energy(14)
     sorting, _ = watch_task(energy, Sorting(sorting_patch_size=7), images, STATISTICS, CONFIG, 4)
     assert sorting["patches_placed_right_corrupted"] == pytest.approx(0.5)
     assert 0 <= sorting["patches_placed_right_restored"] <= 1
@@ -93,12 +90,12 @@ def test_tasks_have_measures_in_their_own_terms(images):
     chroma = images - (images * weights).sum(dim=1, keepdim=True)
     assert colour["chroma_error_corrupted"] == pytest.approx(float(chroma.abs().mean()), rel=1e-4)
     statistics = ChannelStatistics((0.4,), (0.2,))
-    found, _ = watch_task(make_energy(1), Denoising(), images[:, :1], statistics, CONFIG, 4)
+    found, _ = watch_task(tiny_energy(14, 1), Denoising(), images[:, :1], statistics, CONFIG, 4)
     assert not any(name.startswith("chroma") for name in found)
 
 
-def test_energies_that_are_not_finite_give_nan_and_no_crash(images):
-    energy = make_energy()
+def test_energies_that_are_not_finite_give_nan_and_no_crash(images, look):
+    energy = tiny_energy(14)
     with torch.no_grad():
         energy.head.weight.fill_(float("nan"))
         energy.backbone.norm.weight.fill_(float("nan"))
@@ -108,8 +105,8 @@ def test_energies_that_are_not_finite_give_nan_and_no_crash(images):
     assert "AUROC nan" in describe_health(entry)
 
 
-def test_knn_uses_the_labelled_training_images(images):
-    energy = make_energy()
+def test_knn_uses_the_labelled_training_images(images, look):
+    energy = tiny_energy(14)
     labels, bank, bank_labels = torch.arange(10) % 3, draw(30, 5), torch.arange(30) % 3
     tasks = {"denoising": Denoising(), "masking": MASKING}
     entry, energies = look(energy, HeldOut(images, labels, bank, bank_labels), **tasks)

@@ -85,15 +85,8 @@ def test_a_run_s_backbone_and_checkpoint(tmp_path, said):
 def test_other_image_sizes_and_channels_are_as_timm_has_them(tmp_path, size, channels):
     save_file(classifier().state_dict(), tmp_path / "w.safetensors")
     overlay = {"file": str(tmp_path / "w.safetensors"), "num_classes": 10}
-    theirs = timm.create_model(
-        NAME,
-        pretrained=True,
-        pretrained_cfg_overlay=overlay,
-        num_classes=0,
-        img_size=size,
-        in_chans=channels,
-        **OPTIONS,
-    )
+    given = {"num_classes": 0, "img_size": size, "in_chans": channels, **OPTIONS}
+    theirs = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, **given)
     ours = started(tmp_path / "w.safetensors", size=size, channels=channels)
     assert same(ours, theirs.state_dict())
 

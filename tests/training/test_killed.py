@@ -9,14 +9,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_resume import assert_same_run, rows
 
 from backfold.data.augmentation import Augmentation
+from tiny_run import TINY_VIT
 
 STEPS = 12  # of which 9 are an epoch
 KILL = [(0.0, signal.SIGKILL, False)]
 RANDOM = {
     "augmentation": Augmentation(crop_scale=(0.3, 1.0)),
-    "backbone_options": {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2,
-                         "drop_path_rate": 0.3, "proj_drop_rate": 0.1},
-}  # fmt: skip
+    "backbone_options": {**TINY_VIT, "depth": 2, "drop_path_rate": 0.3, "proj_drop_rate": 0.1},
+}
 
 
 def assert_nothing_lost(whole, run):

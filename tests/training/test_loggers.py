@@ -19,7 +19,6 @@ from backfold.training import log
 from backfold.training import pretrain as trainer
 from backfold.training.log import COLUMNS, IDENTITIES, MetricsLog, open_services
 from backfold.training.pretrain import pretrain
-from backfold.training.run import RunFolder
 
 SETTINGS = {"seed": 3}
 LOGGERS = {"wandb": "WandbLogger", "mlflow": "MLFlowLogger"}
@@ -64,11 +63,6 @@ def started(monkeypatch):
     return starts
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return RunFolder(tmp_path / "night")
-
-
 def test_a_service_that_fails_costs_no_run(started, folder, monkeypatch):
     numbers = MetricsLog(folder, 0, open_services(["wandb", "mlflow"], folder, SETTINGS))
     warned = Mock()
@@ -104,7 +98,9 @@ def test_a_run_s_numbers_reach_the_services_it_names_and_no_other(
         assert (run.checkpoints / IDENTITIES).exists() == (run is folder)
         assert len(run.metrics.read_text().splitlines()) == 1 + 3
         events = EventAccumulator(str(run.tensorboard)).Reload()
-        assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+        for name, steps in (("train/loss", [1, 2, 3]), ("held_out_masking/auroc", [0, 3])):
+            assert [event.step for event in events.Scalars(name)] == steps
+        assert "held_out/knn" not in events.Tags()["scalars"]
     ((wandb,), (mlflow,)) = started.values()
     # Whether it is offline is left to its own environment.
     assert (wandb.options["project"], wandb.options["name"]) == ("backfold", "told")

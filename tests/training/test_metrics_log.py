@@ -1,6 +1,5 @@
 """Speed, gains and waiting while a run trains, and the rows that keep them."""
 
-import csv
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +11,8 @@ from tensorboard.summary.writer import event_file_writer
 
 from backfold.pretext import Corruption
 from backfold.training.log import COLUMNS, Meter, MetricsLog
-from backfold.training.run import RunFolder
 from backfold.training.step import Restored
+from tiny_run import rows_of
 
 
 @pytest.fixture
@@ -37,27 +36,31 @@ def test_speed_and_share_of_waiting_leave_pauses_out(take_step):
     take_step(meter, waiting=1.0, working=3.0)
     take_step(meter, waiting=0.0, working=4.0)
     assert meter.read() == pytest.approx((16 / 8, 1 / 8))
-    meter.pause()
-    take_step.clock[0] += 100.0
-    meter.resume()
+    with meter.pause():
+        take_step.clock[0] += 100.0
     take_step(meter, waiting=1.0, working=3.0)
     assert meter.read() == pytest.approx((2.0, 0.25))
     assert meter.seconds() == pytest.approx(62.0)
 
 
-def test_waiting_is_long_above_a_fifth_of_twenty_steps_behind_the_first_reading(take_step):
+@pytest.mark.parametrize(
+    ("judged", "said"),
+    [
+        ([(1.0, 19)], []),
+        ([(1.0, 19), (1.0, 1)], ["50%"]),
+        ([(0.24, 20)], []),
+        ([(0.24, 20), (0.26, 20), (1.0, 20)], ["21%"]),
+    ],
+)
+def test_waiting_is_long_above_a_fifth_of_twenty_steps_and_told_once(
+    take_step, caplog, judged, said
+):
     meter = Meter(0.0)
-    for waiting, steps, expected in (
-        (9.0, 100, None),  # workers start
-        (1.0, 19, None),
-        (1.0, 1, 0.5),
-        (0.24, 20, None),
-        (0.26, 20, 0.26 / 1.26),
-    ):
+    for waiting, steps in [(9.0, 100), *judged]:  # workers start
         for _ in range(steps):
             take_step(meter, waiting, working=1.0)
         meter.read()
-        assert meter.long_wait() == (expected and pytest.approx(expected))
+    assert [message.split()[4] for message in caplog.messages] == said
 
 
 def test_gains_count_only_where_the_loss_does_and_not_images_that_were_left_clean():
@@ -84,20 +87,10 @@ def row(step, loss=0.5):
     return dict.fromkeys(COLUMNS, 0.25) | {"step": step, "loss": loss}
 
 
-def read(folder):
-    with folder.metrics.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def losses(folder):
     """(step, value) as TensorBoard reads them."""
     events = EventAccumulator(str(folder.tensorboard)).Reload()
     return [(event.step, event.value) for event in events.Scalars("train/loss")]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return RunFolder(tmp_path)
 
 
 def write(folder, steps_done, steps, loss=0.5):
@@ -111,7 +104,7 @@ def test_rows_are_there_at_once(folder):
     log = MetricsLog(folder, 0)
     assert folder.metrics.read_text() == ",".join(COLUMNS) + "\n"
     log.add(row(1, loss=1 / 3))
-    assert read(folder) == [dict.fromkeys(COLUMNS, "0.25") | {"step": "1", "loss": "0.333333"}]
+    assert rows_of(folder) == [dict.fromkeys(COLUMNS, "0.25") | {"step": "1", "loss": "0.333333"}]
     assert losses(folder) == [(1, pytest.approx(1 / 3))]
     log.close()
 
@@ -122,9 +115,9 @@ def test_half_a_row_is_dropped_and_starting_anew_drops_all(folder, torn):
     text = folder.metrics.read_text()
     folder.metrics.write_text(text[: text.rindex(torn)])
     write(folder, 2, [12345679])
-    assert [int(line["step"]) for line in read(folder)] == [1, 2, 12345679]
+    assert [int(line["step"]) for line in rows_of(folder)] == [1, 2, 12345679]
     write(folder, 0, [1])
-    assert [int(line["step"]) for line in read(folder)] == [1]
+    assert [int(line["step"]) for line in rows_of(folder)] == [1]
 
 
 def test_tensorboard_reads_logs_of_one_second_in_their_order(folder, monkeypatch):
@@ -136,20 +129,8 @@ def test_tensorboard_reads_logs_of_one_second_in_their_order(folder, monkeypatch
 
 
 def test_a_resumed_run_s_steps_are_there_once(folder):
-    entry = {
-        "step": 2, "psnr_gain_db": 1.5, "energy_gap": 2.0, "auroc": 0.9, "rank_me": 7.0,
-        "knn": None, "tasks": {"masking": {"auroc": 0.9}},
-    }  # fmt: skip
-    log = MetricsLog(folder, 0)
-    for step in (1, 2, 3):
-        log.add(row(step, loss=step))
-    log.add_health(entry)
-    log.close()
-    write(folder, 2, [3, 4], loss=9.0)
-    expected = [(1, 1.0), (2, 2.0), (3, 9.0), (4, 9.0)]
+    for steps_done, steps, loss in ((0, [1, 2, 3], 0.5), (2, [3, 4], 9.0)):
+        write(folder, steps_done, steps, loss)
+    expected = [(1, 0.5), (2, 0.5), (3, 9.0), (4, 9.0)]
     assert losses(folder) == expected
-    assert [(int(line["step"]), float(line["loss"])) for line in read(folder)] == expected
-    events = EventAccumulator(str(folder.tensorboard)).Reload()
-    assert [event.value for event in events.Scalars("held_out/psnr_gain_db")] == [1.5]
-    assert "held_out/knn" not in events.Tags()["scalars"]
-    assert events.Scalars("held_out_masking/auroc")[0].value == pytest.approx(0.9)
+    assert [(int(line["step"]), float(line["loss"])) for line in rows_of(folder)] == expected

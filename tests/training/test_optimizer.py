@@ -5,33 +5,16 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from backfold.energy import EnergyModel
 from backfold.restoration import restore
-from backfold.training.optimizer import (
-    OptimizerSettings,
-    build_optimizer,
-    build_schedule,
-    freeze_unreachable,
-)
-
-OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2}
-
-
-def tiny_vit(**options):
-    torch.manual_seed(0)
-    return EnergyModel(
-        "vit_tiny_patch16_224", image_size=14, channels=1, backbone_options=OPTIONS | options
-    )
-
-
-def images(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+from backfold.training.config import OptimizerSettings
+from backfold.training.optimizer import build_optimizer, build_schedule, freeze_unreachable
+from tiny_run import tiny_energy
 
 
 @pytest.mark.parametrize("pooling", ["token", "avg"])
 def test_a_parameter_is_frozen_exactly_if_the_restored_image_does_not_depend_on_it(pooling):
-    energy = tiny_vit(global_pool=pooling)
-    corrupted = images(3, 1, 14, 14)
+    energy = tiny_energy(14, 1, depth=2, global_pool=pooling)
+    corrupted = torch.randn(3, 1, 14, 14)
     frozen = set(freeze_unreachable(energy, corrupted))
     assert frozen  # the last norm's bias at least
     assert all(parameter.grad is None for parameter in energy.parameters())
@@ -49,7 +32,7 @@ def test_a_parameter_is_frozen_exactly_if_the_restored_image_does_not_depend_on_
 
 
 def test_rates_and_betas_and_that_norms_biases_and_positions_do_not_decay():
-    energy = tiny_vit()
+    energy = tiny_energy(14, 1, depth=2)
     energy.backbone.blocks[0].attn.qkv.weight.requires_grad_(False)
     settings = OptimizerSettings(base_lr=0.004, weight_decay=0.3, betas=(0.8, 0.9))
     groups = build_optimizer(energy, settings, batch_size=64).param_groups

@@ -1,5 +1,4 @@
 import errno
-import fcntl
 from unittest.mock import Mock
 
 import pytest
@@ -58,29 +57,6 @@ def test_resuming_keeps_all_files_but_those_half_written(old_run):
 def test_overwriting_empties_the_folder(old_run):
     with claim(old_run, **OVERWRITE):
         assert set(snapshot(old_run)) == {".lock"}
-
-
-def test_an_existing_run_needs_a_flag_and_files_of_others_are_never_removed(old_run):
-    (old_run / "thesis.tex").write_text("years of work")
-    before = snapshot(old_run)
-    for flags, message in (
-        (FRESH, "--resume to go on, --overwrite to replace"),
-        (OVERWRITE, r"thesis\.tex"),
-    ):
-        with pytest.raises(UserError, match=message), claim(old_run, **flags):
-            pytest.fail("entered")
-        assert snapshot(old_run) == before
-
-
-def test_a_folder_in_use_is_refused_and_keeps_its_files_until_the_other_process_ends(old_run):
-    before = snapshot(old_run)
-    with (old_run / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="in use by another process"):
-            claim(old_run, **OVERWRITE).__enter__()
-        assert snapshot(old_run) == before | {".lock": b""}
-    with claim(old_run, **OVERWRITE):
-        pass
 
 
 def test_a_full_disk_or_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):

@@ -10,29 +10,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backfold.data.open import open_source
 from backfold.data.statistics import ChannelStatistics
-from backfold.energy import EnergyModel
 from backfold.pretext import Denoising, Identity, Masking, Mixture
 from backfold.training import autotune as module
 from backfold.training.autotune import find_micro_batch, warm_up
 from backfold.training.config import OptimizerSettings, PretrainConfig, TaskSettings
 from backfold.training.optimizer import freeze_unreachable
 from backfold.training.step import CompiledStep, Stepper, step_seed
+from tiny_run import tiny_energy
 
 STATISTICS = ChannelStatistics((0.3,), (0.35,))
 MASKING = Masking(mask_patch_size=7)
 EXHAUSTED = torch.OutOfMemoryError("CUDA out of memory")
-OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
 def make(task=MASKING, options=(), **changes):
     """A stepper on a tiny ViT for grey images of 28 x 28 pixels."""
-    torch.manual_seed(0)
-    energy = EnergyModel(
-        "vit_tiny_patch16_224",
-        image_size=28,
-        channels=1,
-        backbone_options={**OPTIONS, **dict(options)},
-    )
+    energy = tiny_energy(28, 1, depth=2, **dict(options))
     freeze_unreachable(energy, torch.randn(2, 1, 28, 28))
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     settings = {"optimizer": OptimizerSettings(max_gradient_norm=0.0), **changes}
@@ -133,7 +126,7 @@ def quick_compiler(monkeypatch):
     """Traces as always, but makes no C++."""
     torch._dynamo.reset()
     monkeypatch.setattr(
-        "backfold.training.step.CompiledStep",
+        "backfold.training.autotune.CompiledStep",
         lambda step, **_: CompiledStep(step, backend="aot_eager"),
     )
     yield
@@ -174,7 +167,7 @@ def test_a_compiled_step_with_another_gradient_is_not_used(
         plain = stepper.restoration.restore
         made = CompiledStep(plain, backend="aot_eager")
         made.compiled = lambda *given: (1.01 * plain(*given)[0], *plain(*given)[1:])
-        monkeypatch.setattr("backfold.training.step.CompiledStep", lambda *_, **__: made)
+        monkeypatch.setattr(module, "CompiledStep", lambda *_, **__: made)
     with caplog.at_level(logging.INFO, logger="backfold"):
         warm_up(stepper, pictures, steps_left=10, decisions={})
     (message,) = (line for line in caplog.messages if "the step" in line)

@@ -1,6 +1,5 @@
 """Two processes, joined by gloo under torchrun, equal one with the whole batch."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from two_processes import CASES, MOST_TORN, make_stepper, run_config, take_steps
 from backfold.data.loading import training_loader
 from backfold.training.images import open_images
 from backfold.training.run import RunFolder, load_checkpoint
+from tiny_run import rows_of
 
 TOLERANCE = 1e-6
 
@@ -26,8 +26,8 @@ def folder(tmp_path_factory):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     finished = subprocess.run(
         [sys.executable, *command, two_processes.__file__, str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-4000:]
     return path
@@ -88,8 +88,7 @@ def test_the_processes_see_disjoint_images_that_are_one_process_s_batch(ranks, f
 
 
 def test_metrics_are_means_over_the_processes(ranks, folder):
-    with RunFolder(folder / "run").metrics.open(newline="") as file:
-        rows = {int(row["step"]): row for row in csv.DictReader(file)}
+    rows = {int(row["step"]): row for row in rows_of(RunFolder(folder / "run"))}
     assert rows.keys() == {1, 4}
     for step, row in rows.items():
         for name in ("loss", "psnr_gain_db", "energy_gap"):

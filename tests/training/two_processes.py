@@ -16,11 +16,9 @@ from unittest.mock import patch
 import torch
 from lightning.fabric import Fabric
 from rich.console import Console
-from tiny_run import TINY_VIT, tiny_config, write_images
 
 from backfold import pretext
 from backfold.data.statistics import ChannelStatistics
-from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.pretext import Corruption, HiddenPatches, Masking, Mixture, PretextTask, Sorting
 from backfold.training import pretrain as trainer
@@ -29,6 +27,7 @@ from backfold.training.devices import make_fabric
 from backfold.training.optimizer import freeze_unreachable
 from backfold.training.pretrain import pretrain
 from backfold.training.step import CompiledStep, Stepper
+from tiny_run import tiny_config, tiny_energy, write_images
 
 STATISTICS = ChannelStatistics((0.5, 0.4, 0.3), (0.3, 0.3, 0.2))
 MASKING = Masking(mask_patch_size=7)
@@ -74,11 +73,9 @@ def pictures(step: int) -> torch.Tensor:
 
 def make_stepper(name: str, fabric: Fabric, **changes: Any) -> Stepper:
     """A stepper on a tiny ViT in float64."""
-    torch.manual_seed(0)
     task, settings = CASES[name]
     heads = {"second_head": isinstance(task, HiddenPatches), "projector": "invariance" in settings}
-    energy = EnergyModel("vit_tiny_patch16_224", image_size=28, backbone_options=TINY_VIT, **heads)
-    energy = energy.double()
+    energy = tiny_energy(heads=heads).double()
     images = torch.randn(2, 3, 28, 28, dtype=torch.float64)
     running = task(images, torch.Generator().manual_seed(0)).running
     freeze_unreachable(energy, images, running=running)

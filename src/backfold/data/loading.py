@@ -22,7 +22,7 @@ from backfold.data.augmentation import UNCHANGED, Augmentation, Augmenter, Image
 from backfold.data.decode import as_float, to_channels
 from backfold.data.isolation import IMAGE_SECONDS, Expendable, FatalImage
 from backfold.data.source import ImageSource
-from backfold.errors import BrokenImage, UserError
+from backfold.errors import BrokenImage, UserError, first_line
 
 MAX_REPLACEMENTS = 100
 Key = tuple[int, int]  # (epoch, index)
@@ -260,7 +260,7 @@ def watched(loader: Iterable[Item]) -> Iterator[Item]:
         lost = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
         if not lost and not str(error).startswith(("DataLoader worker", "Pin memory thread")):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].strip(" .")
+        reason = first_line(error).strip(" .")
         raise DeadWorker(
             f"a process that loads images died ({reason}); free memory, or lower --num-workers"
         ) from None

@@ -29,7 +29,7 @@ from safetensors.torch import save
 
 from backfold.data.loading import evaluation_batches
 from backfold.data.source import BrokenFiles, ImageSource
-from backfold.errors import UserError
+from backfold.errors import UserError, first_line
 from backfold.files import LOCK, hold, replacing, write_atomically, write_json
 from backfold.inference.jobs import INDEX, Job
 from backfold.training.log import progress_bar
@@ -275,8 +275,7 @@ def ray_parts(
     try:
         ray.init(logging_level=logging.WARNING, ignore_reinit_error=True)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"Ray can't start: {reason}; check RAY_ADDRESS") from error
+        raise UserError(f"Ray can't start: {first_line(error)}; check RAY_ADDRESS") from error
     rows, blocks = [{"part": number} for number in numbers], min(len(numbers), MOST_BLOCKS)
     items = ray.data.from_items(rows, override_num_blocks=blocks)
     contents = items.map_batches(

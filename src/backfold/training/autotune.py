@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from backfold.memory import out_of_memory
 from backfold.restoration import eval_mode
-from backfold.training.devices import largest
-from backfold.training.step import Found, Part, RestorationTraining, Stepper
+from backfold.training.devices import has_fast_kernels, largest
+from backfold.training.step import CompiledStep, Found, Part, Stepper
 
 LOGGER = logging.getLogger("backfold")
 COMPILE_PAYS_SECONDS = 600.0  # it takes half a minute to two, and saves a tenth to a third
@@ -54,7 +54,7 @@ def warm_up(stepper: Stepper, images: Tensor, steps_left: int, decisions: dict[s
             decisions["compiled"] = not largest(stepper.fabric, int(not wanted))[0]
         if decisions["compiled"]:
             start = time.perf_counter()
-            decisions["compiled"] = _compile(stepper, stepper.restoration, images)
+            decisions["compiled"] = _compile(stepper, images)
             if decisions["compiled"]:
                 LOGGER.info("compiled the step in %.0f s", time.perf_counter() - start)
 
@@ -114,14 +114,16 @@ def _seconds(stepper: Stepper, images: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _compile(stepper: Stepper, restoration: RestorationTraining, images: Tensor) -> bool:
+def _compile(stepper: Stepper, images: Tensor) -> bool:
     """Compile, check, and say whether the step stays compiled, on every device.
 
     PyTorch had releases in which compiled second derivatives were wrong and nothing said so
     (pytorch #181581). So for each shape the gradient is compared with the eager one: in eval mode
     where there is dropout, which draws other numbers when compiled.
     """
-    compiled, energy = restoration.compile_step(), stepper.energy
+    graphs = has_fast_kernels(stepper.config, stepper.fabric.device)
+    compiled, energy = CompiledStep(stepper.restoration.restore, graphs=graphs), stepper.energy
+    stepper.restoration.compiled = compiled
     full = "32" in stepper.fabric.strategy.precision.precision
     limit = GRADIENT_TOLERANCE[torch.float32 if full else torch.bfloat16]
     for part in {len(part.clean): part for part in stepper.parts(images, 0)}.values():

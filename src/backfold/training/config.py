@@ -230,8 +230,6 @@ class PretrainConfig:
         self._check_plausibility()
         if not 0 <= self.invariance < math.inf:
             raise UserError(f"invariance is {self.invariance:g}; give 0 or more, such as 0.1")
-        if self.energy == "conditional":
-            check_conditional_settings(self)
         parse_image_size(self.image_size)
 
     def _check_plausibility(self) -> None:
@@ -270,15 +268,6 @@ def config_from_dict(values: Mapping[str, Any]) -> PretrainConfig:
     except ArgumentError as error:
         raise UserError(f"bad settings: {' '.join(str(error).split())}") from error
     return PretrainConfig(**vars(checked))
-
-
-def check_conditional_settings(config: PretrainConfig) -> None:
-    """Raise UserError where settings need the dense energy."""
-    if config.plausibility_weight:
-        raise UserError(
-            f"plausibility_weight {config.plausibility_weight:g} needs the dense energy; give "
-            "--energy dense, or no weight"
-        )
 
 
 def doubtful_settings(config: PretrainConfig) -> list[str]:
@@ -326,11 +315,7 @@ def parse_image_size(value: int | str | None) -> ImageSize | None:
 
 
 def task_names(config: PretrainConfig) -> tuple[str, ...]:
-    """The tasks that the pretext names, before the data's channels are known.
-
-    Raises:
-        UserError: an unknown task, or weights that are not positive.
-    """
+    """The tasks that the pretext names, before the data's channels are known."""
     weights = config.tasks.mixture
     for name in (config.pretext, *weights):
         known = (*TASK_NAMES, IDENTITY if name in weights else MIXTURE)
@@ -351,11 +336,7 @@ def task_names(config: PretrainConfig) -> tuple[str, ...]:
 
 
 def build_tasks(config: PretrainConfig, channels: int) -> dict[str, PretextTask]:
-    """The pretext tasks by name; the default mixture has those that the images allow.
-
-    Raises:
-        UserError: a task is asked for that images of so many channels do not allow.
-    """
+    """The pretext tasks by name; the default mixture has those that the images allow."""
     names = task_names(config)
     refused = [name for name in names if channels == 1 and name in OF_CHANNELS]
     if refused and (config.pretext != MIXTURE or config.tasks.mixture):

@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch.optim import AdamW
 
-from backfold.errors import UserError
+from backfold.errors import UserError, first_line
 from backfold.training.config import PretrainConfig
 
 if TYPE_CHECKING:
@@ -50,12 +50,10 @@ def make_fabric(config: PretrainConfig) -> Fabric:
         precision = choose_precision(config, probe.device)
         fabric = Fabric(**wanted, strategy=strategy, precision=precision)
         fabric.launch()
-    except UserError:
-        raise
     except Exception as error:
         raise UserError(
             f"can't use accelerator {config.accelerator!r} with devices {config.devices!r} and "
-            f"num_nodes {config.num_nodes!r}: {str(error).splitlines()[0]}; try --accelerator auto "
+            f"num_nodes {config.num_nodes!r}: {first_line(error)}; try --accelerator auto "
             "--devices auto --num-nodes auto"
         ) from error
     if config.shard_optimizer and fabric.world_size == 1:
@@ -157,5 +155,5 @@ def choose_device(accelerator: str) -> torch.device:
     try:
         return Fabric(accelerator=accelerator, devices=1).device
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"can't use accelerator {accelerator!r}: {reason}; try auto") from error

@@ -11,7 +11,7 @@ from typing import Any
 from timm.models import adapt_input_conv, load_pretrained, load_state_dict
 from torch import Tensor, nn
 
-from backfold.errors import UserError
+from backfold.errors import UserError, first_line
 from backfold.training.run import RunFolder
 
 LOGGER = logging.getLogger("backfold")
@@ -28,18 +28,11 @@ Weights = dict[str, Tensor]
 def initialise(backbone: nn.Module, path: Path | str) -> None:
     """Put existing weights into a timm model, in place, and say in one line what did not fit.
 
-    Position embeddings, relative position tables and patch kernels are resampled to the backbone's
-    image and patch size, and the first convolution is adapted to its channels, as timm does it.
-    Classifiers are left out. What the file lacks stays as it is.
-
-    Args:
-        backbone: a timm model.
-        path: a safetensors or torch file, a run's or an exported folder, or "timm" for the
-            pretrained weights that timm has for this model, which are downloaded.
-
-    Raises:
-        UserError: no such file, a file with more than tensors in it, or weights of another model:
-            less than half of the backbone's would come from the file.
+    They come from a safetensors or torch file, from a run's or an exported folder, or with "timm"
+    are downloaded. Position embeddings, relative position tables and patch kernels are resampled to
+    the backbone's image and patch size, and the first convolution is adapted to its channels, as
+    timm does it. Classifiers are left out, and what the file lacks stays as it is; a UserError
+    where that is more than half of the backbone.
     """
     if str(path) == TIMM:
         _load_from_timm(backbone)
@@ -55,7 +48,7 @@ def initialise(backbone: nn.Module, path: Path | str) -> None:
         except Exception as error:
             # Each family's filter has its own expectations of what a checkpoint holds.
             raise UserError(
-                f"timm can't fit {path} to {type(backbone).__name__}: {_first_line(error)}; give "
+                f"timm can't fit {path} to {type(backbone).__name__}: {first_line(error)}; give "
                 "weights of the same timm model"
             ) from error
     _adapt_channels(backbone, weights)
@@ -75,11 +68,7 @@ def initialise(backbone: nn.Module, path: Path | str) -> None:
 
 
 def read_weights(path: Path) -> Weights:
-    """The tensors of a file or a folder, by name; nothing but tensors is ever unpickled.
-
-    Raises:
-        UserError: nothing there, a damaged file, or one with other objects in it.
-    """
+    """The tensors of a file or a folder, by name; nothing but tensors is ever unpickled."""
     if not path.exists():
         raise UserError(
             f"there is no {path} to start from; give a file, a run's folder, or {TIMM!r}"
@@ -96,7 +85,7 @@ def read_weights(path: Path) -> Weights:
     except Exception as error:
         # torch and timm differ between versions in what they raise here.
         raise UserError(
-            f"{path} can't be read ({_first_line(error)}): damaged, or no safetensors or torch "
+            f"{path} can't be read ({first_line(error)}): damaged, or no safetensors or torch "
             "file, or one with more than tensors in it, and loading such a file can run any code; "
             "save its state_dict as safetensors"
         ) from error
@@ -146,7 +135,7 @@ def _load_from_timm(backbone: nn.Module) -> None:
         load_pretrained(backbone, config, 0, channels, filter_fn=convert, strict=False)
     except (OSError, RuntimeError, AssertionError) as error:
         raise UserError(
-            f"timm's weights for {name!r} can't be had: {_first_line(error)}; give --init a file, "
+            f"timm's weights for {name!r} can't be had: {first_line(error)}; give --init a file, "
             "and no backbone options that change the layers"
         ) from error
 
@@ -154,7 +143,3 @@ def _load_from_timm(backbone: nn.Module) -> None:
 def _named(what: str, names: Collection[str]) -> str:
     """The first names; nothing where there are none."""
     return f"{what}: {shorten(', '.join(names), 200, placeholder=' ...')}" if names else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

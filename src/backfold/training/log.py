@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from backfold.errors import UserError
+from backfold.errors import UserError, first_line
 from backfold.files import write_atomically, write_json
 from backfold.training.config import LoggerName
 from backfold.training.run import RunFolder
@@ -107,15 +106,6 @@ def progress_bar(console: Console, what: str, done: int, total: int) -> Progress
     return bar
 
 
-def describe_row(row: Mapping[str, float]) -> str:
-    """The numbers of a metrics row in one short line."""
-    return (
-        f"loss {row['loss']:.4f}  gain {row['psnr_gain_db']:+.2f} dB  "
-        f"energy gap {row['energy_gap']:+.3g}  {row['images_per_second']:.0f} images/s  "
-        f"data wait {row['data_wait']:.0%}"
-    )
-
-
 class Meter:
     """Seconds of training, images a second and the share of time spent waiting for data."""
 
@@ -124,6 +114,7 @@ class Meter:
         self._start = self._mark - seconds_before
         # Steps, seconds and seconds of waiting behind the first reading, until which workers start.
         self._judged: NDArray[np.float64] | None = None
+        self._has_warned = False
         self._reset()
 
     def _reset(self) -> None:
@@ -139,13 +130,12 @@ class Meter:
         self._images += images
         self._steps += 1
 
-    def pause(self) -> None:
-        """Something else than training begins."""
-        self._mark = time.monotonic()
-
-    def resume(self) -> None:
-        """It is over."""
-        self._start += time.monotonic() - self._mark
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Within, something else than training happens."""
+        begun = time.monotonic()
+        yield
+        self._start += time.monotonic() - begun
         self._reset()
 
     def seconds(self) -> float:
@@ -153,21 +143,22 @@ class Meter:
         return time.monotonic() - self._start
 
     def read(self) -> tuple[float, float]:
-        """(images a second, share of waiting) since the last reading."""
+        """(images a second, share of waiting) since the last reading; warns once of long waits."""
         elapsed = max(time.monotonic() - self._since, 1e-9)
         result = self._images / elapsed, self._waited / elapsed
         found = np.array([self._steps, elapsed, self._waited])
         self._judged = np.zeros(3) if self._judged is None else self._judged + found
         self._reset()
+        steps, seconds, waited = self._judged
+        if steps >= JUDGED_STEPS:
+            self._judged = np.zeros(3)
+            if waited > LONG_WAIT * seconds and not self._has_warned:
+                self._has_warned = True
+                LOGGER.warning(
+                    f"waiting for images takes {waited / seconds:.0%} of the time; raise "
+                    "--num-workers, or store the images smaller"
+                )
         return result
-
-    def long_wait(self) -> float | None:
-        """The share of waiting over `JUDGED_STEPS` or more readings, if it is above `LONG_WAIT`."""
-        if self._judged is None or self._judged[0] < JUDGED_STEPS:
-            return None
-        share = float(self._judged[2] / self._judged[1])
-        self._judged = np.zeros(3)
-        return share if share > LONG_WAIT else None
 
 
 class MetricsLog:
@@ -223,7 +214,7 @@ class MetricsLog:
             except Exception as error:
                 del self._services[name]
                 said = "%s failed (%s) and gets no more numbers of this start; metrics.csv has all"
-                LOGGER.warning(said, name, _first_line(error))
+                LOGGER.warning(said, name, first_line(error))
 
     def close(self, *, succeeded: bool = True) -> None:
         """Close all; whether the run has come to its end is told to services."""
@@ -235,7 +226,7 @@ class MetricsLog:
                 if name == "wandb":
                     logger.experiment.finish(exit_code=0 if succeeded else 1)
             except Exception as error:
-                LOGGER.warning("%s failed at the end (%s)", name, _first_line(error))
+                LOGGER.warning("%s failed at the end (%s)", name, first_line(error))
 
 
 def check_loggers(names: Sequence[LoggerName]) -> None:
@@ -268,7 +259,7 @@ def open_services(
                 logger.log_hyperparams(dict(settings))
         except Exception as error:
             raise UserError(
-                f"{name} can't be started ({_first_line(error)}); check its environment "
+                f"{name} can't be started ({first_line(error)}); check its environment "
                 f"variables and login, or leave it out of loggers"
             ) from error
         services[name], known[name] = logger, found
@@ -297,7 +288,3 @@ def _open(name: LoggerName, run: str, identity: str | None) -> Any:
         tracking_uri=mlflow.get_tracking_uri(),
         run_id=identity,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return shorten((str(error).strip() or type(error).__name__).splitlines()[0], 200)

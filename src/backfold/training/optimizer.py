@@ -29,13 +29,8 @@ def freeze_unreachable(
 
     The last norm's bias and unused layers get no gradient from restoration, and
     DistributedDataParallel would wait for them. Biases before piecewise linear activations are not
-    frozen: they have a gradient, of zeros.
-
-    Args:
-        energy: with all of its parameters trainable.
-        images: two or more normalised images, (batch, channels, height, width).
-        plausibility_weight: above 0 the energy itself is trained, which reaches the last bias.
-        running: what of such images training runs on; None runs all.
+    frozen: they have a gradient, of zeros. It is found out on two or more normalised ``images``,
+    (batch, channels, height, width), of which ``running`` is what training runs on.
     """
     mask, clean = torch.ones_like(images[:, :1], dtype=torch.bool), torch.zeros_like(images)
     tokens = running_tokens(running, energy.backbone, (images.shape[2], images.shape[3]))

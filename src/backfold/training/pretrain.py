@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, NoReturn, cast
 
-import numpy as np
 import torch
 import yaml
 from rich.console import Console
@@ -35,7 +34,6 @@ from backfold.training.autotune import warm_up
 from backfold.training.config import (
     PretrainConfig,
     build_tasks,
-    check_conditional_settings,
     combine_tasks,
     config_to_dict,
     doubtful_settings,
@@ -46,13 +44,13 @@ from backfold.training.images import load_held_out, open_images
 from backfold.training.init import initialise
 from backfold.training.optimizer import freeze_unreachable
 from backfold.training.step import Restored, Stepper
-from backfold.training.watch import describe_health, watch, write_preview
+from backfold.training.watch import describe_health, watch
 
 LOGGER = logging.getLogger("backfold")
 LOG_EVERY = 20
 PREFETCH = 4
 CALIBRATION_IMAGES = 32
-PREVIEW_IMAGES, WATCH_BATCH = 6, 64
+WATCH_BATCH = 64
 PACKAGES = ("backfold", "torch", "timm", "lightning")
 # (steps done, loss on the device, what the last part of the batch came to).
 Callback = Callable[[int, Tensor, Restored], None]
@@ -141,7 +139,6 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.energies: dict[str, dict[str, list[float]]] = {}
         self.metrics: log.MetricsLog | None = None  # the first process alone has it
-        self._told_of_waiting = False
         self._stream: StreamBatches | None = None
         self._loss, self._norm = torch.zeros(2)  # of the last step
         content, known = None, None
@@ -198,7 +195,11 @@ class Run:
         asked = config.energy
         if asked != "dense":
             try:
-                check_conditional_settings(config)
+                if config.plausibility_weight:
+                    raise UserError(
+                        f"plausibility_weight {config.plausibility_weight:g} needs the dense "
+                        "energy; give --energy dense, or no weight"
+                    )
                 check_conditional(backbone, config.hidden_blocks)
                 config.energy = "conditional"
                 return tried()
@@ -296,9 +297,9 @@ class Run:
         state, alone, unreadable = self.state, self.fabric.world_size == 1, list[str]()
         batches, meter, saved = self._batches(), log.Meter(state.seconds), time.monotonic()
         if state.step == 0 and not self.history:
-            self._watch()
-            self._save()
-            meter.resume()
+            with meter.pause():
+                self._watch()
+                self._save()
         while state.step < self.total_steps:
             meter.before_batch()
             batch = self._next(batches)
@@ -322,9 +323,8 @@ class Run:
             state.seconds = meter.seconds()
             if looks:
                 LOGGER.info("epoch %.1f: %s", self.epoch, numbers)
-                meter.pause()
-                self._watch()
-                meter.resume()
+                with meter.pause():
+                    self._watch()
             number = self.request.number
             due = int(looks or time.monotonic() - saved > 60 * self.config.checkpoint_minutes)
             # Asking at every step would make each process wait for its device there.
@@ -391,13 +391,6 @@ class Run:
         self._check_finite()
         loss, gain, gap = means.tolist()
         speed, wait = meter.read()
-        share = meter.long_wait()
-        if share is not None and not self._told_of_waiting:
-            self._told_of_waiting = True
-            LOGGER.warning(
-                f"waiting for images takes {share:.0%} of the time; raise --num-workers, or store "
-                "the images smaller"
-            )
         row = {
             "step": self.state.step,
             "epoch": self.epoch,
@@ -412,7 +405,10 @@ class Run:
         }
         if self.metrics is not None:
             self.metrics.add(row)
-        return log.describe_row(row)
+        return (
+            f"loss {loss:.4f}  gain {gain:+.2f} dB  energy gap {gap:+.3g}  {speed:.0f} images/s  "
+            f"data wait {wait:.0%}"
+        )
 
     @property
     def epoch(self) -> float:
@@ -434,20 +430,16 @@ class Run:
         """Look at the held-out images, in the first process: health, previews."""
         if self.metrics is None:
             return
-        config, statistics, images = self.config, self.images.statistics, self.held_out.images
+        config, statistics, step = self.config, self.images.statistics, self.state.step
         at_once = min(WATCH_BATCH, config.batch_size, self.stepper.micro_batch or self.local_batch)
+        pictures = self.folder.previews / f"step-{step:07d}"
         entry, self.energies = watch(
-            self.energy, self.tasks, self.held_out, statistics, config, at_once
+            self.energy, self.tasks, self.held_out, statistics, config, at_once, pictures
         )
-        entry = {"step": self.state.step, "epoch": self.epoch, **entry}
+        entry = {"step": step, "epoch": self.epoch, **entry}
         self.history.append(entry)
         self.metrics.add_health(entry)
         LOGGER.info("%s", describe_health(entry))
-        spread = np.linspace(0, len(images) - 1, min(PREVIEW_IMAGES, len(images)))
-        shown = images[spread.round().astype(np.int64)]
-        for name, task in self.tasks.items():
-            path = self.folder.previews / f"step-{self.state.step:07d}-{name}.png"
-            write_preview(path, self.energy, task, shown, statistics, self.config)
 
     def _save(self) -> None:
         """A checkpoint, and beside it what the report reads."""

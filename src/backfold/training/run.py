@@ -68,11 +68,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_available(root: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse, without touching anything, a folder that a run could not claim.
-
-    That is one that exists where neither flag is given, one with files of others that would be
-    overwritten, and none where a run is to be resumed.
-    """
+    """Refuse, without touching anything, a folder that a run could not claim."""
     folder = RunFolder(root)
     if resume and not folder.config.exists():
         raise UserError(f"{root} holds no run to resume; check --out or leave --resume out")
@@ -97,10 +93,7 @@ def check_available(root: Path, *, resume: bool, overwrite: bool) -> None:
 
 @contextmanager
 def claim(root: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
-    """Make, empty or enter a run's folder, and hold it until the block ends.
-
-    A `UserError` as by `check_available` and `hold`.
-    """
+    """Make, empty or enter a run's folder, and hold it until the block ends."""
     check_available(root, resume=resume, overwrite=overwrite)
     with hold(root):
         # A killed run's half checkpoint is of a step that the next one may never save.
@@ -139,11 +132,7 @@ def add_checkpoint(folder: RunFolder, step: int, content: Mapping[str, Any], kee
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, or a folder's last one, onto the CPU; no code is ever unpickled.
-
-    Raises:
-        UserError: missing, truncated, not ours, or of another version.
-    """
+    """Read a checkpoint, or a folder's last one, onto the CPU; no code is ever unpickled."""
     if path.is_dir():
         path = RunFolder(path).last_checkpoint
     refuse_missing_run(path)
@@ -200,11 +189,7 @@ class Pretrained:
 
 
 def load_pretrained(path: Path) -> Pretrained:
-    """Read a run's folder (its last checkpoint) or one checkpoint file.
-
-    Raises:
-        UserError: missing, truncated, not ours, of another version, or weights that do not fit.
-    """
+    """Read a run's folder (its last checkpoint) or one checkpoint file, or raise UserError."""
     content = load_checkpoint(path)
     try:
         # Older runs had other settings beside today's, and knew no energy but the dense one.

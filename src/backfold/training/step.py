@@ -22,7 +22,7 @@ from backfold.pretext.corruption import Corruption, PretextTask
 from backfold.restoration import restoration_losses, training_step
 from backfold.sparse import RunningTokens, running_tokens
 from backfold.training.config import PretrainConfig
-from backfold.training.devices import has_fast_kernels, shard_optimizer
+from backfold.training.devices import shard_optimizer
 from backfold.training.optimizer import build_optimizer, build_schedule
 
 LOGGER = logging.getLogger("backfold")
@@ -95,19 +95,13 @@ class RestorationTraining(nn.Module):
         plausibility_weight: float = 0.0,
         conditional: bool = False,
         invariance: float = 0.0,
-        graphs: bool = False,
     ) -> None:
         super().__init__()
         if not conditional:
             use_plain_attention(energy)
-        self.energy, self.step_size, self.graphs = energy, step_size, graphs
+        self.energy, self.step_size = energy, step_size
         self.plausibility_weight, self.invariance = plausibility_weight, invariance
         self.compiled: CompiledStep | None = None
-
-    def compile_step(self) -> CompiledStep:
-        """Run compiled from now on, where that works."""
-        self.compiled = CompiledStep(self.restore, graphs=self.graphs)
-        return self.compiled
 
     def restore(
         self, images: Tensor, target: Tensor, loss_mask: Tensor, *tokens: Tensor | None
@@ -188,9 +182,7 @@ class Restored:
 class Stepper:
     """Takes optimizer steps on an energy, whose unreachable parameters are frozen.
 
-    Attributes:
-        micro_batch: most images that are handled at once; None takes what a step is given.
-        restoration: the step, without devices and distribution around it.
+    At most ``micro_batch`` images are handled at once; None takes what a step is given.
     """
 
     def __init__(
@@ -215,7 +207,6 @@ class Stepper:
         self.restoration = RestorationTraining(
             energy, config.step_size, config.plausibility_weight,
             conditional=config.energy == "conditional", invariance=config.invariance,
-            graphs=has_fast_kernels(config, fabric.device),
         )  # fmt: skip
         self.training, self.optimizer = fabric.setup(self.restoration, optimizer)
 

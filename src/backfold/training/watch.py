@@ -22,7 +22,7 @@ from backfold.training.images import HeldOut
 
 HEALTH_SEED = 20230201
 SORTING_IMAGES = 128  # of a look; each takes some hundredths of a second at 224 px
-PREVIEW_SEED = 7
+PREVIEW_IMAGES, PREVIEW_SEED = 6, 7
 ENERGIES = ("clean", "corrupted", "restored")
 
 Energies = dict[str, list[float]]  # of these images
@@ -80,15 +80,23 @@ def watch(
     statistics: ChannelStatistics,
     config: PretrainConfig,
     batch_size: int,
+    pictures: Path,
 ) -> tuple[dict[str, Any], dict[str, Energies]]:
     """One entry of the health history, and the energies by task.
 
-    ``knn`` is the accuracy in percent by the labelled training images; None without labels.
+    ``knn`` is the accuracy in percent by the labelled training images; None without labels. Each
+    task's restorations, of the same corruption each time, go to ``pictures`` with its name behind.
     """
-    found = {
-        name: watch_task(energy, task, held_out.images, statistics, config, batch_size)
-        for name, task in tasks.items()
-    }
+    count = len(held_out.images)
+    spread = torch.linspace(0, count - 1, min(PREVIEW_IMAGES, count)).round().long()
+    shown = held_out.images[spread.to(held_out.images.device)]
+    found = {}
+    for name, task in tasks.items():
+        found[name] = watch_task(energy, task, held_out.images, statistics, config, batch_size)
+        made = task(shown, torch.Generator(shown.device).manual_seed(PREVIEW_SEED))
+        result = restore(energy.of(made), made.corrupted, config.num_steps, config.step_size)
+        grid = restoration_grid(result.trajectory, shown, statistics)
+        write_atomically(pictures.with_name(f"{pictures.name}-{name}.png"), png_bytes(grid))
     rows = [measures for measures, _ in found.values()]
     gains = [row["psnr_restored_db"] - row["psnr_corrupted_db"] for row in rows]
 
@@ -124,17 +132,3 @@ def describe_health(entry: dict[str, Any]) -> str:
         f"held out: {tasks}; AUROC {entry['auroc']:.3f}; "
         f"effective rank {entry['rank_me']:.1f} of {entry['embedding_size']}{knn}"
     )
-
-
-def write_preview(
-    path: Path,
-    energy: EnergyModel,
-    task: PretextTask,
-    clean: Tensor,
-    statistics: ChannelStatistics,
-    config: PretrainConfig,
-) -> None:
-    """Corrupt (the same way each time), restore and draw these normalised images."""
-    made = task(clean, torch.Generator(clean.device).manual_seed(PREVIEW_SEED))
-    result = restore(energy.of(made), made.corrupted, config.num_steps, config.step_size)
-    write_atomically(path, png_bytes(restoration_grid(result.trajectory, clean, statistics)))
