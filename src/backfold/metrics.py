@@ -13,6 +13,8 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
+from backfold.errors import UserError
+
 MAX_PSNR_DB = 100.0
 SSIM_SIGMA = 1.5
 SSIM_RADIUS = 5
@@ -41,6 +43,8 @@ def ssim(restored: Tensor, clean: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     that fits.
     """
     radius = min(SSIM_RADIUS, (min(clean.shape[-2:]) - 1) // 2)
+    if radius < 1:
+        raise UserError(f"ssim can't compare {tuple(clean.shape[-2:])} pixels; give 3 x 3 or more")
     scale, offset = _per_channel(std, clean), _per_channel(mean, clean)
     _, similarity_map = structural_similarity_index_measure(
         restored.float() * scale + offset,

@@ -184,7 +184,7 @@ def test_what_a_protocol_cannot_use_is_refused_before_anything_is_written(
     refuse("knn,energy", "nowhere does not exist", more=[given, "--near=nowhere"])
     refuse("knn,segmentaton", "unknown protocol 'segmentaton'; choose from knn, linear")
     refuse("finetune", "batch_size is 1", more=["--finetuning.batch-size=1"])
-    refuse("segmentation", "image size 29x29 is no multiple",
+    refuse("segmentation", "29x29, and the backbone's stride is 7; give multiples",
            more=[f"--data={masked}", "--segmentation.image-size=29"])  # fmt: skip
     refuse("energy", "test_images is 1; give 2 or more", more=["--test-images=1"])
     refuse("finetune", "rate_factors is", "above 0", more=["--rate-factors=[0.0]"])

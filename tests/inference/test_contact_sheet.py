@@ -22,13 +22,13 @@ def test_extremes_are_those_of_a_sorted_list():
     parts = [scores(values[i : i + 7], i) for i in range(0, 100, 7)]
     for side, sign in zip(extremes(parts, 9)["energy"], (1, -1), strict=True):
         order = sorted(range(100), key=lambda index: (sign * values[index], index))
-        assert side["index"].to_pylist() == order[:9]
+        assert [row["index"] for row in side] == order[:9]
 
 
 def test_few_images_are_all_shown_and_numbers_that_are_none_come_last():
     low, high = extremes([scores([3.0, float("nan"), 1.0])], 24)["energy"]
-    assert low["path"].to_pylist() == ["2.png", "0.png", "1.png"]
-    assert high["path"].to_pylist() == ["0.png", "2.png", "1.png"]
+    assert [row["path"] for row in low] == ["2.png", "0.png", "1.png"]
+    assert [row["path"] for row in high] == ["0.png", "2.png", "1.png"]
 
 
 def test_the_page_shows_the_right_pictures_in_order(run, pictures):

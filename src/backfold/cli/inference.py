@@ -80,7 +80,7 @@ class EmbedSettings(InferenceSettings):
     """How `backfold embed` writes a vector for every image.
 
     Args:
-        out: .parquet (path, vector) or .npz (arrays of the same names).
+        out: .parquet (path, vector) or .npz (arrays of the same names, joined in memory).
         embedding: layer and pooling.
     """
 

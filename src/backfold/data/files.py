@@ -43,7 +43,10 @@ def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
             name
             for name in folders
             if not name.startswith(".")
-            and not here.resolve().is_relative_to((here / name).resolve())
+            and not (
+                (here / name).is_symlink()
+                and here.resolve().is_relative_to((here / name).resolve())
+            )
         ]
         found += [
             (here.relative_to(folder) / name).as_posix()

@@ -28,6 +28,7 @@ from backfold.data.source import EncodedSource, ImageSource, Labels
 from backfold.errors import BrokenImage, UserError
 
 IMAGE_KINDS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
+LARGEST_LABEL = 2**20  # bytes
 IMAGE_KEYS = ("image", "img", "pixel_values")  # of an item that is a mapping
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # a sample's key, and what the member is of it
@@ -168,6 +169,8 @@ def open_parquet(
         found = ds.dataset([str(file) for file in files], format="parquet")
         image = image_column(found.schema, name, column)
         label = find_column(found.schema, "ClassLabel", LABEL_COLUMNS)
+        for fragment in found.get_fragments():  # the data set's schema is that of the first
+            image_column(fragment.physical_schema, fragment.path, image)
         table = found.to_table([each for each in (image, label) if each])
         rows = [fragment.count_rows() for fragment in found.get_fragments()]
     except (pa.ArrowException, OSError) as error:
@@ -329,6 +332,8 @@ def image_samples(
 def _read_label(shard: BinaryIO, sample: dict[str, Place]) -> str:
     """The class that a sample's ``cls`` or else ``json`` names; empty where there is none."""
     _, offset, size = sample.get("cls") or sample.get("json") or (0, 0, 0)
+    if size > LARGEST_LABEL:
+        return ""
     shard.seek(offset)
     content = shard.read(size)
     try:

@@ -306,9 +306,10 @@ def evaluate_each(settings: EvaluateSettings) -> Iterator[list[Row]]:
         changed = getattr(settings, name) != getattr(EvaluateSettings(), name)
         if changed and not users & {*names}:
             LOGGER.warning(f"{name} has no effect on {', '.join(names)}")
-    for name in ("weights", "image_size"):
-        if run and getattr(settings, name) is not None:
-            LOGGER.warning(f"{name} has no effect on a run, which has its own")
+    if run and settings.image_size is not None:
+        LOGGER.warning("image_size has no effect on a run, which has its own")
+    if subject.folder and settings.weights is not None:
+        LOGGER.warning(f"weights has no effect on {subject.name}, which has its own")
     out = subject.folder if settings.out is None else Path(settings.out)
     if out is None:
         LOGGER.info(f"no rows are written: {subject.name} lies in no run's folder; give out")

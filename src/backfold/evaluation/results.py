@@ -141,7 +141,8 @@ def read_rows(path: Path) -> list[Row]:
 def _row(values: Mapping[str, Any]) -> Row:
     row = Row(**values)
     for name, kind in get_type_hints(Row).items():
-        if not isinstance(found := getattr(row, name), kind):
+        kinds = int | float if kind is float else kind
+        if not isinstance(found := getattr(row, name), kinds):
             raise TypeError(f"{name} is {found!r}")
     return row
 

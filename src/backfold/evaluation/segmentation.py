@@ -140,7 +140,7 @@ class _Work:
     def __init__(self, given: "Evaluation") -> None:
         self._given, self._device, settings = given, given.device, given.settings.segmentation
         subject, void, sources = given.subject, settings.void, open_masks(given)
-        self._size = parse_image_size(settings.image_size) or _near_size(subject, sources[0])
+        self._size = _image_size(subject, sources[0], settings.image_size)
         self.parts = train, test = masked.load_masked(
             sources, self._size, subject.channels, void, settings.limit, given.num_workers
         )
@@ -304,12 +304,18 @@ def mean_iou(batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> float:
     return 100 * float(index.compute())
 
 
-def _near_size(subject: "Subject", source: MaskedSource) -> ImageSize:
-    """The first image's, rounded to multiples of the backbone's stride."""
+def _image_size(subject: "Subject", source: MaskedSource, wanted: int | str | None) -> ImageSize:
+    """What is asked for, or the first image's, rounded to multiples of the backbone's stride."""
     information: Any = getattr(subject.backbone(PRETRAINED), "feature_info", None)
     stride = int(information[-1]["reduction"]) if information else 1
-    height, width = source.read(0, subject.channels)[0].shape[1:]
-    return max(1, round(height / stride)) * stride, max(1, round(width / stride)) * stride
+    height, width = parse_image_size(wanted) or source.read(0, subject.channels)[0].shape[1:]
+    rows, columns = (max(1, round(side / stride)) * stride for side in (height, width))
+    if wanted is not None and (height, width) != (rows, columns):
+        raise UserError(
+            f"--segmentation.image-size is {height}x{width}, and the backbone's stride is "
+            f"{stride}; give multiples of it, such as {rows}x{columns}"
+        )
+    return rows, columns
 
 
 def resized(backbone: Any, size: ImageSize, channels: int, name: str) -> nn.Module:

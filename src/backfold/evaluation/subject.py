@@ -140,7 +140,8 @@ def _of_export(folder: Path, image_size: ImageSize | None, seed: int) -> Subject
     size = image_size or (height, width)
     subject = _of_timm(str(folder), name, options, size, statistics, folder, seed)
     for key, own in subject.weights[PRETRAINED].items():  # of another timm, or of nobody
-        if key not in weights or (image_size is None and weights[key].shape != own.shape):
+        resized = size != (height, width)
+        if key not in weights or (not resized and weights[key].shape != own.shape):
             raise UserError(f"the weights of {folder} do not fit {name}: {key}; export anew")
     return subject
 

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Iterable
+from typing import Any
 
 import pyarrow as pa
 from jinja2 import Environment, PackageLoader
@@ -23,13 +24,13 @@ JOINED = "joined"
 STRANGEST = "Highest joined: the strangest images, and under each where it is strange"
 
 
-def extremes(tables: Iterable[pa.Table], count: int) -> dict[str, list[pa.Table]]:
+def extremes(tables: Iterable[pa.Table], count: int) -> dict[str, list[list[dict[str, Any]]]]:
     """For each score, the rows of the ``count`` lowest and highest values, the farthest first."""
     table = pa.concat_tables(tables)
     return {
         name: [
             # Equal scores in the images' order: the sheet is the same on every run.
-            table.sort_by([(name, order), (INDEX, "ascending")])[:count]
+            table.sort_by([(name, order), (INDEX, "ascending")])[:count].to_pylist()
             for order in ("ascending", "descending")
         ]
         for name in table.column_names
@@ -52,13 +53,13 @@ def render_contact_sheet(
     titles = {f"Highest {JOINED}": STRANGEST}
     # A conditional run's energy of whole images says nothing of plausible ones.
     titles |= {} if run.config.energy == "conditional" else TITLES
-    views = []
+    views: list[tuple[str, str, list[dict[str, Any]]]] = []
     for name, (low, high) in sorted(extremes(tables, count).items(), key=lambda s: s[0] != JOINED):
         # The least strange images show nothing.
         if name == "energy" or name.startswith("error_"):
-            views.append((f"Lowest {name}", name, low.to_pylist()))
-        views.append((f"Highest {name}", name, high.to_pylist()))
-    views = [(titles.get(heading, heading), *rest) for heading, *rest in views]
+            views.append((f"Lowest {name}", name, low))
+        views.append((f"Highest {name}", name, high))
+    views = [(titles.get(heading, heading), name, rows) for heading, name, rows in views]
     shown = sorted({row[INDEX] for _, _, rows in views for row in rows})
     strange = {row[INDEX] for heading, _, rows in views if heading == STRANGEST for row in rows}
     pictures, maps = {}, {}  # data URIs by index

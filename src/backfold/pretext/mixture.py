@@ -49,6 +49,8 @@ class Mixture:
                 f"weights is {tuple(self.weights)} for {len(self.tasks)} tasks; "
                 "give each a number of 0 or more, not all 0"
             )
+        if any(isinstance(task, Mixture) for task in self.tasks):
+            raise UserError("a mixture holds another one; give the tasks of both to one")
         for task in self.tasks:
             share = task.hidden_share if isinstance(task, Masking) else 1
             if share < 1 and self.drawn != (task,):

@@ -233,5 +233,10 @@ def down_and_up(images: Tensor, factor: float) -> Tensor:
     """Shrink height and width by 1 or more, to whole pixels, and enlarge again, as Pillow does."""
     height, width = images.shape[-2:]
     small_size = [max(1, round(height / factor)), max(1, round(width / factor))]
-    small = F.interpolate(images, small_size, mode="bicubic", antialias=True)
-    return F.interpolate(small, (height, width), mode="bicubic", antialias=True)
+    try:
+        small = F.interpolate(images, small_size, mode="bicubic", antialias=True)
+        return F.interpolate(small, (height, width), mode="bicubic", antialias=True)
+    except NotImplementedError:  # not every device has it
+        if images.device.type == "cpu":
+            raise
+        return down_and_up(images.cpu(), factor).to(images.device)

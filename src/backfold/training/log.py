@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from lightning.fabric.utilities import rank_zero_only
@@ -178,7 +178,9 @@ class MetricsLog:
         if steps_done and folder.metrics.exists():
             first, *rows = folder.metrics.read_text().splitlines(keepends=True) or [""]
             # A killed run can leave half a row.
-            whole = [row for row in rows if first == header and row.endswith("\n")]
+            whole = [
+                row for row in rows if first == header and row[0].isdigit() and row.endswith("\n")
+            ]
             rows = [row for row in whole if int(row.partition(",")[0]) <= steps_done]
         write_atomically(folder.metrics, "".join([header, *rows]).encode())
         self._file = folder.metrics.open("a")
@@ -230,8 +232,10 @@ class MetricsLog:
 
 
 def check_loggers(names: Sequence[LoggerName]) -> None:
-    """Raise a UserError for a logger whose package is missing."""
+    """Raise a UserError for a logger that is unknown, or whose package is missing."""
     for name in names:
+        if name not in (known := get_args(LoggerName)):
+            raise UserError(f"unknown logger {name!r}; choose from {', '.join(known)}")
         if importlib.util.find_spec(name) is None:
             raise UserError(
                 f"loggers names {name}, which is not installed; run `pip install backfold[{name}]` "
@@ -248,8 +252,8 @@ def open_services(
     what is sent. Under the identities in ``loggers.json`` a resumed run goes on.
     """
     path, services = folder.checkpoints / IDENTITIES, {}
-    known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-    for name in names:
+    known: dict[str, str] = json.loads(path.read_text()) if names and path.exists() else {}
+    for name in dict.fromkeys(names):
         try:
             logger = _open(name, folder.root.name, known.get(name))
             # The first call to reach the service.

@@ -51,6 +51,7 @@ LOG_EVERY = 20
 PREFETCH = 4
 CALIBRATION_IMAGES = 32
 WATCH_BATCH = 64
+DECIDED = ("micro_batch", "compile")  # settings that warming up turns into decisions
 PACKAGES = ("backfold", "torch", "timm", "lightning")
 # (steps done, loss on the device, what the last part of the batch came to).
 Callback = Callable[[int, Tensor, Restored], None]
@@ -92,6 +93,8 @@ def pretrain(
             if made.is_first:
                 try:
                     stack.enter_context(run.claim(config.out, resume=resume, overwrite=overwrite))
+                    if resume:
+                        made.refuse_stale()
                 except UserError as error:
                     problem = str(error)
             if problem := made.fabric.broadcast(problem):  # or the others would wait for the first
@@ -141,7 +144,7 @@ class Run:
         self.metrics: log.MetricsLog | None = None  # the first process alone has it
         self._stream: StreamBatches | None = None
         self._loss, self._norm = torch.zeros(2)  # of the last step
-        content, known = None, None
+        content, known, self._read = None, None, self.folder.checkpoint_version()
         if resume and self.folder.last_checkpoint.exists():
             content = run.load_checkpoint(self.folder.last_checkpoint)
             known = run.statistics_of(content)
@@ -269,9 +272,14 @@ class Run:
         self.state = State(**content["state"])
         self.history, self.energies = content["history"], content["energies"]
         self.broken.add(self.state.broken)
-        if self.config.compile != content["config"]["compile"]:
+        if any(getattr(self.config, key) != content["config"][key] for key in DECIDED):
             self.state.decisions = {}  # asked for otherwise this time
         LOGGER.info("resuming at step %d of %d", self.state.step, self.total_steps)
+
+    def refuse_stale(self) -> None:
+        """Raise UserError where another process went on with the run while this one was made."""
+        if self.folder.checkpoint_version() != self._read:
+            raise UserError(f"another process went on with {self.folder.root}; run it again")
 
     def begin(self, stack: ExitStack) -> None:
         """Write what a run starts from, and find out what fits into memory and what to compile."""

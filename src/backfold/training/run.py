@@ -52,6 +52,13 @@ class RunFolder:
         self.previews = root / "previews"  # pictures of restorations
         self.tensorboard = root / "tensorboard"
 
+    def checkpoint_version(self) -> tuple[int, int] | None:
+        """Differs where `last_checkpoint` was written again; None where there is none."""
+        if not self.last_checkpoint.exists():
+            return None
+        found = self.last_checkpoint.stat()
+        return found.st_ino, found.st_mtime_ns
+
     @staticmethod
     def of(path: str | Path) -> Path | None:
         """The run's folder that this is, or that this checkpoint lies in; else None."""
@@ -195,9 +202,9 @@ def load_pretrained(path: Path) -> Pretrained:
         # Older runs had other settings beside today's, and knew no energy but the dense one.
         settings = {"energy": "dense"} | content["config"]
         settings["tasks"] = {k: v for k, v in settings["tasks"].items() if k != "exchange"}
-        for name, kept in (("head", "linear"), ("derivative", "exact")):
-            if settings.get(name) == kept:
-                del settings[name]
+        settings.pop("derivative", None)  # how older runs trained
+        if settings.get("head") == "linear":
+            del settings["head"]
         config = config_from_dict(settings)
         channels, (height, width) = content["channels"], content["image_size"]
         energy = build_energy(config, channels)
