@@ -67,9 +67,10 @@ def export_run(checkpoint: Path, kind: Format, out: Path, overwrite: bool = Fals
     if out.exists() and not (out.is_dir() and (overwrite or not any(out.iterdir()))):
         raise UserError(f"{out} exists; give --overwrite to replace an export, or another --out")
     run = load_pretrained(checkpoint)
-    root = RunFolder.of(checkpoint)
-    files = RunFolder(root or checkpoint)  # a checkpoint alone has none of a run's files
-    rebuilt = _rebuild(run, exported_backbone(run, root))
+    files = RunFolder(checkpoint if checkpoint.is_dir() else checkpoint.parent.parent)
+    if not files.checkpoints.is_dir():  # a checkpoint alone has none of a run's files
+        files = RunFolder(checkpoint)
+    rebuilt = _rebuild(run, exported_backbone(run, files.root))
     with _replacing_folder(out) as folder:
         if kind in ("onnx", "pt2"):
             write_graph(folder / f"model.{kind}", run, rebuilt.model)
