@@ -8,6 +8,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from backfold.cli.main import main
+from backfold.errors import UserError
 from backfold.pretext import ExcerptSettings, Masking, Sorting
 from backfold.training import images
 from backfold.training import pretrain as trainer
@@ -143,3 +144,18 @@ def test_resuming_twice_and_when_done_measures_nothing_again(tiny, quiet, monkey
     for _ in range(2):
         assert main(["pretrain", "--resume", "--out", str(config.out)]) == 0
         assert_same_run(whole, folder)
+
+
+def test_a_run_that_another_process_went_on_with_is_not_taken_back(tiny, quiet, monkeypatch):
+    config, claim = tiny(max_steps=12, checkpoint_minutes=0), trainer.run.claim
+    folder = break_off(monkeypatch, config, 3)
+
+    def late(root, **how):
+        monkeypatch.setattr(trainer.run, "claim", claim)
+        pretrain(config, console=quiet, resume=True)  # as the other process
+        return claim(root, **how)
+
+    monkeypatch.setattr(trainer.run, "claim", late)
+    with pytest.raises(UserError, match="another process went on with .*; run it again"):
+        pretrain(config, console=quiet, resume=True)
+    assert load_checkpoint(folder.last_checkpoint)["state"]["step"] == 12
