@@ -6,7 +6,6 @@ from lightning.fabric import Fabric
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backfold.data.statistics import ChannelStatistics
-from backfold.energy import EnergyModel
 from backfold.pretext import (
     Bands,
     Colorization,
@@ -21,6 +20,7 @@ from backfold.pretext import (
 from backfold.training.config import PretrainConfig
 from backfold.training.optimizer import freeze_unreachable
 from backfold.training.step import Stepper
+from tiny_run import tiny_energy
 
 TASKS = (
     Masking(mask_patch_size=7), Sorting(sorting_patch_size=7), SuperResolution(), Denoising(),
@@ -73,11 +73,8 @@ def test_a_task_that_waits_is_noticed():
     ids=lambda task: type(task).__name__,
 )
 def test_a_step_waits_for_nothing(task):
-    options = {"patch_size": 7, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    second = getattr(task, "normalised_share", 0) > 0
-    energy = EnergyModel(
-        "vit_tiny_patch16_224", image_size=28, second_head=second, backbone_options=options
-    )
+    second = {"second_head": getattr(task, "normalised_share", 0) > 0}
+    energy = tiny_energy(heads=second, depth=2)
     freeze_unreachable(energy, torch.randn(2, 3, 28, 28))
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     config = PretrainConfig(batch_size=12, num_steps=2, micro_batch=5)

@@ -15,9 +15,9 @@ from backfold.data.open import EMBEDDED, open_source
 from backfold.data.source import SubsetSource
 from backfold.errors import UserError
 from backfold.evaluation.results import Row
-from backfold.pretext import Masking
-from backfold.training.config import OptimizerSettings, PretrainConfig, TaskSettings
+from backfold.training.config import OptimizerSettings
 from backfold.training.images import open_images
+from tiny_run import tiny_config
 
 pytest.importorskip("transformers")
 pytest.importorskip("lightly")
@@ -27,13 +27,9 @@ from race.crops import DeviceCrops, crops
 
 @pytest.fixture
 def settings(tmp_path):
-    return PretrainConfig(
-        out=tmp_path, backbone="vit_tiny_patch16_224", image_size=28, batch_size=16, max_steps=3,
-        backbone_options={"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2},
-        held_out=8, accelerator="cpu", devices=1, precision="32-true", num_workers=0,
-        tasks=TaskSettings(masking=Masking(mask_patch_size=7)), checkpoint_minutes=0.0,
-        optimizer=OptimizerSettings(warmup_epochs=0.0),
-    )  # fmt: skip
+    return tiny_config(
+        out=tmp_path, batch_size=16, checkpoint_minutes=0.0, optimizer=OptimizerSettings()
+    )
 
 
 @pytest.fixture

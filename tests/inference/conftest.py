@@ -6,14 +6,11 @@ from torch import Tensor
 
 from backfold.data.statistics import ChannelStatistics
 from backfold.embedding import EmbeddingChoice
-from backfold.energy import EnergyModel
 from backfold.errors import BrokenImage
 from backfold.inference.jobs import EmbeddingJob
 from backfold.inference.parts import Parts
-from backfold.training.config import PretrainConfig
 from backfold.training.run import Pretrained
-
-OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
+from tiny_run import tiny_config, tiny_energy
 
 
 class Pictures:
@@ -54,11 +51,7 @@ def pictures() -> type[Pictures]:
 @pytest.fixture
 def run() -> Pretrained:
     """A small energy of grey images, as if it were read from a checkpoint."""
-    config = PretrainConfig(
-        backbone="vit_tiny_patch16_224", backbone_options=OPTIONS, max_broken_share=0.5
-    )
-    torch.manual_seed(0)
-    energy = EnergyModel(config.backbone, image_size=28, channels=1, backbone_options=OPTIONS)
+    config, energy = tiny_config(max_broken_share=0.5), tiny_energy(channels=1)
     return Pretrained(energy.eval(), config, ChannelStatistics((0.3,), (0.2,)), 1, (28, 28), 5)
 
 
