@@ -8,14 +8,13 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-import backfold
 from backfold import Backfold, UserError
 from backfold.data.statistics import ChannelStatistics
 from backfold.embedding import EmbeddingChoice, embed
 from backfold.energy import EnergyModel
 from backfold.restoration import restore
-from backfold.training.config import PretrainConfig, config_to_dict
-from backfold.training.run import Pretrained, RunFolder, build_energy, save_checkpoint
+from backfold.training.config import PretrainConfig
+from backfold.training.run import Pretrained
 
 OPTIONS = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
 NAME = "vit_tiny_patch16_224"
@@ -117,25 +116,6 @@ def test_images_that_were_normalised_already_are_warned_of(model, images):
         with pytest.warns(UserWarning, match="they are normalised inside") as seen:
             method(normalised(images))
         assert seen[0].filename == __file__
-
-
-def test_a_run_s_folder_is_loaded(tmp_path, images):
-    config = PretrainConfig(backbone=NAME, backbone_options=OPTIONS, image_size=28)
-    energy = build_energy(config, 3)
-    content = {
-        "state": {"step": 7}, "config": config_to_dict(config), "channels": 3,
-        "image_size": [28, 28], "mean": MEAN, "std": STD, "model": energy.state_dict(),
-    }  # fmt: skip
-    save_checkpoint(RunFolder(tmp_path / "run").last_checkpoint, content)
-    square = images[..., :28]
-    with torch.no_grad():
-        expected = energy.eval()(normalised(square))
-    for path in (tmp_path / "run", str(tmp_path / "run" / "checkpoints" / "last.ckpt")):
-        loaded = backfold.Backfold.load(path, device="cpu")
-        torch.testing.assert_close(loaded.energy(square), expected)
-        assert loaded.device == torch.device("cpu")
-    with pytest.raises(UserError, match="there is no checkpoint at"):
-        Backfold.load(tmp_path / "nothing")
 
 
 def test_files_and_pillow_images_are_scaled_cut_and_normalised(model, tmp_path):

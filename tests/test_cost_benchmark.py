@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from cost import PAGE
-from step_cost.comparing import Case, measure
 from step_cost.measuring import peak_memory, spread, time_interleaved
 from step_cost.page import fill, write_page
 from step_cost.tables import bars_table, cost_tables
@@ -47,33 +46,6 @@ def test_peak_memory_of_known_allocations_is_exact():
     there = torch.ones(1 << 16)
     assert peak_memory(there.neg, CPU) == 4 << 16
     assert peak_memory(there.neg_, CPU) == 0
-
-
-class FakeWorkload:
-    batch = 4
-    weight = torch.randn(3, 3)
-
-    def step(self, variant):
-        if variant.method == "mae":
-            raise RuntimeError("out of luck\nand more")
-        return lambda: self.weight @ self.weight
-
-    def clear_gradients(self):
-        pass
-
-
-def test_measuring_goes_on_past_a_step_that_fails():
-    workload = FakeWorkload()
-    cases = {
-        name: Case(workload, Variant(name), {"model": "m"}) for name in ("forward", "mae", "simmim")
-    }
-    results = measure(cases, 3, CPU, float("inf"))
-    assert [row["method"] for row in results.rows] == ["forward", "simmim"]
-    assert results.left_out == ["mae: RuntimeError: out of luck"]
-    assert all(row["operations"] == 2 * 27 and row["peak_bytes"] == 36 for row in results.rows)
-    assert all(row["seconds"]["count"] == 3 and row["model"] == "m" for row in results.rows)
-    late = measure(cases, 3, CPU, float("-inf"))
-    assert (late.rows, late.left_out) == ([], ["no time left for forward; mae; simmim"])
 
 
 @pytest.mark.parametrize("method", TITLES)

@@ -163,15 +163,6 @@ def test_torch_is_not_loaded_for_help_and_for_mistakes(tmp_path):
     assert finished.stdout.splitlines()[-1] == "[]"
 
 
-def test_report_writes_one_page(run_folder, tmp_path, capsys):
-    assert main(["report", str(run_folder)]) == 0
-    assert capsys.readouterr().out == f"report: {run_folder / 'report.html'}\n"
-    page = tmp_path / "page.html"
-    assert main(["report", str(run_folder), "--out", str(page)]) == 0
-    assert page.read_bytes() == (run_folder / "report.html").read_bytes()
-    assert b"<html" in page.read_bytes()
-
-
 def test_a_run_is_exported_and_replaced_on_request(finished, tmp_path, refused, capsys):
     out = tmp_path / "out"
     command = ["export", f"--checkpoint={finished}", f"--out={out}"]
