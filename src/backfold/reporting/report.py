@@ -66,7 +66,7 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
         folder.backbone.name: not folder.backbone.exists(),
         **{f"{name}, which can't be read": found is None for name, found in previews.items()},
     }
-    gaps = [(what, facts.get("command", "training")) for what, lacks in missing.items() if lacks]
+    gaps = [(what, facts.get("command") or "training") for what, lacks in missing.items() if lacks]
     page = TEMPLATES.get_template("report.html.jinja").render(
         settings=_read(folder.config, "", str),
         facts=facts,
@@ -174,7 +174,9 @@ def _task_table(look: Look) -> Table | None:
         (task, show(gains.get(task), "+z.2f"), *(show(row.get(name), "#.4g") for name in names))
         for task, row in look["tasks"].items()
     )
-    headings = (name.replace("_", " ").replace("psnr", "PSNR") for name in names)
+    headings = (
+        name.replace("_", " ").replace("psnr", "PSNR").replace(" db", " (dB)") for name in names
+    )
     caption = "Pretext tasks on held-out images. PSNR counts pixels where the task's loss counts."
     return Table(caption, ("task", "gain (dB)", *headings), rows) if rows else None
 
