@@ -128,23 +128,21 @@ def survey(
     indices = np.sort(order).tolist()
     found = Survey(source.name, len(source), len(indices), channels=channels)
     counts: Counter[tuple[str, str]] = Counter()
-    sizes: list[tuple[int, ...]] = []
-    original: dict[bytes, int] = {}  # the first image of each content
-    groups: dict[int, list[int]] = {}  # of equal images, by the first
+    # Arrays, as millions of images may be looked at.
+    sizes, digests = np.zeros((len(indices), 2), np.int32), np.zeros((len(indices), 2), np.uint64)
+    is_read = np.zeros(len(indices), bool)
     total, are_of_bytes = np.zeros((2, channels)), True
     looks = _looks(source, indices, channels, num_workers)
-    for done, (index, look) in enumerate(zip(indices, looks, strict=True), 1):
-        progress(done)
+    for place, (index, look) in enumerate(zip(indices, looks, strict=True)):
+        progress(place + 1)
         if isinstance(look, BrokenImage):
             found.broken_count += 1
             if len(found.broken) < LISTED:
                 found.broken.append(f"{source.describe(index)}: {look}")
             continue
         counts.update(look.names)
-        sizes.append(look.shape[1:])
-        first = original.setdefault(look.digest, index)
-        if first != index:
-            groups.setdefault(first, [first]).append(index)
+        sizes[place], is_read[place] = look.shape[1:], True
+        digests[place] = np.frombuffer(look.digest, np.uint64)
         found.lowest = min(found.lowest, look.extremes[0])
         found.highest = max(found.highest, look.extremes[1])
         if look.moments is None:
@@ -152,19 +150,24 @@ def survey(
         else:
             total += look.moments
             are_of_bytes &= look.is_of_bytes
-    usable = len(sizes) - found.unfit_count
+    read = np.flatnonzero(is_read)
+    usable = len(read) - found.unfit_count
     if not usable:
         unfit = f"none can be given {channels} channels"
         raise _unusable(source, len(indices), next(iter(found.broken), unfit))
     for (name, key), count in counts.most_common():
         getattr(found, name)[key] = count
     found.height, found.width = (
-        [int(measure(side)) for measure in (np.min, np.median, np.max)]
-        for side in np.transpose(sizes)
+        [int(measure(side)) for measure in (np.min, np.median, np.max)] for side in sizes[read].T
     )
-    found.duplicate_count = sum(len(group) - 1 for group in groups.values())
+    _, first, groups, times = np.unique(
+        digests[read], axis=0, return_index=True, return_inverse=True, return_counts=True
+    )
+    found.duplicate_count = int((times - 1).sum())
+    repeated = np.flatnonzero(times > 1)
     found.duplicates = [
-        [source.describe(index) for index in groups[first]] for first in sorted(groups)[:LISTED]
+        [source.describe(indices[read[place]]) for place in np.flatnonzero(groups == group)]
+        for group in repeated[np.argsort(first[repeated])][:LISTED]
     ]
     mean, squares = total / usable
     found.mean, found.std = mean.tolist(), _deviation(mean, squares, are_of_bytes).tolist()
