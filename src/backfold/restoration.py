@@ -226,7 +226,7 @@ def training_step(
     """One restoration step with its loss: (loss, restored images, energies of the images given).
 
     The ``loss`` is that of (restored, clean, loss_mask), a scalar; `restoration_loss` by default.
-    With a ``plausibility_weight`` the loss is `restoration_loss` plus so much `plausibility_loss`,
+    With a ``plausibility_weight`` so much `plausibility_loss` is added to the loss,
     for which some of the images must be clean, some corrupted. Only the loss carries a graph. Under
     DistributedDataParallel this whole function belongs inside the wrapped module's forward
     (pytorch #63812).

@@ -53,7 +53,7 @@ class InferenceSettings:
 
     Args:
         checkpoint: a run's folder or a .ckpt file.
-        data: folder of images (any depth) or parquet file; none takes the run's own.
+        data: as pretrain takes it, but no stream; none takes the run's own.
         split: train or test, of data that have both.
         batch_size: images that are computed at once.
         part_size: images that are kept at a time; what stops the command costs at most a part.

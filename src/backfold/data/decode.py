@@ -1,8 +1,8 @@
 """From an image file's bytes or an array to a tensor, and from one channel count to another.
 
-Pillow decodes what it keeps whole: torchvision's own decoders are deprecated since torchvision
-0.29. Of what Pillow cuts to 8 bits or to the first channels, imagecodecs decodes PNG, and tifffile
-TIFF.
+Pillow decodes what it keeps whole, but for grey and RGB TIFFs of 8 bits: torchvision's own decoders
+are deprecated since torchvision 0.29. imagecodecs decodes PNG of 16 bits; tifffile decodes those
+TIFFs, and what Pillow would cut to 8 bits or to the first channels.
 """
 
 import contextlib
@@ -153,7 +153,7 @@ def open_tiff(content: bytes) -> tifffile.TiffFile:
 
 
 def _decode_tiff(content: bytes, max_pixels: int, number: int | None) -> Decoded | None:
-    """None where Pillow reads it without loss, and tifffile not as grey or RGB."""
+    """None where it is left to Pillow: one page of 1, 2 or 4 bits, or of 8 in other colours."""
     with open_tiff(content) as file:
         series = file.series[0] if number is None else file.pages[number]
         page = series.keyframe

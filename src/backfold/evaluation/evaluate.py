@@ -74,7 +74,7 @@ class EvaluateSettings:
         seed: of draws, splits and training.
         out: folder for evaluation.json and pictures; none takes the run's.
         accelerator: cpu, cuda, mps, or auto.
-        num_workers: processes that decode images; none takes as many as there are cores but one.
+        num_workers: processes that decode images; none takes up to 8, one core left free.
     """
 
     checkpoint: str | Path = DEMO_RUN

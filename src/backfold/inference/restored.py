@@ -79,7 +79,7 @@ def sample_images(run: Pretrained, count: int) -> tuple[list[str], Tensor]:
 
 
 def new_images(
-    run: Pretrained, count: int, levels: int, fresh_noise: float = 0.0, seed: int = 0
+    run: Pretrained, count: int, levels: int, fresh_noise: float = 0.5, seed: int = 0
 ) -> Tensor:
     """Samples, normalised, (count, channels, *image_size), where the energy is; see `sample`.
 

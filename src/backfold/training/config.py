@@ -296,10 +296,11 @@ def doubtful_settings(config: PretrainConfig) -> list[str]:
             "without a plausibility_weight",
         ),
         "tasks.excerpt.excerpt_patch_size": (
-            tasks.excerpt.share == 1 and tasks.excerpt != ExcerptSettings(), "with a share of 1",
+            tasks.excerpt.share == 1 and tasks.excerpt != ExcerptSettings(),
+            "with a share of 1",
         ),
         "prefetch": (config.num_workers == 0 and config.prefetch, "without worker processes"),
-    }  # fmt: skip
+    }
     found = [f"{name} has no effect {why}" for name, (is_idle, why) in idle.items() if is_idle]
     return lines + found
 
