@@ -72,3 +72,8 @@ def test_knn_equals_scikit_learn(k):
     whole = knn_accuracy(*data, k=k)
     assert whole == pytest.approx(classifier.score(test_x, test_y))
     assert 0.4 < whole < 0.99
+
+
+def test_ssim_refuses_images_without_a_window():
+    with pytest.raises(UserError, match=r"can't compare \(2, 9\) pixels; give 3 x 3 or more"):
+        ssim(torch.zeros(1, 3, 2, 9), torch.zeros(1, 3, 2, 9), MEAN, STD)

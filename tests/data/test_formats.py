@@ -245,3 +245,10 @@ def test_splits_by_names_however_the_shards_are_given(tmp_path, contents, data):
     assert torch.equal(copy.read(6), decode(contents[6]))
     with pytest.raises(NoTestSplit):
         open_source(f"{tmp_path}/train-{{0..1}}.tar", "test")
+
+
+def test_every_file_needs_the_image_column(tmp_path, few, users_error):
+    first = write_table(tmp_path / "a.parquet", {"image": few})
+    other = write_table(tmp_path / "b.parquet", {"picture": few})
+    line = users_error(lambda: open_parquet([first, other]))
+    assert "b.parquet has columns picture but no `image`; rename" in line

@@ -193,3 +193,11 @@ def test_rows_are_what_each_draw_gives_and_contenders_differ_in_layer_decay_alon
             assert (row.mean, row.count) == (pytest.approx(np.mean(found)), len(found))
             assert row.note == "base_lr 0.02, 6 steps"
     assert rows[few, SCRATCH].std > 1
+
+
+def test_images_and_labels_are_mixed_by_the_same_weight():
+    images, labels = torch.randn(5, 3, 8, 8), torch.tensor([0, 1, 2, 1, 2])
+    mixed, targets = module.augment(images.clone(), labels, 3, replace(OFF, mixup=1.0))
+    weight, one_hot = targets[0, 0], F.one_hot(labels, 3).float()
+    torch.testing.assert_close(mixed, weight * images + (1 - weight) * images.roll(1, 0))
+    torch.testing.assert_close(targets, weight * one_hot + (1 - weight) * one_hot.roll(1, 0))

@@ -67,6 +67,7 @@ def test_each_image_is_what_its_own_task_makes_of_it(photographs):
     ("tasks", "weights", "shown"),
     [
         ((), (), r"weights is \(\)"),
+        ((Mixture(TASKS[:2], (1.0, 1.0)), TASKS[2]), (1.0, 1.0), "^a mixture holds another one; "),
         (TASKS[:2], (1.0,), r"weights is \(1.0,\) for 2 tasks"),
         (TASKS[:2], (1.0, -1.0), r"weights is \(1.0, -1.0\)"),
         (TASKS[:2], (0.0, 0.0), r"weights is \(0.0, 0.0\)"),

@@ -231,6 +231,16 @@ def test_an_older_run_is_read_and_resumed_as_the_dense_one_it_was(tiny, quiet, t
         ({"tasks": TaskSettings(masking=Masking(mask_patch_size=10))}, "mask_patch_size is 10"),
         ({"tasks": TaskSettings(masking=Masking(mask_patch_size=4))}, "give a multiple"),
         ({"hidden_blocks": 9}, "hidden_blocks is 9; give 1 to 1"),
+        (
+            {
+                "pretext": "mixture",
+                "plausibility_weight": 0.1,
+                "tasks": TaskSettings(
+                    Masking(mask_patch_size=7), mixture={"masking": 3, "identity": 1}
+                ),
+            },
+            r"plausibility_weight 0\.1 needs the dense energy",
+        ),
         ({"batch_size": 7, "invariance": 0.1}, "needs an even number of 4 or more"),
     ],
 )

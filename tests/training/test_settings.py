@@ -7,7 +7,7 @@ import yaml
 from backfold.data.augmentation import Augmentation
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
-from backfold.pretext import Denoising, ExcerptSettings, Masking, Mixture
+from backfold.pretext import Denoising, ExcerptSettings, Masking, Mixture, Sorting
 from backfold.training.config import (
     OptimizerSettings,
     PretrainConfig,
@@ -39,6 +39,8 @@ UNUSUAL = PretrainConfig(
     loggers=["mlflow"],
     embedding=EmbeddingChoice(-2, "max"),
 )
+
+SORTING = Sorting(sorting_patch_size=8)
 
 
 @pytest.mark.parametrize("config", [PretrainConfig(), UNUSUAL], ids=["defaults", "unusual"])
@@ -83,6 +85,15 @@ def test_bad_values_are_named_in_one_line(values, message):
         ({"pretext": "denoising"}, "worse than untrained ones"),
         ({"pretext": "denoising", "tasks": TaskSettings(denoising=Denoising(octaves=4))}, None),
         ({"energy": "dense", "hidden_blocks": 2}, "hidden_blocks has no effect on the dense"),
+        ({"pretext": "mixture"}, None),
+        ({"tasks": TaskSettings(mixture={"sorting": 1.0})}, "tasks.mixture has no effect without"),
+        ({"contrast_epochs": 2.0}, "contrast_epochs has no effect"),
+        ({"tasks": TaskSettings(excerpt=ExcerptSettings(1.0, 8))}, "excerpt_patch_size has no"),
+        ({"num_workers": 0, "prefetch": 2}, "prefetch has no effect without worker"),
+        (
+            {"energy": "conditional", "pretext": "sorting", "tasks": TaskSettings(sorting=SORTING)},
+            "tasks.sorting has no effect",
+        ),
     ],
 )
 def test_what_is_said_of_doubtful_settings(changes, said):
