@@ -15,11 +15,6 @@ CAIT = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 24)}
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def vit(name="vit_tiny_patch16_224", **options):
     return create_backbone(name, (16, 16), options={**VIT_OPTIONS, **options}).eval()
 

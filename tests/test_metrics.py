@@ -6,6 +6,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.neighbors import KNeighborsClassifier
 
+from backfold.errors import UserError
 from backfold.metrics import energy_auroc, energy_gap, knn_accuracy, psnr_db, rank_me, ssim
 
 MEAN, STD = torch.tensor([[0.5, 0.4, 0.3], [0.25, 0.2, 0.1]]).view(2, 3, 1, 1)
