@@ -20,11 +20,6 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-
-
 @pytest.fixture
 def tiny() -> list[str]:
     return list(TINY)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -33,6 +34,7 @@ from backfold.training.run import DEMO_RUN, RunFolder, load_checkpoint, load_pre
 from backfold.training.signals import was_requeued
 
 SAMPLED_IMAGES = 4
+PIPED_WIDTH = 300  # characters: where nobody looks, tables are as wide as they are
 SHOWN = 5  # broken files and groups of duplicates on the terminal
 SHOWN_SEVERITY = 3  # the report has them all
 # What may differ between a run and its continuation without changing its result.
@@ -261,11 +263,19 @@ def run_demo(config: PretrainConfig, command: str) -> None:
     print(f"report: {report}")
 
 
+def results_console() -> Console:
+    """Standard output."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    return console
+
+
 def print_verdict(rows: Sequence[Row]) -> None:
     """Did pretraining pay? Nothing where no row says so."""
     verdict = payoff(rows)
     if verdict.state != "unknown":
-        Console().print(f"Did pretraining pay? {verdict.headline}", soft_wrap=True)
+        results_console().print(f"Did pretraining pay? {verdict.headline}", soft_wrap=True)
 
 
 def print_tables(rows: Sequence[Row]) -> None:
@@ -279,17 +289,18 @@ def print_tables(rows: Sequence[Row]) -> None:
         for row in found:
             if row.note:
                 line = f"  {row.contender}, {row.case}: {row.note}"
-                Console().print(line, style="dim", soft_wrap=True)
+                results_console().print(line, style="dim", soft_wrap=True)
 
 
 def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Numbers stand on the right, names on the left."""
-    table = Table(headings[0], title=title)
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right")
+    table = Table(title=title)
+    for heading in headings:
+        side: Literal["left", "right"] = "right" if table.columns else "left"
+        table.add_column(heading, justify=side, overflow="fold")
     for cells in rows:
         table.add_row(*cells)
-    Console().print(table)
+    results_console().print(table)
 
 
 def run_stats(settings: StatsSettings) -> None:
@@ -327,7 +338,7 @@ def run_stats(settings: StatsSettings) -> None:
     for name, value in rows.items():
         if value:
             table.add_row(name, escape(value))
-    Console().print(table)
+    results_console().print(table)
     if settings.out is not None:
         print(f"stats: {settings.out}")
 
