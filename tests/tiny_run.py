@@ -1,4 +1,4 @@
-"""Settings of a run that takes a second, for tests in this process and in others."""
+"""A run that takes a second, for tests in this process and in others, and what else they share."""
 
 import csv
 from pathlib import Path
@@ -18,6 +18,10 @@ TINY_VIT = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
 RESNET = {
     "backbone": "resnet10t", "backbone_options": {"channels": [8, 16, 24, 32]}, "image_size": 32,
 }  # fmt: skip
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def tiny_energy(size: int = 28, channels: int = 3, *, heads: Any = None, **vit: Any) -> EnergyModel:

@@ -16,6 +16,7 @@ from backfold.pretext import Masking, Sorting
 from backfold.restoration import RestorationResult, RestorationStatus, restore
 from backfold.training.config import PretrainConfig, TaskSettings
 from backfold.training.run import Pretrained
+from tiny_run import seeded
 
 STATISTICS = ChannelStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 LABELS = torch.arange(60) % 4
@@ -147,7 +148,7 @@ class Blocks(nn.Module):
 def coloured(count=400, shift=0.0):
     """Each image has more of one of three colours, its class."""
     labels = torch.arange(count) % 3
-    noise = 0.3 * torch.randn(count, 3, 4, 4, generator=generator())
+    noise = 0.3 * torch.randn(count, 3, 4, 4, generator=seeded())
     return noise + 2 * nn.functional.one_hot(labels, 3)[:, :, None, None] + shift, labels
 
 
@@ -218,14 +219,10 @@ def severities(settings, channels, size):
 TASKS = severities(TaskSettings(Masking(mask_patch_size=4), Sorting(4)), 3, SIZE)
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 @pytest.fixture
 def pixels():
     """Smooth colours in [0.2, 0.8], so that small noise is not cut off."""
-    noise = torch.rand(6, 3, *SIZE, generator=generator(1)).numpy()
+    noise = torch.rand(6, 3, *SIZE, generator=seeded(1)).numpy()
     smooth = gaussian_filter(noise, (0, 0, 2, 2))
     return torch.from_numpy(0.2 + 0.6 * (smooth - smooth.min()) / np.ptp(smooth)).float()
 
@@ -239,7 +236,7 @@ def test_corruptions_grow_with_severity_in_every_image(pixels):
     images = STATISTICS.normalize(pixels)
     found = {}
     for case, task in TASKS.items():
-        found.setdefault(case.split(",")[0], []).append(task(images, generator()).corrupted)
+        found.setdefault(case.split(",")[0], []).append(task(images, seeded()).corrupted)
     for name in module.corruption_names(3):
         found[name] = [STATISTICS.normalize(corrupted(pixels, name, s)) for s in module.SEVERITIES]
     for name, levels in found.items():

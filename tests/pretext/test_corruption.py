@@ -13,6 +13,7 @@ from backfold.pretext import (
     Sorting,
     SuperResolution,
 )
+from tiny_run import seeded
 
 DRAWING_TASKS = {
     "masking": Masking(mask_patch_size=8),
@@ -28,10 +29,6 @@ DRAWING_TASKS = {
     ),
 }
 TASKS = DRAWING_TASKS | {"colorization": Colorization()}
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def each(tasks):

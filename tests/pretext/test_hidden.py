@@ -19,14 +19,11 @@ from backfold.pretext import (
 from backfold.pretext.hidden import hidden_by
 from backfold.pretext.masking import FLAT, normalise_squares
 from backfold.pretext.sorting import patchify
+from tiny_run import seeded
 
 SIZE = 8
 MASKING = Masking(0.75, SIZE, normalised_share=0.5)
 ALL = (MASKING, Sorting(SIZE), SuperResolution(), Denoising(), Colorization(), Bands(), Identity())
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def images_of(count=6, height=32, width=48):

@@ -8,12 +8,9 @@ import torch
 
 from backfold.errors import UserError
 from backfold.pretext import Masking
+from tiny_run import seeded
 
 FILLS = ("zero", "noise", "mean")
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def hidden_patches(mask, patch_size):

@@ -16,6 +16,8 @@ from backfold.pretext import (
     Sorting,
     SuperResolution,
 )
+from backfold.pretext.sorting import patchify
+from tiny_run import seeded
 
 TASKS = (
     Masking(mask_patch_size=8),
@@ -34,10 +36,6 @@ EXCERPT_TASKS = {
     "masking": Masking(0.6, 8),
     "mixture": Mixture((Masking(0.6, 8), Sorting(8), Identity()), (1, 1, 1)),
 }
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def test_shares_follow_the_weights():
@@ -99,16 +97,6 @@ def images_of(height, width, count=5):
     return torch.randn(count, 3, height, width, generator=seeded(1))
 
 
-def squares_of(image, size):
-    """A list of (row, column, square), row by row."""
-    rows, columns = image.shape[1] // size, image.shape[2] // size
-    return [
-        image[:, size * r : size * (r + 1), size * c : size * (c + 1)]
-        for r in range(rows)
-        for c in range(columns)
-    ]
-
-
 @pytest.mark.parametrize("task", EXCERPT_TASKS.values(), ids=EXCERPT_TASKS)
 def test_the_task_sees_the_squares_that_run_as_an_image_of_their_own(task):
     height, width = 16, 40
@@ -123,19 +111,19 @@ def test_the_task_sees_the_squares_that_run_as_an_image_of_their_own(task):
     generator = seeded(0)
     torch.rand(len(clean), height * width // 64, generator=generator)  # which squares run
     part = task(given[0], generator)
+    before, after, masks = (
+        patchify(each, 8) for each in (clean, corruption.corrupted, corruption.loss_mask)
+    )
     for number, running in enumerate(corruption.running.indices.tolist()):
-        taken = [squares_of(clean[number], 8)[index] for index in running]
-        assert torch.equal(given[0][number], torch.cat(taken, dim=1))
-        after = squares_of(corruption.corrupted[number], 8)
-        masks = squares_of(corruption.loss_mask[number], 8)
-        for index, before in enumerate(squares_of(clean[number], 8)):
+        assert torch.equal(given[0][number], torch.cat([*before[number, running]], dim=1))
+        for index, square in enumerate(before[number]):
             if index in running:
                 place = slice(8 * running.index(index), 8 * running.index(index) + 8)
-                assert torch.equal(after[index], part.corrupted[number, :, place])
-                assert torch.equal(masks[index], part.loss_mask[number, :, place])
+                assert torch.equal(after[number, index], part.corrupted[number, :, place])
+                assert torch.equal(masks[number, index], part.loss_mask[number, :, place])
             else:
-                assert torch.equal(after[index], before)
-                assert not masks[index].any()
+                assert torch.equal(after[number, index], square)
+                assert not masks[number, index].any()
 
 
 @pytest.mark.parametrize(("share", "count"), [(1.0, 16), (0.5, 8), (0.4, 6), (0.01, 2)])

@@ -17,10 +17,7 @@ from backfold.pretext import (
     luminance,
     spectral_angle,
 )
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
+from tiny_run import seeded
 
 
 def test_luminance_agrees_with_pillow():

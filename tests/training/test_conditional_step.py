@@ -24,7 +24,7 @@ from backfold.training.optimizer import freeze_unreachable
 from backfold.training.pretrain import pretrain
 from backfold.training.run import load_checkpoint, load_pretrained, save_checkpoint
 from backfold.training.step import CompiledStep, RestorationTraining, Stepper, step_seed
-from tiny_run import tiny_energy
+from tiny_run import seeded, tiny_energy
 
 MASKING = Masking(0.75, 4, normalised_share=0.5)
 TASK = HiddenPatches((MASKING, Sorting(4), Denoising()), (2.0, 1.0, 1.0), MASKING)
@@ -38,10 +38,6 @@ def make(**options):
 
 def images_of(count=8):
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def stepper(energy, task=TASK, **changes):
@@ -76,7 +72,7 @@ def test_a_step_equals_hidden_patches_run_one_by_one(changes):
     energy, images = make(hidden_blocks=changes.get("hidden_blocks", 1)), images_of()
     twin, steps = copy.deepcopy(energy), changes.get("num_steps", 1)
     loss, _ = stepper(energy, **changes).accumulate(images, 3)
-    corruption, total = TASK(images, generator(step_seed(0, 3, 0))), 0.0
+    corruption, total = TASK(images, seeded(step_seed(0, 3, 0))), 0.0
     for number in range(8):
         one = slice(number, number + 1)
         points = corruption.corrupted[one]
@@ -125,7 +121,7 @@ def test_the_energy_gap_is_that_of_hidden_patches_given_the_visible_ones():
 
 def test_calibration_makes_hidden_pixels_as_loud_as_they_are():
     energy, images = make(), images_of(64)
-    made = TASK(images, generator())
+    made = TASK(images, seeded())
     energy.calibrate(made.corrupted, energy_fn=energy.of(made))
     with eval_mode(energy):
         _, gradient = energy_gradient(energy.of(made), made.corrupted)
@@ -144,7 +140,7 @@ def test_the_compiled_step_has_the_same_gradients():
     training, twin = (RestorationTraining(energy, 1.0, 0.0, True, invariance=0.1) for _ in "ab")
     training.compiled = step = CompiledStep(training.restore, backend="aot_eager")
     for seed in range(2):
-        made = TASK(images_of(), generator(seed))
+        made = TASK(images_of(), seeded(seed))
         tokens = running_tokens(made.running, energy.backbone, (16, 16))
         inputs = made.corrupted, made.target, made.loss_mask, *tokens
         losses = [lambda i=inputs, t=each: t(*i)[0] for each in (training, twin)]
@@ -156,7 +152,7 @@ def test_the_compiled_step_has_the_same_gradients():
 
 def test_every_weight_is_reached_but_the_last_norm_s_bias():
     energy = make(projector=True)
-    made = TASK(images_of(2), generator())
+    made = TASK(images_of(2), seeded())
     frozen = freeze_unreachable(energy, made.corrupted, running=made.running)
     assert frozen == ["backbone.norm.bias"]
 
@@ -176,7 +172,7 @@ def test_a_step_adds_the_views_loss_of_whole_pairs():
     twin = copy.deepcopy(energy)
     loss, _ = stepper(energy, micro_batch=4, invariance=0.3).accumulate(images, 3)
     plain, _ = stepper(twin, micro_batch=4).accumulate(images, 3)
-    made, total = TASK(images, generator(step_seed(0, 3, 0))), 0.0
+    made, total = TASK(images, seeded(step_seed(0, 3, 0))), 0.0
     for part in (slice(0, 4), slice(4, 8), slice(8, 10)):
         _, seen, _ = running_tokens(made.running, twin.backbone, (16, 16))
         tokens = twin.backbone.norm(visible(twin.backbone, made.corrupted[part], seen[part]).tokens)
