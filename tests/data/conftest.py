@@ -15,7 +15,7 @@ def random_image(seed: int, shape: tuple[int, ...] = (9, 11, 3)) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def encode() -> Callable[..., bytes]:
     def encode_image(image: np.ndarray | Image.Image, format: str = "PNG", **options) -> bytes:
         buffer = io.BytesIO()

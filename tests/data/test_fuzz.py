@@ -3,15 +3,14 @@
 import io
 import struct
 import zlib
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tifffile
 import torch
 from PIL import Image
+from test_decode import npy, tiff, written
 from webdataset import TarWriter
 
 from backfold.data.decode import examine
@@ -62,12 +61,6 @@ def seal_png(content):
     return b"".join(parts) + content[at:]
 
 
-def written(write, *arguments, **options):
-    buffer = io.BytesIO()
-    write(buffer, *arguments, **options)
-    return buffer.getvalue()
-
-
 def seeds():
     random = np.random.default_rng(0)
     rgb = random.integers(0, 256, (12, 15, 3), dtype=np.uint8)
@@ -77,7 +70,6 @@ def seeds():
     rgba.putalpha(99)
     exif = Image.Exif()
     exif[0x0112] = 6
-    tiff, npy = partial(written, tifffile.imwrite), partial(written, np.save)
     frames = {"save_all": True, "append_images": [picture.rotate(90, expand=False)]}
     return {
         "jpeg": written(picture.save, "JPEG", exif=exif),

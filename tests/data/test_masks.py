@@ -1,5 +1,3 @@
-import io
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +7,7 @@ from PIL import Image
 
 from backfold.data.masks import VOID, load_masked, open_masked
 from backfold.errors import UserError
+from backfold.pictures import png_bytes
 
 SIZE = (12, 20)
 
@@ -16,9 +15,7 @@ SIZE = (12, 20)
 def png(array, palette=False):
     picture = Image.fromarray(array).convert("P" if palette else None)
     picture.frombytes(array.tobytes())
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
+    return png_bytes(picture)
 
 
 def draw(seed, size=SIZE, ids=(0, 3, 7, 11)):

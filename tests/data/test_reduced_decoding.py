@@ -1,7 +1,5 @@
 """JPEG images far larger than needed are decoded smaller: close to what full decoding gives."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -36,10 +34,8 @@ def psnr_db(left, right):
 
 
 @pytest.fixture(scope="module")
-def jpeg():
-    buffer = io.BytesIO()
-    Image.fromarray(photo(480, 640)).save(buffer, "JPEG", quality=92)
-    return buffer.getvalue()
+def jpeg(encode):
+    return encode(photo(480, 640), "JPEG", quality=92)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Runs outlive decoders that crash, and go on counting what is broken."""
 
-import io
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ from backfold.data import source
 from backfold.data.open import open_source
 from backfold.data.source import split_held_out
 from backfold.data.stream import StreamBatches
+from backfold.pictures import png_bytes
 from backfold.training import pretrain as trainer
 from backfold.training.pretrain import pretrain
 from backfold.training.run import RunFolder, load_checkpoint
@@ -26,9 +26,7 @@ COUNT, HELD_OUT = 80, 8
 
 def png(number):
     pixels = np.random.default_rng(number).integers(0, 256, (28, 28), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+    return png_bytes(Image.fromarray(pixels))
 
 
 @pytest.fixture
