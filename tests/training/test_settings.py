@@ -7,7 +7,7 @@ import yaml
 from backfold.data.augmentation import Augmentation
 from backfold.embedding import EmbeddingChoice
 from backfold.errors import UserError
-from backfold.pretext import Denoising, ExcerptSettings, Masking, Mixture, Sorting
+from backfold.pretext import Denoising, ExcerptSettings, Identity, Masking, Mixture, Sorting
 from backfold.training.config import (
     OptimizerSettings,
     PretrainConfig,
@@ -40,7 +40,12 @@ UNUSUAL = PretrainConfig(
     embedding=EmbeddingChoice(-2, "max"),
 )
 
-SORTING = Sorting(sorting_patch_size=8)
+SORTING, SPARSE = Sorting(sorting_patch_size=8), Masking(hidden_share=0.5)
+ABOVE_0 = (
+    "num_steps", "hidden_blocks", "step_size", "batch_size", "epochs", "watch_every", "held_out",
+    "max_steps", "micro_batch", "prefetch", "keep_checkpoints", "max_pixels", "stream_images",
+    "num_nodes",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("config", [PretrainConfig(), UNUSUAL], ids=["defaults", "unusual"])
@@ -60,14 +65,12 @@ def test_settings_survive_yaml_and_checkpoints(config, tmp_path):
         ({"augmentation": {"crop_scale": [0.5]}}, "crop_scale"),
         ({"optimizer": {"base_lr": 0.0}}, "base_lr"),
         ({"optimizer": {"weight_decay": -1.0}}, "weight_decay"),
-        ({"num_steps": 0}, "num_steps is 0"),
-        ({"batch_size": -8}, "batch_size is -8"),
-        ({"micro_batch": 0}, "micro_batch is 0"),
+        ({"optimizer": {"warmup_epochs": -1.0}}, "warmup_epochs"),
+        *(({name: 0}, f"^{name} is 0; give ") for name in ABOVE_0),
         ({"epochs": float("inf")}, "epochs is inf"),
         ({"epochs": float("nan")}, "epochs is nan"),
         ({"seed": -1}, "seed is -1"),
         ({"invariance": -1.0}, "invariance is -1; give 0 or more"),
-        ({"num_nodes": 0}, "num_nodes is 0; give 1 or more"),
         ({"tasks": {"masking": {"normalised_share": float("nan")}}}, "normalised_share is nan"),
         ({"tasks": {"mixture": {"sorting": 0.0}}}, "not all 0"),
         ({"tasks": {"mixture": {"sorting": 1, "masking": -1}}}, "0 or more"),
@@ -85,6 +88,10 @@ def test_bad_values_are_named_in_one_line(values, message):
         ({"pretext": "denoising"}, "worse than untrained ones"),
         ({"pretext": "denoising", "tasks": TaskSettings(denoising=Denoising(octaves=4))}, None),
         ({"energy": "dense", "hidden_blocks": 2}, "hidden_blocks has no effect on the dense"),
+        (
+            {"energy": "dense", "pretext": "sorting", "tasks": TaskSettings(SPARSE)},
+            "hidden_share has",
+        ),
         ({"pretext": "mixture"}, None),
         ({"tasks": TaskSettings(mixture={"sorting": 1.0})}, "tasks.mixture has no effect without"),
         ({"contrast_epochs": 2.0}, "contrast_epochs has no effect"),
@@ -120,8 +127,9 @@ def test_a_mixture_for_grey_images_may_not_name_colorization():
 
 
 def test_the_mixture_has_the_weights_asked_for():
-    config = mixture(denoising=1, masking=3)
+    config = mixture(denoising=1, masking=3, identity=2)
     combined = combine_tasks(config, build_tasks(config, 3))
-    assert combined == Mixture((config.tasks.masking, config.tasks.denoising), (3, 1))
+    tasks = config.tasks.masking, config.tasks.denoising, Identity()
+    assert combined == Mixture(tasks, (3, 1, 2))
     only = PretrainConfig(pretext="sorting")
     assert combine_tasks(only, build_tasks(only, 1)) is only.tasks.sorting
