@@ -3,24 +3,19 @@
 import pytest
 import torch
 
-from backfold.energy import EnergyModel
 from backfold.errors import UserError
 from backfold.memory import memory_advice, out_of_memory
 from backfold.restoration import restoration_losses, training_step
 from step_cost.measuring import peak_memory
+from tiny_run import tiny_energy
 
 EVERYWHERE = torch.ones(1, dtype=torch.bool)
 CPU = torch.device("cpu")
 
 
-def small_vit():
-    options = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
-    model = EnergyModel("vit_tiny_patch16_224", image_size=32, backbone_options=options)
-    return model, torch.randn(2, 8, 3, 32, 32)
-
-
 def exact_peak(num_steps, backward_at_once=True):
-    model, (corrupted, clean) = small_vit()
+    model = tiny_energy(32, patch_size=8, embed_dim=48, depth=3, num_heads=3)
+    corrupted, clean = torch.randn(2, 8, 3, 32, 32)
 
     def step(images):
         return training_step(model, images, clean, EVERYWHERE)

@@ -6,13 +6,9 @@ from torch import nn
 
 from backfold.energy import EnergyModel
 from backfold.restoration import restoration_loss, restore
+from tiny_run import tiny_energy
 
 SHAPE = (3, 4, 4)
-VIT = {"patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2}
-
-
-def vit():
-    return EnergyModel("vit_tiny_patch16_224", image_size=16, backbone_options=VIT)
 
 
 class Quadratic(nn.Module):
@@ -53,7 +49,7 @@ def test_descent_of_a_quadratic_is_its_closed_form():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_gradients_switched_off_outside_change_nothing(mode):
-    model, start = vit(), torch.randn(2, 3, 16, 16)
+    model, start = tiny_energy(14, depth=2), torch.randn(2, 3, 14, 14)
     expected = restore(model, start, num_steps=3)
     with mode():
         assert torch.equal(restore(model, start, num_steps=3).trajectory, expected.trajectory)
