@@ -13,6 +13,7 @@ from backfold.data.open import EMBEDDED, open_source
 from backfold.errors import UserError
 from backfold.pretext import Masking
 from backfold.training.config import TaskSettings
+from tiny_run import tiny_energy
 
 SETTINGS = {
     "backbone": "vit_tiny_patch16_224", "image_size": 28, "batch_size": 8, "max_steps": 3,
@@ -109,37 +110,13 @@ def test_what_was_in_memory_has_no_file(run):
         backfold.pretrain(out=run.path / "x", optimizer={"base_lrr": 1.0})
 
 
-def small_energy():
-    return backfold.EnergyModel(
-        "vit_tiny_patch16_224", image_size=28, channels=1,
-        backbone_options=SETTINGS["backbone_options"],
-    )  # fmt: skip
-
-
-def test_ten_lines_are_a_training_loop(images):
-    """The README's."""
-    torch.manual_seed(0)
-    loader, energy = (images.images[:32].float() / 255 - 0.29) / 0.35, small_energy()
-    corrupt = backfold.Masking(0.6, mask_patch_size=7)
-    optimizer, generator = torch.optim.AdamW(energy.parameters(), 1e-3), torch.Generator()
-    losses = []
-    for _ in range(30):
-        c = corrupt(loader, generator)
-        loss, _, _ = backfold.training_step(energy, c.corrupted, loader, c.loss_mask)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-
-
 def test_a_loss_of_one_s_own(images):
     clean, mask = images.images[:4].float() / 255, torch.ones(4, 1, 28, 28, dtype=torch.bool)
 
     def squares(restored, clean, loss_mask):
         return ((restored - clean).square() * loss_mask).mean()
 
-    given = backfold.training_step(small_energy(), clean + 0.1, clean, mask, loss=squares)
+    given = backfold.training_step(tiny_energy(28, 1), clean + 0.1, clean, mask, loss=squares)
     torch.testing.assert_close(given[0], (given[1] - clean).square().mean())
 
 
