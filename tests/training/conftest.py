@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,18 +21,10 @@ def folder(tmp_path) -> RunFolder:
 
 
 @pytest.fixture
-def make_parquet(tmp_path) -> Callable[..., Path]:
-    def make(count: int, first: int = 0, name: str = "images.parquet") -> Path:
-        return write_images(tmp_path / name, count, first)
-
-    return make
-
-
-@pytest.fixture
-def tiny(tmp_path, make_parquet) -> Callable[..., PretrainConfig]:
+def tiny(tmp_path) -> Callable[..., PretrainConfig]:
     def make(**changes: Any) -> PretrainConfig:
         """Settings of a run that takes a second; data of 80 images unless they are given."""
-        data = changes.pop("data", None) or make_parquet(80)
+        data = changes.pop("data", None) or write_images(tmp_path / "images.parquet")
         return tiny_config(**{"data": data, "out": tmp_path / "run", **changes})
 
     return make

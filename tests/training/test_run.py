@@ -2,27 +2,26 @@
 
 import json
 import math
+from unittest.mock import Mock
 
 import pytest
 import timm
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 from backfold.batch_norm import batch_norms
-from backfold.cli.main import main
 from backfold.data.loading import evaluation_batches
 from backfold.data.open import open_source
 from backfold.errors import UserError
 from backfold.training import pretrain as trainer
-from backfold.training.config import OptimizerSettings, config_to_dict
+from backfold.training.config import OptimizerSettings
 from backfold.training.images import open_images
 from backfold.training.pretrain import pretrain
 from backfold.training.run import load_checkpoint, load_pretrained
 from backfold.training.step import Stepper
 from backfold.training.watch import watch_task
-from tiny_run import RESNET, rows_of
+from tiny_run import RESNET, rows_of, write_images
 
 TASKS = ("masking", "sorting", "superresolution", "denoising")
 
@@ -75,8 +74,8 @@ def test_a_backbone_with_batch_norms(tiny, quiet):
         assert measures[name] == pytest.approx(watched[name], abs=0.01)
 
 
-def test_what_a_run_leaves(tiny, quiet, make_parquet):
-    data = make_parquet(200)
+def test_what_a_run_leaves(tiny, quiet, tmp_path):
+    data = write_images(tmp_path / "images.parquet", 200)
     config = tiny(
         data=data, pretext="mixture", max_steps=45, epochs=4, held_out=20, watch_labels=True,
         watch_every=0.5,
@@ -164,15 +163,19 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tiny, quiet, m
     ],
 )
 def test_running_out_of_memory_anywhere_is_one_line_of_advice(
-    tiny, monkeypatch, tmp_path, capsys, place, name, advice
+    tiny, quiet, monkeypatch, place, name, advice
 ):
-    def exhausted(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
+    monkeypatch.setattr(place, name, Mock(side_effect=error))
+    with pytest.raises(UserError, match=f"out of memory.*{advice}") as caught:
+        pretrain(tiny(), console=quiet)
+    assert "\n" not in str(caught.value)
 
-    monkeypatch.setattr(place, name, exhausted)
-    settings = tmp_path / "settings.yaml"
-    settings.write_text(yaml.safe_dump(config_to_dict(tiny())))
-    assert main(["pretrain", f"--config={settings}"]) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert "out of memory" in last
-    assert advice in last
+
+def test_warm_up_sees_the_run_s_own_images(tiny, quiet, monkeypatch):
+    warm_up = Mock(wraps=trainer.warm_up)
+    monkeypatch.setattr(trainer, "warm_up", warm_up)
+    config = tiny(max_steps=1)
+    pretrain(config, console=quiet)
+    (batch,) = evaluation_batches(open_images(config).held_out, (28, 28), 1, 8)
+    torch.testing.assert_close(warm_up.call_args.args[1], batch.images / 255)

@@ -14,16 +14,17 @@ from backfold.data.augmentation import Augmentation
 from backfold.pretext import Masking, Sorting
 from backfold.training.config import OptimizerSettings, TaskSettings
 from backfold.training.pretrain import pretrain
+from tiny_run import write_images
 
 TILE = 28
 
 
 @pytest.fixture
-def learned(tiny, make_parquet, quiet):
+def learned(tiny, tmp_path, quiet):
     def train(pretext, steps, least_gain_db, data=None, seed=0):
         """The held-out measures before and after training on about 500 images."""
         config = tiny(
-            data=data or make_parquet(560),
+            data=data or write_images(tmp_path / "images.parquet", 560),
             pretext=pretext,
             backbone_options={"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2},
             tasks=TaskSettings(masking=Masking(mask_patch_size=4), sorting=Sorting(14)),
