@@ -83,15 +83,3 @@ def refused(capsys) -> Callable[..., str]:
         return lines[-1]
 
     return run
-
-
-@pytest.fixture
-def snapshot() -> Callable[[Path], dict[str, bytes | None]]:
-    def take(folder: Path) -> dict[str, bytes | None]:
-        """Every path below a folder with its content."""
-        return {
-            str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-            for path in folder.rglob("*")
-        }
-
-    return take

@@ -5,19 +5,7 @@ import pytest
 
 from backfold.errors import UserError
 from backfold.files import write_atomically
-from backfold.training import run as run_folder
 from backfold.training.run import RunFolder, claim
-
-FRESH = {"resume": False, "overwrite": False}
-RESUME = {"resume": True, "overwrite": False}
-OVERWRITE = {"resume": False, "overwrite": True}
-
-
-def snapshot(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
 
 
 @pytest.fixture
@@ -40,32 +28,32 @@ def old_run(tmp_path):
 
 def test_a_new_folder_is_made_with_its_parents_and_an_empty_one_is_taken(tmp_path):
     for _ in range(2):
-        with claim(tmp_path / "a" / "b", **FRESH) as folder:
+        with claim(tmp_path / "a" / "b", resume=False, overwrite=False) as folder:
             assert folder.root.is_dir()
 
 
-def test_resuming_keeps_all_files_but_those_half_written(old_run):
+def test_resuming_keeps_all_files_but_those_half_written(old_run, snapshot):
     half = [".run.json.tmp", "checkpoints/.step-000000006.ckpt.tmp"]
     (old_run / half[1]).write_bytes(b"half")
     before = snapshot(old_run)
-    with claim(old_run, **RESUME):
+    with claim(old_run, resume=True, overwrite=False):
         pass
     kept = {name: content for name, content in before.items() if name not in half}
     assert snapshot(old_run) == kept | {".lock": b""}
 
 
-def test_overwriting_empties_the_folder(old_run):
-    with claim(old_run, **OVERWRITE):
+def test_overwriting_empties_the_folder(old_run, snapshot):
+    with claim(old_run, resume=False, overwrite=True):
         assert set(snapshot(old_run)) == {".lock"}
 
 
-def test_a_full_disk_or_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_full_disk_or_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch, snapshot):
     path = tmp_path / "a.json"
     write_atomically(path, b"old")
     full = OSError(errno.ENOSPC, "No space left on device")
     for error, raised in ((full, UserError), (KeyboardInterrupt(), KeyboardInterrupt)):
         with monkeypatch.context() as patch:
-            patch.setattr(run_folder.os, "fsync", Mock(side_effect=error))
+            patch.setattr("os.fsync", Mock(side_effect=error))
             with pytest.raises(raised):
                 write_atomically(path, b"new")
         assert path.read_bytes() == b"old"
