@@ -2,10 +2,8 @@
 
 import json
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
 from backfold.cli.main import main, recipe_names, recipe_path
 
@@ -19,19 +17,8 @@ SMALLER = {
 IMAGE_SIZES = {28: 28, 32: 32}  # of the recipes; larger ones shrink to 64
 
 
-@pytest.fixture(scope="module")
-def noise(tmp_path_factory):
-    """A folder of random images, (70, 70, 3)."""
-    folder = tmp_path_factory.mktemp("noise")
-    random = np.random.default_rng(0)
-    for number in range(24):
-        pixels = random.integers(0, 256, (70, 70, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
-
-
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_runs(name, noise, tmp_path):
+def test_a_recipe_runs(name, make_folder, tmp_path):
     text = recipe_path(name).read_text()
     assert text.startswith("# ")  # how to use it
     recipe = yaml.safe_load(text)
@@ -41,7 +28,7 @@ def test_a_recipe_runs(name, noise, tmp_path):
     size = IMAGE_SIZES.get(recipe["image_size"], 64)
     out = tmp_path / "out"
     arguments = [
-        f"--recipe={name}", f"--data={noise}", f"--out={out}", f"--image-size={size}",
+        f"--recipe={name}", f"--data={make_folder()}", f"--out={out}", f"--image-size={size}",
         "--batch-size=8", "--max-steps=2", "--held-out=4", "--accelerator=cpu", "--devices=1",
         "--num-workers=0", "--precision=32-true",
         *(f"--backbone-options.{key}={value}" for key, value in SMALLER[kind].items()),
