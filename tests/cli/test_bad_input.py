@@ -49,17 +49,12 @@ def test_broken_files_are_skipped_and_named_until_there_are_too_many(
         ("--tasks.masking.mask-patch-size=29", ("29, larger than the 28x28", "give 28 or less")),
         ("--pretext=colorization", ("colorization needs more than 1 channel",)),
         ("--batch-size=64", ("54 images are fewer than one global batch of 64", "--batch-size")),
-        (
-            "--tasks.masking.hidden-share=0.5 --tasks.masking.mask-patch-size=5",
-            ("divides both sides", "hidden_share"),
-        ),
         ("--init=nowhere.safetensors", ("nowhere.safetensors",)),
         ("--accelerator=abacus", ("can't use accelerator 'abacus'", "--accelerator auto")),
         ("--epochs=-3", ("epochs is -3; give a positive number",)),
         ("--batch-size=many", ("--batch-size", "many")),
         ("--batch-sise=8", ("batch", "sise")),
         ("--recipe=mnist", ("unknown recipe 'mnist'; choose from", *recipe_names())),
-        ("--embedding.layer=0", ("embedding layer 0 is not negative", "-1")),
         ("--config=nowhere.yaml", ("--config", "nowhere.yaml")),
     ],
 )
@@ -116,7 +111,6 @@ def test_without_a_run_there_is_nothing_to_work_on(refused, tmp_path, monkeypatc
         ("restore .", ["can't read", "Is a directory"]),
         ("restore --pretext=maskin", ["nearest: masking"]),
         ("restore --pretext=colorization", ["colorization needs more than 1 channel"]),
-        ("restore --pretext=bands", ["bands needs more than 1 channel"]),
         ("restore --num-steps=-1", ["num_steps is -1; give 0 or more"]),
         ("restore --out=/proc/x", ["can't write /proc/x", "choose another --out"]),
         ("stats --data=nowhere", ["nowhere does not exist"]),
@@ -131,16 +125,6 @@ def test_what_the_other_commands_refuse(finished, refused, command, parts, monke
         arguments.append(f"--checkpoint={finished}")
     refused([name, *arguments], *parts)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interrupted_run_says_how_to_go_on(monkeypatch, tiny, make_parquet, tmp_path, capsys):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("backfold.training.pretrain.watch", interrupted)
-    arguments = ["pretrain", *tiny, f"--data={make_parquet()}", f"--out={tmp_path / 'out'}"]
-    assert main(arguments) == 130
-    assert "backfold pretrain --resume --out" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_real_process_gives_one_line_and_code_2(tmp_path):

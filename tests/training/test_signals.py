@@ -83,7 +83,7 @@ def test_a_second_ctrl_c_leaves_at_once(run, goes_on):
     outcome = run.start(hold=FOREVER, signals=[first, second], **STEP)
     assert outcome.code == 130, run.said
     assert "Traceback" not in run.said
-    assert "interrupted" in last_line(run)
+    assert "interrupted; `backfold pretrain --resume --out" in last_line(run)
     assert run.step == 0
     goes_on(run)
 
