@@ -102,6 +102,20 @@ def test_a_folder_in_use_or_of_somebody_else_and_a_damaged_part_are_refused(part
     assert list(foreign.folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("out", ["v.parquet", "v.npz"])
+def test_a_full_disk_at_the_end_leaves_the_old_file_and_all_parts(parts_of, pictures, out):
+    parts = parts_of(pictures(10), out=out)
+    parts.out.write_text("old")
+    parts.out.with_name(f".{out}.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"can't write .*No space left on device; free space or"):
+        start(parts)
+    assert parts.out.read_text() == "old"
+    parts.source.seen.clear()
+    assert start(parts) == 10
+    assert parts.source.seen == []
+    assert_rows(parts, range(10))
+
+
 def test_no_parts_no_images_and_no_file_are_refused(parts_of, pictures, tmp_path):
     for count, part_size, message in ((3, 0, "give 1 or more"), (0, 8, "holds no images")):
         with pytest.raises(UserError, match=message):
