@@ -1,6 +1,7 @@
 """What an export leaves, refuses and says."""
 
 import logging
+import shutil
 import socket
 import sys
 from unittest.mock import Mock
@@ -32,6 +33,18 @@ def test_an_export_is_a_folder_of_three_readable_files(make_run, tmp_path):
     scope = {}
     exec(code.replace("PATH", str(deep / "out")), scope)  # the card's own lines load the model
     assert scope["model"](torch.zeros(2, 3, 28, 28)).shape == (2, 16)
+
+
+def test_a_checkpoint_away_from_its_run_is_exported_without_anybody_s_facts(make_run, tmp_path):
+    away, out = tmp_path / "away" / "copy.ckpt", tmp_path / "out"
+    away.parent.mkdir()
+    shutil.copy(RunFolder(make_run()).last_checkpoint, away)
+    write_json(RunFolder(tmp_path).facts, {"training_images": 456})
+    export_run(away, "timm", out)
+    written = load_file(out / "model.safetensors")
+    for name, tensor in load_pretrained(away).energy.backbone.state_dict().items():
+        assert torch.equal(written[name], tensor)
+    assert "training images" not in (out / "README.md").read_text()
 
 
 def test_files_of_others_are_never_replaced(tmp_path):
