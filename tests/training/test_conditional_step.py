@@ -244,8 +244,11 @@ def test_what_it_can_t_do_is_dense_and_refused_where_it_is_asked_for(
     tiny, quiet, tmp_path, changes, reason
 ):
     if "tasks" in changes:
-        folder = pretrain(tiny(out=tmp_path / "run", max_steps=1, **changes), console=quiet)
-        assert load_checkpoint(folder.last_checkpoint)["config"]["energy"] == "dense"
+        given = {"out": tmp_path / "run", "max_steps": 1, "invariance": 0.1, **changes}
+        folder = pretrain(tiny(**given), console=quiet)
+        settings = load_checkpoint(folder.last_checkpoint)["config"]
+        assert (settings["energy"], settings["invariance"]) == ("dense", 0.0)
+        assert "invariance has no effect on the dense energy" in folder.log.read_text()
     with pytest.raises(UserError, match=reason):
         pretrain(tiny(out=tmp_path / "asked", energy="conditional", **changes), console=quiet)
     assert not (tmp_path / "asked").exists()
