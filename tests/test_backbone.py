@@ -16,7 +16,6 @@ from backfold.backbone import (
 from backfold.errors import UserError
 
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
-SWIN = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 8}
 
 
 class Returns(nn.Module):
@@ -82,23 +81,6 @@ def test_parallel_branches_are_joined_with_features_of_their_own():
 def test_what_is_no_feature_map_is_refused(features, layout):
     with pytest.raises(UserError, match=f"^the backbone Returns gives {layout}, no feature map; "):
         positions_of(features)
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "options"),
-    [
-        ("vit_tiny_patch16_224", (16, 24), VIT),
-        ("swin_tiny_patch4_window7_224", (32, 64), SWIN),
-        ("test_convnext", (64, 96), {}),
-    ],
-)
-def test_positions_are_those_of_timms_own_feature_map(name, size, options):
-    backbone = create_backbone(name, size, options=options).eval()
-    images = torch.randn(2, 3, *size)
-    (last,) = backbone.forward_intermediates(
-        images, indices=[-1], norm=True, intermediates_only=True, output_fmt="NCHW"
-    )
-    torch.testing.assert_close(feature_map(backbone, images), last.flatten(2).mT)
 
 
 def test_one_image_alone_has_the_gradient_that_it_has_in_a_batch():

@@ -46,7 +46,7 @@ def test_mean_iou_against_counting():
 FAMILIES = {
     "vit_tiny_patch16_224": VIT,
     "swin_tiny_patch4_window7_224": {"embed_dim": 12, "depths": (1, 1), "num_heads": (2, 2)},
-    "resnet18": {},
+    "test_convnext": {},
 }
 
 
