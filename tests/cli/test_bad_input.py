@@ -97,10 +97,14 @@ def test_without_a_run_there_is_nothing_to_work_on(refused, tmp_path, monkeypatc
     [
         ("embed --out=vectors.txt", ["vectors.txt", ".parquet or .npz"]),
         ("embed --batch-size=0", ["batch_size is 0"]),
+        ("embed --num-workers=-1", ["num_workers is -1"]),
         ("embed --data=nowhere", ["nowhere does not exist"]),
         ("embed --split=test", ["has no test split"]),
         ("score --out=scores.npz", ["scores.npz", ".parquet or .csv"]),
         ("score --num-steps=-1", ["num_steps is -1"]),
+        ("score --part-size=0", ["part_size is 0; give 1 or more"]),
+        ("score --seed=-1", ["seed is -1"]),
+        ("evaluate --num-workers=-1", ["num_workers is -1"]),
         ("score --usual-images=-1", ["usual_images is -1"]),
         ("score --usual-images=5", ["5 usual images; give 8 or more"]),
         ("score --usual-images=0 --maps=maps", ["maps need usual images"]),
@@ -115,7 +119,7 @@ def test_without_a_run_there_is_nothing_to_work_on(refused, tmp_path, monkeypatc
         ("restore --out=/proc/x", ["can't write /proc/x", "choose another --out"]),
         ("stats --data=nowhere", ["nowhere does not exist"]),
         ("stats --max-images=0", ["max_images is 0; give 1 or more"]),
-        ("stats --num-workers=-1", ["num_workers can't be negative"]),
+        ("stats --num-workers=-1", ["num_workers is -1; give 0 or more"]),
     ],
 )
 def test_what_the_other_commands_refuse(finished, refused, command, parts, monkeypatch, tmp_path):

@@ -45,6 +45,7 @@ def make_run(tmp_path) -> Callable[..., Path]:
             "model": energy.state_dict(),
         }
         save_checkpoint(folder.last_checkpoint, content)
+        folder.config.write_text("backbone: a run has its settings beside it")
         write_json(folder.facts, {"data": "/home/somebody/pictures", "training_images": 123})
         return folder.root
 

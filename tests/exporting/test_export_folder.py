@@ -36,10 +36,10 @@ def test_an_export_is_a_folder_of_three_readable_files(make_run, tmp_path):
 
 
 def test_a_checkpoint_away_from_its_run_is_exported_without_anybody_s_facts(make_run, tmp_path):
-    away, out = tmp_path / "away" / "copy.ckpt", tmp_path / "out"
+    another, out = make_run(), tmp_path / "out"
+    away = another / "away" / "copy.ckpt"  # in a folder of another run's
     away.parent.mkdir()
-    shutil.copy(RunFolder(make_run()).last_checkpoint, away)
-    write_json(RunFolder(tmp_path).facts, {"training_images": 456})
+    shutil.copy(RunFolder(another).last_checkpoint, away)
     export_run(away, "timm", out)
     written = load_file(out / "model.safetensors")
     for name, tensor in load_pretrained(away).energy.backbone.state_dict().items():
@@ -77,6 +77,7 @@ def test_the_card_has_recipe_statistics_and_results_but_no_paths(make_run, tmp_p
         Row("knn", "all labels", "pixels", ACCURACY, 55.0, 1.0, 1, "squares", 7, ""),
         Row("knn", "all", "pretrained over before", ACCURACY, 10.75, 1.0, 1, "squares", 7, ""),
         Row("knn", "all labels", "energy", "AUROC", 0.9, 1.0, 1, "squares", 7, ""),
+        Row("knn", "of another step", "pretrained", ACCURACY, 70.0, 1.0, 1, "squares", 6, ""),
         Row("knn", "a", "from scratch", ACCURACY, 1.0, 0.0, 1, "x|y", 7, "<b>[a](b)\n# c"),
     ]
     write_rows(RunFolder(run).evaluation, rows)

@@ -17,7 +17,7 @@ from backfold.data.decode import MAX_PIXELS
 from backfold.data.loading import default_workers
 from backfold.data.open import open_source
 from backfold.data.survey import survey
-from backfold.errors import UserError
+from backfold.errors import UserError, at_least, check_ranges, not_negative
 from backfold.evaluation.evaluate import EvaluateSettings, evaluate_each
 from backfold.evaluation.results import ABOUT, Row, tables_of
 from backfold.exporting.export import Format, export_run
@@ -66,6 +66,9 @@ class RestoreSettings:
     step_size: float | None = None
     out: Path = Path("restored")
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_ranges(self, [not_negative("num_steps seed")])
 
 
 @dataclass
@@ -146,12 +149,8 @@ class StatsSettings:
     out: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("channels", "max_images", "max_pixels"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; give 1 or more")
-        if self.seed < 0 or (self.num_workers or 0) < 0:
-            raise UserError("seed and num_workers can't be negative; give 0 or more")
+        counts = at_least(1, "channels max_images max_pixels")
+        check_ranges(self, (counts, not_negative("seed num_workers")))
 
 
 def run_pretrain(config: PretrainConfig, resume: bool, overwrite: bool, command: str) -> None:
@@ -176,8 +175,6 @@ def run_pretrain(config: PretrainConfig, resume: bool, overwrite: bool, command:
 
 def run_restore(settings: RestoreSettings) -> None:
     """`backfold restore`: writes the pictures, prints the numbers."""
-    if settings.num_steps < 0:
-        raise UserError(f"num_steps is {settings.num_steps}; give 0 or more")
     run = load_pretrained(settings.checkpoint)
     if settings.pretext is not None:
         run.config.pretext = settings.pretext

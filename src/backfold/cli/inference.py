@@ -18,7 +18,7 @@ from backfold.data.loading import default_workers
 from backfold.data.source import Split
 from backfold.defects import DefectFinder
 from backfold.embedding import EmbeddingChoice
-from backfold.errors import UserError
+from backfold.errors import UserError, at_least, check_ranges, not_negative
 from backfold.files import write_atomically
 from backfold.inference.contact_sheet import render_contact_sheet
 from backfold.inference.jobs import (
@@ -74,6 +74,9 @@ class InferenceSettings:
     accelerator: str = "auto"
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        check_ranges(self, [not_negative("num_workers"), at_least(1, "batch_size part_size")])
+
 
 @dataclass
 class EmbedSettings(InferenceSettings):
@@ -119,6 +122,10 @@ class ScoreSettings(InferenceSettings):
     step_size: float | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, [not_negative("usual_images num_steps seed")])
+
 
 def run_embed(settings: EmbedSettings) -> None:
     """Writes the vectors, prints where."""
@@ -135,10 +142,6 @@ def run_score(settings: ScoreSettings) -> None:
     """Writes the scores and the contact sheet, prints where."""
     sheet = settings.out.with_suffix(".html")
     check_out(settings.out, (".parquet", ".csv"), (sheet,), settings.overwrite)
-    if settings.num_steps is not None and settings.num_steps < 0:
-        raise UserError(f"num_steps is {settings.num_steps}; give 0 or more")
-    if settings.usual_images < 0:
-        raise UserError(f"usual_images is {settings.usual_images}; give 0 or more")
     maps = None if settings.maps is None else _checked_maps(settings.maps, settings)
 
     trusted: dict[str, float] = {}

@@ -24,7 +24,7 @@ from backfold.data.source import NoTestSplit, SubsetSource, split_held_out, spli
 from backfold.data.statistics import ChannelStatistics
 from backfold.data.survey import ENOUGH, survey
 from backfold.embedding import EmbeddingChoice
-from backfold.errors import UserError
+from backfold.errors import UserError, at_least, check_ranges, not_negative
 from backfold.evaluation.adaptation import adaptation
 from backfold.evaluation.attentive import attentive
 from backfold.evaluation.energy import energy
@@ -100,10 +100,11 @@ class EvaluateSettings:
     num_workers: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("train_images", 2), ("test_images", 2), ("draws", 1), ("channels", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} is {value}; give {least} or more")
+        ranges = (
+            at_least(2, "train_images test_images"), at_least(1, "draws channels"),
+            not_negative("seed num_workers"),
+        )  # fmt: skip
+        check_ranges(self, ranges)
         if not self.rate_factors or not all(factor > 0 for factor in self.rate_factors):
             raise UserError(f"rate_factors is {self.rate_factors}; give one or more, each above 0")
         self.protocol_names()

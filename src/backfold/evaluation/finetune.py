@@ -21,7 +21,7 @@ from torch.optim import AdamW
 from torchvision.transforms import v2
 
 from backfold.backbone import feature_map
-from backfold.errors import UserError
+from backfold.errors import UserError, at_least, check_ranges, not_negative, positive
 from backfold.evaluation import images as data
 from backfold.evaluation.results import BEFORE, PRETRAINED, SCRATCH, Row
 from backfold.restoration import eval_mode
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("backfold")
 LEARNING_RATE_FACTORS = (0.3, 1.0, 3.0)
 SHARES = "warmup_share random_erasing label_smoothing drop_path ema_decay"
-RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("epochs min_steps weight_decay mixup cutmix seed", lambda v: 0 <= v < math.inf, "0 or more"),
+RANGES = (
+    not_negative("epochs min_steps weight_decay mixup cutmix seed"),
     (SHARES, lambda v: 0 <= v < 1, "0 or more, below 1"),
     ("crop_scale layer_decay", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
-    ("base_lr", lambda v: 0 < v < math.inf, "a number above 0"),
-    ("longer", lambda v: v >= 1, "1 or more"),
-    ("batch_size", lambda v: v >= 2, "2 or more"),
+    positive("base_lr"),
+    at_least(1, "longer"),
+    at_least(2, "batch_size"),
     ("precision", lambda v: v in ("32-true", "bf16-mixed"), "32-true or bf16-mixed"),
 )
 HEAD_STD = 0.01
@@ -96,11 +96,7 @@ class FineTuning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for names, is_valid, wanted in RANGES:
-            for name in names.split():
-                value = getattr(self, name)
-                if not is_valid(value):
-                    raise UserError(f"fine-tuning: {name} is {value!r}; give {wanted}")
+        check_ranges(self, RANGES, "fine-tuning: ")
 
     def num_steps(self, num_images: int) -> int:
         """Optimizer steps on so many labelled images: 1 or more."""

@@ -35,7 +35,7 @@ from backfold.data.source import SubsetSource
 from backfold.data.statistics import ChannelStatistics
 from backfold.data.survey import ENOUGH, survey
 from backfold.embedding import grid_shape
-from backfold.errors import UserError
+from backfold.errors import UserError, at_least, check_ranges, positive
 from backfold.evaluation.images import seeded
 from backfold.evaluation.results import OVER, PIXELS, PRETRAINED, RANDOM, SCRATCH, Row
 from backfold.pictures import png_bytes
@@ -88,12 +88,11 @@ class SegmentationSettings:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        lowest = {"epochs": 1, "finetune_epochs": 0, "batch_size": 2, "seeds": 1, "limit": 2}
-        for name, least in lowest.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"segmentation's {name} is {value}; give {least} or more")
-        if not (rate := self.finetune_rate) > 0:
-            raise UserError(f"segmentation's finetune_rate is {rate:g}; give a number above 0")
+        ranges = (
+            at_least(0, "finetune_epochs"), at_least(1, "epochs seeds"),
+            at_least(2, "batch_size limit"), positive("finetune_rate"),
+        )  # fmt: skip
+        check_ranges(self, ranges, "segmentation's ")
 
 
 def segmentation(given: "Evaluation") -> list[Row]:

@@ -67,9 +67,7 @@ def export_run(checkpoint: Path, kind: Format, out: Path, overwrite: bool = Fals
     if out.exists() and not (out.is_dir() and (overwrite or not any(out.iterdir()))):
         raise UserError(f"{out} exists; give --overwrite to replace an export, or another --out")
     run = load_pretrained(checkpoint)
-    files = RunFolder(checkpoint if checkpoint.is_dir() else checkpoint.parent.parent)
-    if not files.checkpoints.is_dir():  # a checkpoint alone has none of a run's files
-        files = RunFolder(checkpoint)
+    files = RunFolder(RunFolder.of(checkpoint) or checkpoint)  # which has none, if it is a file
     rebuilt = _rebuild(run, exported_backbone(run, files.root))
     with _replacing_folder(out) as folder:
         if kind in ("onnx", "pt2"):
@@ -193,6 +191,7 @@ def _card(run: Pretrained, files: RunFolder, kind: Format, name: str, rebuilt: R
     }
     health = _read_json(files.health).get("history")
     found = read_rows(files.evaluation) if files.evaluation.exists() else []
+    rows = [row for row in found if row.step == run.step]  # and not of a later checkpoint
     environment = Environment(
         loader=PackageLoader("backfold.exporting", ""), trim_blocks=True, lstrip_blocks=True
     )
@@ -206,7 +205,7 @@ def _card(run: Pretrained, files: RunFolder, kind: Format, name: str, rebuilt: R
         pooled=rebuilt.pooled,
         facts=_read_json(files.facts),
         health=health[-1] if health else {},
-        rows=[row for row in found if row.metric == ACCURACY and row.contender in SHOWN],
+        rows=[row for row in rows if row.metric == ACCURACY and row.contender in SHOWN],
         recipe=yaml.safe_dump(config, sort_keys=False).rstrip().replace("```", "'''"),
         version=__version__,
     )

@@ -56,9 +56,6 @@ class Parts:
     part_size: int  # that are kept at a time, rounded down to whole batches
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.part_size < 1:
-            sizes = f"batch_size is {self.batch_size}, part_size {self.part_size}"
-            raise UserError(f"{sizes}; give 1 or more")
         if not len(self.source):
             raise UserError(f"{self.source.name} holds no images; give others")
         self.part_size = self.batch_size * max(1, self.part_size // self.batch_size)

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import math
 from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +14,7 @@ from backfold.backbone import ImageSize
 from backfold.data.augmentation import Augmentation
 from backfold.data.decode import MAX_PIXELS
 from backfold.embedding import EmbeddingChoice
-from backfold.errors import UserError
+from backfold.errors import UserError, at_least, check_ranges, not_negative, positive
 from backfold.pretext.corruption import Identity, PretextTask
 from backfold.pretext.hidden import HiddenPatches
 from backfold.pretext.masking import Masking
@@ -32,13 +31,13 @@ NOT_DENSE = (
     "the run trained the conditional energy, and whole images are judged by a dense one, which it "
     "was not trained as; pretrain with --energy dense to judge images"
 )
-POSITIVE = (
-    "num_steps", "hidden_blocks", "step_size", "batch_size", "epochs", "watch_every", "held_out",
-)  # fmt: skip
-COUNTS = (
-    "max_steps", "micro_batch", "prefetch", "keep_checkpoints", "max_pixels", "stream_images",
-    "num_nodes",
-)  # fmt: skip
+RANGES = (
+    positive("num_steps hidden_blocks step_size batch_size epochs watch_every held_out"),
+    at_least(1, "max_steps micro_batch prefetch keep_checkpoints max_pixels stream_images"),
+    at_least(1, "num_nodes channels"),
+    not_negative("seed num_workers invariance plausibility_weight checkpoint_minutes"),
+    ("max_broken_share", lambda share: 0 <= share <= 1, "a share of 0 to 1"),
+)
 LoggerName = Literal["wandb", "mlflow"]
 
 
@@ -90,10 +89,13 @@ class OptimizerSettings:
     max_gradient_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.base_lr < math.inf:
-            raise UserError(f"base_lr is {self.base_lr:g}; give a positive number")
-        if min(self.weight_decay, self.warmup_epochs, self.max_gradient_norm) < 0:
-            raise UserError("weight_decay, warmup_epochs and max_gradient_norm can't be negative")
+        ranges = (
+            positive("base_lr"),
+            not_negative("weight_decay warmup_epochs max_gradient_norm"),
+            ("final_lr_share", lambda share: 0 <= share <= 1, "a share of 0 to 1"),
+            ("betas", lambda betas: all(0 <= beta < 1 for beta in betas), "two of 0 to below 1"),
+        )
+        check_ranges(self, ranges)
 
 
 @dataclass
@@ -211,9 +213,7 @@ class PretrainConfig:
     embedding: EmbeddingChoice = field(default_factory=EmbeddingChoice)
 
     def __post_init__(self) -> None:
-        for name in POSITIVE:
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name):g}; give a positive number")
+        check_ranges(self, RANGES)
         if self.frames is not None and self.frames < 2:
             raise UserError(f"frames is {self.frames}; give 2 or more, or leave it out")
         if self.frames is not None and self.channels is not None and self.channels % self.frames:
@@ -221,22 +221,12 @@ class PretrainConfig:
                 f"channels is {self.channels} and frames {self.frames}; give channels that all "
                 "frames together have, or leave them out"
             )
-        for name in COUNTS:
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise UserError(f"{name} is {value}; give 1 or more, or leave it out")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; give 0 or more")
         self._check_plausibility()
-        if not 0 <= self.invariance < math.inf:
-            raise UserError(f"invariance is {self.invariance:g}; give 0 or more, such as 0.1")
         parse_image_size(self.image_size)
 
     def _check_plausibility(self) -> None:
         weight, names = self.plausibility_weight, task_names(self)
         given = f"plausibility_weight is {weight:g}"
-        if not 0 <= weight < math.inf:
-            raise UserError(f"{given}; give 0 or more")
         if not 0 <= self.contrast_epochs <= self.epochs:
             raise UserError(
                 f"contrast_epochs is {self.contrast_epochs:g}; give 0 to epochs ({self.epochs:g})"

@@ -63,9 +63,9 @@ class RunFolder:
     def of(path: str | Path) -> Path | None:
         """The run's folder that this is, or that this checkpoint lies in; else None."""
         given = Path(path)
-        if given.is_file():
-            given = given.parent.parent
-        return given if RunFolder(given).config.is_file() else None
+        root = given.parent.parent if given.is_file() else given
+        is_ours = root == given or given.parent == RunFolder(root).checkpoints
+        return root if is_ours and RunFolder(root).config.is_file() else None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
