@@ -48,7 +48,7 @@ class _Child:
 
 
 class Expendable(Generic[Argument, Result]):
-    """Calls a function in a forked process, which ends with the context or with this process.
+    """Calls a function in a forked process, which ends with this one.
 
     One process serves all calls, from the first on, and another takes its place when it dies.
     Workers of a DataLoader can use this too, though they may not start what `multiprocessing`
@@ -58,20 +58,6 @@ class Expendable(Generic[Argument, Result]):
     def __init__(self, function: Callable[[Argument], Result], seconds: float) -> None:
         self._function, self._seconds = function, seconds
         self._child: _Child | None = None
-
-    def __enter__(self) -> "Expendable[Argument, Result]":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._child is not None:
-            self._end(self._child, kill=True)
-
-    def __call__(self, argument: Argument) -> Result:
-        """What the function returns or raises; see `each`."""
-        (outcome,) = self.each([argument])
-        if isinstance(outcome, BrokenImage):
-            raise outcome
-        return outcome
 
     def each_in_worker(self, arguments: Sequence[Argument]) -> list[Result | BrokenImage]:
         """As `each` in a worker of a DataLoader; elsewhere in this very process, unprotected."""
