@@ -44,6 +44,11 @@ def at_least(least: int, names: str) -> Range:
     return names, lambda value: value >= least, f"{least} or more"
 
 
+def share(names: str) -> Range:
+    """A part of something, which is not nothing."""
+    return names, lambda value: 0 < value <= 1, "a share above 0 and at most 1"
+
+
 class BrokenImage(Exception):  # noqa: N818 - it is an event to count, not yet an error
     """Bytes that hold no readable image; the message is the reason, in one line."""
 

@@ -56,6 +56,7 @@ def test_broken_files_are_skipped_and_named_until_there_are_too_many(
         ("--batch-sise=8", ("batch", "sise")),
         ("--recipe=mnist", ("unknown recipe 'mnist'; choose from", *recipe_names())),
         ("--config=nowhere.yaml", ("--config", "nowhere.yaml")),
+        ("--strategy=FSDP2", ("--strategy FSDP2: ", "second derivative", "--shard-optimizer")),
     ],
 )
 def test_settings_that_cannot_be(argument, parts, pretrain_refused, make_parquet):

@@ -93,8 +93,8 @@ def test_blocks_are_few_and_compact(ratio):
 @pytest.mark.parametrize(
     ("fields", "shown"),
     [
-        ({"mask_ratio": 1.0}, "mask_ratio is 1.0"),
-        ({"hidden_share": 0.0}, "^hidden_share is 0.0; give a share above 0"),
+        ({"mask_ratio": 1.0}, "mask_ratio is 1; "),
+        ({"hidden_share": 0.0}, "^hidden_share is 0; give a share above 0"),
         ({"mask_ratio": float("nan")}, "mask_ratio is nan"),
         ({"mask_patch_size": 0}, "mask_patch_size is 0"),
         ({"fill": "grey"}, "fill is 'grey'; choose from zero, noise, mean"),

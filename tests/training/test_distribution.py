@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backfold.errors import UserError
-from backfold.training.devices import launched_processes, make_fabric, refuse_strategy
+from backfold.training.devices import launched_processes, make_fabric
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "12"}
 SRUN = {"SLURM_NTASKS": "16", "SLURM_NNODES": "2"}
@@ -69,8 +69,3 @@ def test_devices_that_are_not_the_launcher_s_are_refused_in_one_line(tiny, launc
         make_fabric(tiny(devices=2))
     assert "--devices auto" in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_strategies_are_refused_with_reason_and_remedy():
-    with pytest.raises(UserError, match=r"--strategy FSDP2: .*second derivative.* --shard-optim"):
-        refuse_strategy("FSDP2")

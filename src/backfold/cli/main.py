@@ -306,9 +306,10 @@ def _refuse_early(name: str, options: Mapping[str, str]) -> None:
                 f"there is no option --{_dashed(option)}; {hint}see `backfold {name} --help`"
             )
     if "strategy" in options:
-        from backfold.training.devices import refuse_strategy
-
-        refuse_strategy(options["strategy"])
+        raise UserError(
+            f"--strategy {options['strategy']}: several processes run on DDP, as FSDP has no "
+            "second derivative; leave it out; --shard-optimizer true helps where memory is short"
+        )
     if options.get("data", "null") not in ("", "null"):
         refuse_missing(options["data"])
     if options.get("checkpoint") and name in OF_RUNS:

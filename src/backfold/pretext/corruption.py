@@ -121,18 +121,6 @@ def check_tiling(images: Tensor, name: str, size: int) -> None:
         )
 
 
-def check_pixels(name: str, size: int) -> None:
-    """Raise UserError unless 1 or more."""
-    if size < 1:
-        raise UserError(f"{name} is {size}; give 1 pixel or more")
-
-
-def check_share(name: str, share: float) -> None:
-    """Raise UserError unless above 0 and at most 1."""
-    if not 0 < share <= 1:
-        raise UserError(f"{name} is {share}; give a share above 0 and at most 1, such as 0.5")
-
-
 def loss_everywhere(clean: Tensor) -> Tensor:
     """A loss mask, (batch, 1, height, width), that is True at every pixel."""
     return torch.ones_like(clean[:, :1], dtype=torch.bool)

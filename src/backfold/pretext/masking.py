@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from backfold.errors import UserError
+from backfold.errors import UserError, at_least, check_ranges, share
 from backfold.pretext.corruption import (
     Corruption,
     RunningSquares,
     check_images,
-    check_pixels,
-    check_share,
     check_tiling,
     enlarge,
     random_order,
@@ -67,14 +65,15 @@ class Masking:
     normalised_share: float = 0.75
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise UserError(f"mask_ratio is {self.mask_ratio}; give a share above 0 and below 1")
-        check_pixels("mask_patch_size", self.mask_patch_size)
-        check_share("hidden_share", self.hidden_share)
+        ranges = (
+            ("mask_ratio", lambda ratio: 0 < ratio < 1, "a share above 0 and below 1"),
+            at_least(1, "mask_patch_size"),
+            share("hidden_share"),
+            ("normalised_share", lambda part: 0 <= part <= 1, "a share of 0 to 1"),
+        )
+        check_ranges(self, ranges)
         if self.fill not in get_args(Fill):
             raise UserError(f"fill is {self.fill!r}; choose from {', '.join(get_args(Fill))}")
-        if not 0 <= self.normalised_share <= 1:
-            raise UserError(f"normalised_share is {self.normalised_share}; give a share of 0 to 1")
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """See `PretextTask`."""

@@ -8,14 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from backfold.errors import UserError
+from backfold.errors import UserError, at_least, check_ranges, share
 from backfold.pretext.corruption import (
     Corruption,
     PretextTask,
     RunningSquares,
     check_images,
-    check_pixels,
-    check_share,
     check_tiling,
     host_random,
     loss_everywhere,
@@ -52,10 +50,10 @@ class Mixture:
         if any(isinstance(task, Mixture) for task in self.tasks):
             raise UserError("a mixture holds another one; give the tasks of both to one")
         for task in self.tasks:
-            share = task.hidden_share if isinstance(task, Masking) else 1
-            if share < 1 and self.drawn != (task,):
+            part = task.hidden_share if isinstance(task, Masking) else 1
+            if part < 1 and self.drawn != (task,):
                 raise UserError(
-                    f"hidden_share is {share} in a mixture, whose other tasks need the backbone to "
+                    f"hidden_share is {part} in a mixture, whose other tasks need the backbone to "
                     "run on whole images; set it to 1, or give masking the only weight above 0"
                 )
 
@@ -99,8 +97,8 @@ class ExcerptSettings:
     excerpt_patch_size: int = 16
 
     def __post_init__(self) -> None:
-        check_share("tasks.excerpt.share", self.share)
-        check_pixels("tasks.excerpt.excerpt_patch_size", self.excerpt_patch_size)
+        ranges = share("share"), at_least(1, "excerpt_patch_size")
+        check_ranges(self, ranges, "tasks.excerpt.")
 
 
 @dataclass(frozen=True)

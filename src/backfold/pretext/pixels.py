@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from backfold.errors import UserError
+from backfold.errors import UserError, at_least, check_ranges, share
 from backfold.pretext.corruption import (
     Corruption,
     check_images,
-    check_share,
     enlarge,
     host_random,
     loss_everywhere,
@@ -107,9 +106,7 @@ class Bands:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.band_patch_size < 0:
-            raise UserError(f"band_patch_size is {self.band_patch_size}; give 0 or more pixels")
-        check_share("share", self.share)
+        check_ranges(self, [at_least(0, "band_patch_size"), share("share")])
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """See `PretextTask`."""
@@ -166,8 +163,7 @@ class Denoising:
                 f"min_noise_std is {self.min_noise_std} and max_noise_std {self.max_noise_std}; "
                 "give 0 <= min_noise_std <= max_noise_std, the latter above 0"
             )
-        if self.octaves < 1:
-            raise UserError(f"octaves is {self.octaves}; give 1 or more")
+        check_ranges(self, [at_least(1, "octaves")])
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """See `PretextTask`."""

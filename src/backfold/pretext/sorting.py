@@ -7,12 +7,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from backfold.errors import UserError
+from backfold.errors import UserError, at_least, check_ranges, share
 from backfold.pretext.corruption import (
     Corruption,
     check_images,
-    check_pixels,
-    check_share,
     enlarge,
     random_order,
 )
@@ -37,8 +35,7 @@ class Sorting:
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        check_pixels("sorting_patch_size", self.sorting_patch_size)
-        check_share("share", self.share)
+        check_ranges(self, [at_least(1, "sorting_patch_size"), share("share")])
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> Corruption:
         """See `PretextTask`."""

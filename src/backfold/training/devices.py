@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric import Fabric
@@ -125,14 +125,6 @@ def gather_lines(fabric: Fabric, lines: Sequence[str]) -> list[str]:
     parts: list[list[str]] = [[] for _ in range(fabric.world_size)]
     torch.distributed.all_gather_object(parts, list(lines))
     return [line for part in parts for line in part]
-
-
-def refuse_strategy(name: str) -> NoReturn:
-    """Raise a UserError that says why the ``--strategy`` of this name can't be chosen."""
-    raise UserError(
-        f"--strategy {name}: several processes always run on DDP, as FSDP has no second "
-        "derivative; leave it out, and give --shard-optimizer true where memory is short"
-    )
 
 
 def shard_optimizer(optimizer: AdamW) -> "ZeroRedundancyOptimizer":
