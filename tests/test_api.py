@@ -105,6 +105,11 @@ def test_what_a_mask_marks_is_restored_from_the_rest(images, form):
 
 def test_a_mask_that_does_not_fit_is_refused(images):
     model = make(energy="conditional")
+    with pytest.raises(UserError, match="mask is a str; give a tensor"):
+        model.restore(images, mask="all")
+    for wrong in ({"num_steps": "4"}, {"num_steps": -1}, {"step_size": float("nan")}):
+        with pytest.raises(UserError, match="give a whole number of 0 or more"):
+            model.restore(images, **wrong)
     with pytest.raises(UserError, match=r"mask is \(4, 3, 28, 35\), images are"):
         model.restore(images, mask=torch.ones(4, 3, 28, 35, dtype=torch.bool))
     with pytest.raises(UserError, match="leaves no patch untouched"):
@@ -156,6 +161,7 @@ def test_pillow_images_of_any_mode_are_what_their_files_are(model, tmp_path, mod
         ([], "images is empty"),
         ("picture.png", r"images is one str; give a list"),
         (["missing.png"], "can't read missing.png"),
+        ([np.zeros((3, 28, 35), np.uint8)], "a ndarray; give image files"),
     ],
 )  # fmt: skip
 def test_unfit_images_are_refused_in_one_line(model, images, message):

@@ -88,7 +88,7 @@ def test_a_run_goes_through_the_other_verbs(images, run, tmp_path):
     assert {"pretrained", "before", "pixels"} <= {row.contender for row in rows}
     assert (backfold.export(run, out=tmp_path / "timm") / "model.safetensors").is_file()
     data = EMBEDDED / "fashion_mnist_test.parquet"
-    table = backfold.score(run, data=data, out=tmp_path / "scores.parquet", **HERE)
+    table = backfold.score(run, data=data, out=str(tmp_path / "scores.parquet"), **HERE)
     assert table.column_names == ["path", "energy", "error_masking"]
     table = backfold.score(run, data=images.images, out=tmp_path / "memory.csv", **HERE)
     assert table["path"].to_pylist()[:2] == ["Tensor item 0", "Tensor item 1"]
@@ -99,6 +99,10 @@ def test_a_run_goes_through_the_other_verbs(images, run, tmp_path):
 def test_images_in_memory_have_a_limit_too(images, tmp_path):
     with pytest.raises(UserError, match=r"none of .* can be used"):
         backfold.pretrain(images.images, out=tmp_path / "run", max_pixels=100, **SETTINGS)
+    with pytest.raises(UserError, match=r"all pixels of 80 images are 0.027"):
+        backfold.pretrain(torch.full_like(images.images, 7.0), out=tmp_path / "run", **SETTINGS)
+    with pytest.raises(UserError, match="channels is -1"):
+        backfold.stats(images.images, channels=-1)
 
 
 def test_what_was_in_memory_has_no_file(run):

@@ -8,6 +8,7 @@ from backfold.version import __version__
 
 if TYPE_CHECKING:
     from backfold.api import Backfold, export, load, pretrain, report, score, stats
+    from backfold.embedding import EmbeddingChoice
     from backfold.energy import EnergyModel
     from backfold.evaluation.evaluate import evaluate
     from backfold.pretext import (
@@ -26,6 +27,7 @@ __all__ = [
     "Bands",
     "Colorization",
     "Denoising",
+    "EmbeddingChoice",
     "EnergyModel",
     "Masking",
     "Mixture",
@@ -50,6 +52,7 @@ HOMES = {
     **dict.fromkeys(("Backfold", "export", "load", "pretrain", "report", "score", "stats"), API),
     **dict.fromkeys(("Bands", "Colorization", "Denoising", "Masking"), PRETEXT),
     **dict.fromkeys(("RestorationResult", "restore", "training_step"), RESTORATION),
+    "EmbeddingChoice": "backfold.embedding",
     "EnergyModel": "backfold.energy",
     **dict.fromkeys(("Mixture", "Sorting", "SuperResolution"), PRETEXT),
     "evaluate": "backfold.evaluation.evaluate",

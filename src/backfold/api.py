@@ -18,13 +18,16 @@ from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from pyarrow import csv, parquet
 from torch import Tensor
 
 from backfold.backbone import check_image_size
+from backfold.cli.commands import StatsSettings
 from backfold.cli.inference import ScoreSettings, run_score
 from backfold.data.decode import as_float
 from backfold.data.files import IN_MEMORY
@@ -47,7 +50,7 @@ from backfold.training import pretrain as training
 from backfold.training.config import config_from_dict, task_names
 from backfold.training.run import Pretrained, load_pretrained
 
-Images = Tensor | Sequence[Image.Image | Path | str]
+Images = Tensor | NDArray[Any] | Sequence[Image.Image | Path | str]
 
 # Restored images may leave [0, 1] a little; images that somebody normalised leave it by more.
 LOWEST, HIGHEST = -0.5, 1.5
@@ -56,10 +59,10 @@ LOWEST, HIGHEST = -0.5, 1.5
 class Backfold:
     """A run's energy, ready to use.
 
-    Every method takes a batch of images: a tensor (batch, channels, height, width) of floats in
-    [0, 1] (on their own scale, if the run's files held floating-point numbers) or uint8 in 0..255,
-    or a list of image files and Pillow images. Those are turned as their EXIF data say, scaled to
-    cover the run's image size and cut to its centre. Normalising is done inside.
+    Every method takes a batch of images: a tensor or array (batch, channels, height, width) of
+    floats in [0, 1] (on their own scale, if the run's files held floating-point numbers) or uint8
+    in 0..255, or a list of image files and Pillow images. Those are turned as their EXIF data say,
+    scaled to cover the run's image size and cut to its centre. Normalising is done inside.
 
     Args:
         run: as `load_pretrained` gives it.
@@ -178,9 +181,12 @@ class Backfold:
         """
         config, statistics = self.run.config, self.run.statistics
         steps = config.num_steps if num_steps is None else num_steps
-        if steps < 0:
-            raise UserError(f"num_steps is {steps}; give 0 or more")
         size = config.step_size if step_size is None else step_size
+        if not (isinstance(steps, int) and steps >= 0 and size > 0):
+            raise UserError(
+                f"num_steps is {steps!r} and step_size {size!r}; give a whole number of 0 or more, "
+                "and a number above 0"
+            )
         prepared = self._prepare(images)
         if mask is None:
             result = restore(self.run.energy, prepared, steps, size)
@@ -206,6 +212,8 @@ class Backfold:
         self, mask: Tensor, prepared: Tensor, num_steps: int, step_size: float
     ) -> RestorationResult:
         """One image after the other, as each may have another number of hidden patches."""
+        if not isinstance(mask, Tensor):
+            raise UserError(f"mask is a {type(mask).__name__}; give a tensor")
         try:
             where = mask.to(self.device, torch.bool).expand(len(prepared), 1, *prepared.shape[2:])
         except RuntimeError as error:
@@ -233,6 +241,8 @@ class Backfold:
 
     def _prepare(self, images: Images) -> Tensor:
         """Normalised images on the model's device, in float32."""
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(images)
         if isinstance(images, Tensor):
             self._check(images)
             pixels = as_float(images.detach().to(self.device))
@@ -261,9 +271,7 @@ class Backfold:
         if not math.isfinite(low + high):
             raise UserError("images hold numbers that are not finite; give finite ones")
         # Floating-point files keep their own scale; all others lie in [0, 1].
-        mean, std = run.statistics.mean, run.statistics.std
-        has_unit_range = min(mean) >= 0 and max(mean) <= 1 and max(std) < 0.5
-        if has_unit_range and not LOWEST <= low <= high <= HIGHEST:
+        if run.statistics.in_unit_range and not LOWEST <= low <= high <= HIGHEST:
             warnings.warn(
                 f"images hold values from {low:g} to {high:g}, and the run's lay in [0, 1]; give "
                 "them as they were loaded: they are normalised inside",
@@ -358,6 +366,7 @@ def stats(
     seed: int = 0,
 ) -> Survey:
     """What a data set looks like; see `backfold.cli.commands.StatsSettings`."""
+    StatsSettings(channels=channels, max_images=max_images, seed=seed)  # refuses what can't be
     return survey(open_source(data, "train"), channels, max_images, seed, default_workers())
 
 

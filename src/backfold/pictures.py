@@ -14,6 +14,7 @@ from torchvision.utils import make_grid
 from backfold.data.statistics import ChannelStatistics
 
 SMALLEST_SIDE = 112
+LEAST_RANGE = 0.5
 HOTTEST = 6.0  # deviations from usual images' pixels; whatever is above has the same colour
 COVER = 0.75  # of the picture, where it is hottest
 
@@ -22,9 +23,18 @@ def to_display(images: Tensor, statistics: ChannelStatistics) -> Tensor:
     """Normalised images as (images, 3, height, width) in [0, 1]; further channels are left out.
 
     Two channels show the first one in grey; small images are enlarged with their pixels visible.
+    Black and white are 0 and 1; or three deviations from the data's means, where these are not half
+    as far apart, or of another scale: so dim images are seen, too.
     """
-    shown = statistics.denormalize(images.float()).clamp(0.0, 1.0).cpu()
+    shown = statistics.denormalize(images.float()).cpu()
     shown = shown[:, :3] if shown.shape[1] >= 3 else shown[:, :1].expand(-1, 3, -1, -1)
+    count = 3 if images.shape[1] >= 3 else 1
+    mean, std = (torch.tensor(each[:count]) for each in (statistics.mean, statistics.std))
+    low, high = float((mean - 3 * std).min()), float((mean + 3 * std).max())
+    if statistics.in_unit_range:
+        low, high = max(low, 0.0), min(high, 1.0)
+        low, high = (low, high) if high - low < LEAST_RANGE else (0.0, 1.0)
+    shown = ((shown - low) / (high - low)).clamp(0.0, 1.0)
     factor = max(1, round(SMALLEST_SIDE / min(shown.shape[-2:])))
     return F.interpolate(shown, scale_factor=factor, mode="nearest-exact")
 

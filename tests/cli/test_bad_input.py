@@ -36,6 +36,8 @@ def test_broken_files_are_skipped_and_named_until_there_are_too_many(
     refused(["pretrain", *tiny, *arguments], *many)
     colour = [f"--data={folder}", "--channels=2"]
     pretrain_refused(colour, "images can be used", "--channels", out=tmp_path / "two")
+    among = folder / "runs" / "one"  # its pictures would be images of the next
+    pretrain_refused([f"--data={folder}"], "lies among the images", "--out", out=among)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,12 @@ def test_broken_files_are_skipped_and_named_until_there_are_too_many(
         ("--batch-size=64", ("54 images are fewer than one global batch of 64", "--batch-size")),
         ("--init=nowhere.safetensors", ("nowhere.safetensors",)),
         ("--accelerator=abacus", ("can't use accelerator 'abacus'", "--accelerator auto")),
+        ("--hidden-blocks=9", ("hidden_blocks is 9; give 1 to 1",)),
+        ("--embedding.layer=-9", ("can't give layer -9",)),
+        ("--data=x/nope.parquet", ("x/nope.parquet does not exist",)),
+        ("--data", ("--data", "expected one argument", "--help all")),
+        ("--compile=maybe", ("--compile: Expected bool, Literal['auto']. Got value: maybe",)),
+        ("--loggers=wandb", ("--loggers: Expected a list. Got value: wandb; write '[wandb]'",)),
         ("--epochs=-3", ("epochs is -3; give a positive number",)),
         ("--batch-size=many", ("--batch-size", "many")),
         ("--batch-sise=8", ("batch", "sise")),
@@ -117,6 +125,7 @@ def test_without_a_run_there_is_nothing_to_work_on(refused, tmp_path, monkeypatc
         ("restore --pretext=maskin", ["nearest: masking"]),
         ("restore --pretext=colorization", ["colorization needs more than 1 channel"]),
         ("restore --num-steps=-1", ["num_steps is -1; give 0 or more"]),
+        ("restore --step-size=-1", ["step_size is -1; give a positive number"]),
         ("restore --out=/proc/x", ["can't write /proc/x", "choose another --out"]),
         ("stats --data=nowhere", ["nowhere does not exist"]),
         ("stats --max-images=0", ["max_images is 0; give 1 or more"]),

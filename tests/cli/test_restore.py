@@ -95,7 +95,9 @@ def test_restore_with_other_tasks_names_and_steps(finished, tmp_path, capsys):
     out = tmp_path / "restored"
     arguments = ["restore", f"--checkpoint={finished}", f"--out={out}", *map(str, paths)]
     assert main([*arguments, "--pretext=denoising", "--num-steps=0"]) == 0
-    assert "denoising" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "denoising" in said.out
+    assert "and not denoising: expect little of it" in said.err
     assert {file.name for file in out.iterdir()} == {
         "same-0.png", "same-0.gif", "same-1.png", "same-1.gif",
     }  # fmt: skip

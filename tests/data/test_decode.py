@@ -160,7 +160,7 @@ def test_to_channels_repeats_grey_and_takes_the_luminance_as_pillow_does():
     assert np.abs(levels(to_channels(rgb, 1), u8) - expected).max() <= 1
     assert np.abs(to_channels(as_float(rgb), 1).numpy() * 255 - expected).max() < 1.0
     for have, want, choices in ((3, 2, "1 or 3"), (4, 3, "4"), (2, 1, "2")):
-        message = rf"{have} channels .* {want}; set --channels to {choices}$"
+        message = rf"{have} channels .* {want}; it fits runs of --channels {choices}$"
         with pytest.raises(UserError, match=message):
             to_channels(torch.zeros(have, 2, 2), want)
 

@@ -67,13 +67,13 @@ def test_files_come_back_or_are_named(tmp_path, content):
         read_rows(path)
 
 
-def test_new_rows_replace_those_of_the_same_protocol_and_case(tmp_path):
+def test_new_rows_replace_those_of_the_same_protocol_case_and_data(tmp_path):
     path = tmp_path / "evaluation.json"
     grid = [Row(p, c, n, "m", 0.0, 0.0, 1) for p, c, n in itertools.product("pq", "cd", "xy")]
-    new = [replace(grid[0], mean=1.0)]
-    for given in (grid, new, new):
+    new, other = [replace(grid[0], mean=1.0)], [replace(grid[0], data="elsewhere")]
+    for given in (grid, other, new, new):
         results.add_rows(path, given)
-    assert read_rows(path) == [*grid[2:], *new]
+    assert read_rows(path) == [*grid[2:], *other, *new]
 
 
 def cells(rows, severity=None):

@@ -53,6 +53,8 @@ def test_files_of_others_are_never_replaced(tmp_path):
     (out / "thesis.tex").write_text("years")
     with pytest.raises(UserError, match=r"thesis\.tex.*choose another --out"):
         export_run(tmp_path, "timm", out, overwrite=True)
+    with pytest.raises(UserError, match="format is 'safetensors'; choose from timm, hugg"):
+        export_run(tmp_path, "safetensors", out)
     with pytest.raises(UserError, match=r"thesis\.tex exists; give --overwrite"):
         export_run(tmp_path, "timm", out / "thesis.tex")
     assert (out / "thesis.tex").read_text() == "years"

@@ -116,6 +116,17 @@ def test_a_full_disk_at_the_end_leaves_the_old_file_and_all_parts(parts_of, pict
     assert_rows(parts, range(10))
 
 
+def test_a_job_that_comes_to_nothing_leaves_nothing(parts_of, pictures):
+    class Unfit(pictures):
+        def read(self, *_):
+            raise UserError("an image of 3 channels")
+
+    parts = parts_of(Unfit(9))
+    with pytest.raises(UserError, match="3 channels"):
+        start(parts)
+    assert list(parts.out.parent.iterdir()) == []
+
+
 def test_no_images_and_no_file_are_refused(parts_of, pictures, tmp_path):
     with pytest.raises(UserError, match="holds no images"):
         parts_of(pictures(0))

@@ -10,6 +10,7 @@ from backfold.data.loading import evaluation_batches
 from backfold.data.statistics import ChannelStatistics
 from backfold.errors import UserError
 from backfold.inference.restored import read_images
+from backfold.pictures import to_display
 from backfold.training.config import PretrainConfig
 from backfold.training.run import Pretrained
 
@@ -53,9 +54,21 @@ def test_what_is_no_image_of_the_run_is_refused_by_name(folder):
     np.save(folder / "two.npy", np.zeros((20, 30, 2), dtype=np.float32))
     (folder / "torn.png").write_bytes(b"torn")
     for name, message in [
-        ("two.npy", r"two\.npy: an image of 2 channels can't be given 3; set --channels"),
+        ("two.npy", r"two\.npy: an image of 2 channels can't be given 3; it fits"),
         ("torn.png", r"torn\.png is no image: "),
         ("e-deep.png", r"e-deep\.png is no image: .*1000"),
     ]:
         with pytest.raises(UserError, match=message):
             read_images([folder / name], run_of(3, max_pixels=1000))
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "black", "white"),
+    [(0.48, 0.25, 0.0, 1.0), (0.005, 0.002, 0.0, 0.011), (-40.0, 300.0, -940.0, 860.0)],
+)
+def test_photographs_are_shown_as_they_are_and_dim_images_are_seen(mean, std, black, white):
+    values = torch.linspace(black, white, 256).view(1, 1, 16, 16)
+    statistics = ChannelStatistics((mean,), (std,))
+    shown = to_display(statistics.normalize(values), statistics)
+    expected = torch.linspace(0, 1, 256).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    torch.testing.assert_close(shown[:, :, 3::7, 3::7], expected, atol=1e-5, rtol=0)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ WON = {"pretrained": 80.0, "before": 60.0, "pixels": 70.0}
     [
         (WON, "good", "Yes: ahead of before, pixels in all cases: 1"),
         (WON | {"pretrained": 60.0, "before": 80.0}, "bad", "No: the weights before pretraining "
-         "are not beaten in knn, few (clearly better in 1); pixels are not beaten in"),
-        (WON | {"pixels": 90.0}, "watch", "In part: pixels are not beaten in knn, few (clearly"),
+         "are not beaten in knn, few and clearly ahead there; pixels are not beaten in"),
+        (WON | {"pixels": 90.0}, "watch", "In part: pixels are not beaten in knn, few and clearly"),
         (WON | {"before": 80.0, "random": 50.0}, "bad", "No: the weights before pretraining are"),
         ({"pretrained": 80.0, "from_scratch": 90.0}, "bad", "No: training from scratch is not"),
         ({"pretrained": 80.0, "pixels": 70.0}, "unknown", "Not known"),
@@ -45,7 +46,10 @@ def test_unbeaten_places_are_counted_and_come_first_and_other_protocols_do_not_c
     assert verdict.sentences[0].startswith("knn, 10 labels a class: ahead of before (+5.0")
     assert "behind pixels (-2.0" in verdict.sentences[0]
     more = [*all_rows(), *judged("finetune", "few", pretrained=60.0, before=50.0, pixels=60.0)]
-    assert "not beaten in 2 of 7 cases (clearly better in 1)" in payoff(more).headline
+    assert "not beaten in 2 of 7 cases and clearly ahead in 1 of them" in payoff(more).headline
+    both = [replace(row, data=name) for name in "ab" for row in judged("knn", "few", **WON)]
+    told = [each.partition(":")[0] for each in payoff(both).sentences]
+    assert told == ["knn, few, on a", "knn, few, on b"]
     other = [row for row in all_rows() if row.protocol in ("layers", "energy", "restoration")]
     assert payoff(other) == payoff([])
     assert payoff([]).state == "unknown"

@@ -1,5 +1,6 @@
 """What most commands do, as functions of their settings."""
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ from backfold.data.decode import MAX_PIXELS
 from backfold.data.loading import default_workers
 from backfold.data.open import open_source
 from backfold.data.survey import survey
-from backfold.errors import UserError, at_least, check_ranges, not_negative
+from backfold.errors import UserError, at_least, check_ranges, not_negative, positive
 from backfold.evaluation.evaluate import EvaluateSettings, evaluate_each
 from backfold.evaluation.results import ABOUT, Row, tables_of
 from backfold.exporting.export import Format, export_run
@@ -26,13 +27,14 @@ from backfold.inference import restored
 from backfold.pictures import png_bytes, to_display
 from backfold.reporting.report import write_report
 from backfold.reporting.verdicts import payoff
-from backfold.training.config import PretrainConfig, config_to_dict, used_tasks
+from backfold.training.config import PretrainConfig, config_to_dict, task_names, used_tasks
 from backfold.training.devices import choose_device
 from backfold.training.log import is_first_process, log_to, progress_bar, terminal
 from backfold.training.pretrain import pretrain
 from backfold.training.run import DEMO_RUN, RunFolder, load_checkpoint, load_pretrained
 from backfold.training.signals import was_requeued
 
+LOGGER = logging.getLogger("backfold")
 SAMPLED_IMAGES = 4
 PIPED_WIDTH = 300  # characters: where nobody looks, tables are as wide as they are
 SHOWN = 5  # broken files and groups of duplicates on the terminal
@@ -68,7 +70,7 @@ class RestoreSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_ranges(self, [not_negative("num_steps seed")])
+        check_ranges(self, [not_negative("num_steps seed"), positive("step_size")])
 
 
 @dataclass
@@ -176,8 +178,15 @@ def run_pretrain(config: PretrainConfig, resume: bool, overwrite: bool, command:
 def run_restore(settings: RestoreSettings) -> None:
     """`backfold restore`: writes the pictures, prints the numbers."""
     run = load_pretrained(settings.checkpoint)
+    trained = task_names(run.config)
     if settings.pretext is not None:
         run.config.pretext = settings.pretext
+        if untrained := set(task_names(run.config)) - set(trained):
+            with log_to(None, terminal()):
+                LOGGER.warning(
+                    f"the run learned {', '.join(trained)}, and not {', '.join(untrained)}: expect "
+                    "little of it"
+                )
     name, task = next(iter(used_tasks(run.config, run.channels).items()))
     if settings.images:
         stems = [path.stem for path in settings.images]

@@ -18,7 +18,7 @@ from backfold.data.loading import default_workers
 from backfold.data.source import Split
 from backfold.defects import DefectFinder
 from backfold.embedding import EmbeddingChoice
-from backfold.errors import UserError, at_least, check_ranges, not_negative
+from backfold.errors import UserError, at_least, check_ranges, not_negative, positive
 from backfold.files import write_atomically
 from backfold.inference.contact_sheet import render_contact_sheet
 from backfold.inference.jobs import (
@@ -76,6 +76,7 @@ class InferenceSettings:
 
     def __post_init__(self) -> None:
         check_ranges(self, [not_negative("num_workers"), at_least(1, "batch_size part_size")])
+        self.checkpoint = Path(self.checkpoint)
 
 
 @dataclass
@@ -124,7 +125,9 @@ class ScoreSettings(InferenceSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, [not_negative("usual_images num_steps seed")])
+        self.out = Path(self.out)  # from Python, text may be given
+        check_ranges(self, [not_negative("usual_images num_steps seed"), positive("step_size")])
+        self.maps = None if self.maps is None else Path(self.maps)
 
 
 def run_embed(settings: EmbedSettings) -> None:
@@ -253,6 +256,7 @@ def _compute(
     finish: Callable[[Parts], None] | None = None,
 ) -> int:
     source, workers = open_data(job.run, settings.data, settings.split), settings.num_workers
+    LOGGER.info("%s: %d images", source.name, len(source))
     parts = Parts(job, source, settings.out, settings.batch_size, settings.part_size)
     if settings.engine == "ray":
         actors = 2 if workers is None else max(1, workers)

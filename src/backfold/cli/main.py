@@ -37,6 +37,12 @@ USUAL = {
     "image_size", "pretext", "epochs", "batch_size", "precision", "devices", "init", "seed",
 }  # fmt: skip
 HELP = ("-h", "--help")
+# What jsonargparse says of types, and for people.
+PLAINER = (
+    (r"<class '([\w.]+)'>|typing\.", r"\1"),
+    (r"Does not .*? Subtypes: \[(.*)\] Errors: .* Given value: ", r"Expected \1. Got value: "),
+    (r"(Expected a (?:list|tuple)\. Got value: )(\S+)$", r"\1\2; write '[\2]'"),
+)
 
 
 class Command(NamedTuple):
@@ -121,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return _fail(error)
     except ArgumentError as error:
-        return _fail(error, f"; see `{' '.join(['backfold', command]).strip()} --help`")
+        return _fail(error, f"; see `{_help(command)}`")
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
@@ -147,6 +153,8 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(error: Exception, remedy: str = "") -> int:
     text = " ".join(str(error).split())
     text = re.sub(r'^Parser key "([^"]+)":', lambda match: f"--{_dashed(match[1])}:", text)
+    for pattern, words in PLAINER:
+        text = re.sub(pattern, words, text)
     print(f"backfold: error: {text}{remedy}", file=sys.stderr)
     return 2
 
@@ -173,7 +181,7 @@ def _run(argv: list[str]) -> None:
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         if argument.startswith("--") and argument[2:]:
             option, equals, value = argument[2:].partition("=")
-            options[option] = value if equals else following
+            options[option] = value if equals or following.startswith("--") else following
     _refuse_early(name, options)
     if name in OPTIONS:
         arguments = [*_base_config(name, options), *arguments, *_mixture(options)]
@@ -302,9 +310,7 @@ def _refuse_early(name: str, options: Mapping[str, str]) -> None:
         if option.split(".")[0] not in known:
             nearest = difflib.get_close_matches(option, known, n=1)
             hint = f"nearest: --{_dashed(nearest[0])}; " if nearest else ""
-            raise UserError(
-                f"there is no option --{_dashed(option)}; {hint}see `backfold {name} --help`"
-            )
+            raise UserError(f"there is no option --{_dashed(option)}; {hint}see `{_help(name)}`")
     if "strategy" in options:
         raise UserError(
             f"--strategy {options['strategy']}: several processes run on DDP, as FSDP has no "
@@ -331,6 +337,10 @@ def _field_names(settings: str) -> set[str]:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
         }
     return found
+
+
+def _help(command: str) -> str:
+    return f"backfold {command} --help{' all' if command in OPTIONS else ''}"
 
 
 def _dashed(name: str) -> str:

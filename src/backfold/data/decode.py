@@ -308,5 +308,6 @@ def to_channels(image: Tensor, channels: int) -> Tensor:
         return grey if image.is_floating_point() else grey.round().to(image.dtype)
     choices = "1 or 3" if have == 3 else str(have)
     raise UserError(
-        f"an image of {have} channels can't be given {channels}; set --channels to {choices}"
+        f"an image of {have} channels can't be given {channels}; it fits runs of --channels "
+        f"{choices}"
     )

@@ -11,6 +11,7 @@ from braceexpand import braceexpand
 from backfold.errors import BrokenImage, UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+FILE_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".parquet", ".tar", ".tgz", ".gz", ".zip")
 PATTERN_SIGNS = "*?[{"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)?")
 IN_MEMORY = " in memory"  # ends what stands in the place of data that have no path
@@ -27,7 +28,8 @@ def is_pattern(data: object) -> bool:
 
 def refuse_missing(data: str) -> None:
     """Raise `UserError` at what is neither there nor a pattern, an address or a name on the hub."""
-    if not (Path(data).exists() or "://" in data or is_pattern(data) or HUB_NAME.fullmatch(data)):
+    on_hub = HUB_NAME.fullmatch(data) and not data.lower().endswith(FILE_SUFFIXES)
+    if not (Path(data).exists() or "://" in data or is_pattern(data) or on_hub):
         raise UserError(f"{data} does not exist; {WAYS}")
 
 

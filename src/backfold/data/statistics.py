@@ -16,6 +16,11 @@ class ChannelStatistics:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def in_unit_range(self) -> bool:
+        """Whether pixels seem to lie in [0, 1], as of all files but those of other numbers."""
+        return min(self.mean) >= 0 and max(self.mean) <= 1 and max(self.std) < 0.5
+
     def normalize(self, images: Tensor) -> Tensor:
         """To zero mean and unit deviation; float32 in [0, 1] or uint8, (batch, channels, h, w)."""
         images = as_float(images)

@@ -148,14 +148,14 @@ def _row(values: Mapping[str, Any]) -> Row:
 
 
 def add_rows(path: Path, new: Sequence[Row]) -> None:
-    """Write new rows after those of the file whose protocol and case no new row has."""
+    """Write new rows after those of the file whose protocol, case and data no new row has."""
     try:
         old = read_rows(path) if path.exists() else []
     except UserError as error:
         LOGGER.warning(f"{error}: it is replaced")
         old = []
-    replaced = {(row.protocol, row.case) for row in new}
-    write_rows(path, [r for r in old if (r.protocol, r.case) not in replaced] + list(new))
+    replaced = {(row.protocol, row.case, row.data) for row in new}
+    write_rows(path, [r for r in old if (r.protocol, r.case, r.data) not in replaced] + list(new))
 
 
 def severity_case(name: str, severity: int) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import timm
 import torch
@@ -58,6 +58,8 @@ def export_run(checkpoint: Path, kind: Format, out: Path, overwrite: bool = Fals
         UserError: no checkpoint, a folder that exists, a backbone that the format can't hold, or a
             full disk.
     """
+    if kind not in get_args(Format):
+        raise UserError(f"format is {kind!r}; choose from {', '.join(get_args(Format))}")
     foreign = sorted({path.name for path in out.iterdir()} - OURS) if out.is_dir() else []
     if foreign:
         raise UserError(

@@ -156,7 +156,11 @@ def claim(parts: Parts, overwrite: bool) -> Iterator[None]:
             for part in folder.glob("part-*.parquet"):
                 part.unlink()
             write_json(path, wanted)
-        yield
+        try:
+            yield
+        finally:
+            if not any(folder.glob("part-*.parquet")):  # nothing is there to go on from
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def compute(

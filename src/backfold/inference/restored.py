@@ -50,6 +50,8 @@ def read_images(given: Sequence[Image.Image | Path | str], run: Pretrained) -> T
     """
     images = []
     for one in given:
+        if not isinstance(one, (str, Path, Image.Image)):
+            raise UserError(f"a {type(one).__name__}; give image files, or all images in a tensor")
         try:
             if isinstance(one, Image.Image):
                 decoded = decode_pillow(one).image

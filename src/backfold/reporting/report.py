@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -182,12 +182,13 @@ def _task_table(look: Look) -> Table | None:
 
 
 def _sections(folder: RunFolder, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """What the template shows of each protocol that was run, in the order of `ABOUT`."""
+    """What the template shows of each protocol, in the order of `ABOUT`, on each data set."""
     alt = "Test images, their true classes, and the classes predicted with each backbone."
     picture = _picture(folder.pictures / "segmentation.png", "segmentation", alt)
     sections = []
-    for name in dict.fromkeys([*ABOUT, *(row.protocol for row in rows)]):
-        if found := [row for row in rows if row.protocol == name]:
+    names = dict.fromkeys([*ABOUT, *(row.protocol for row in rows)])
+    for name, data in product(names, dict.fromkeys(row.data for row in rows)):
+        if found := [row for row in rows if (row.protocol, row.data) == (name, data)]:
             origins = (f"{row.data}, step {row.step:,}" if row.step else row.data for row in found)
             section = {
                 "about": ABOUT.get(name, About(name, "")),

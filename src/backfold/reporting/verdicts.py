@@ -185,10 +185,12 @@ def payoff(rows: Sequence[Row]) -> Verdict:
     beat them is to be ahead by more than `CLEAR_POINTS` and the difference's own spread.
     """
     cases: dict[str, dict[str, Row]] = {}
+    several = len({row.data for row in rows if row.protocol in JUDGED}) > 1
     for name in BASELINES:
         for row in rows:
             if row.protocol in JUDGED and row.contender == f"{PRETRAINED}{OVER}{name}":
-                cases.setdefault(f"{row.protocol}, {row.case}", {})[name] = row
+                case = f"{row.protocol}, {row.case}" + (f", on {row.data}" if several else "")
+                cases.setdefault(case, {})[name] = row
     # Being ahead of pixels alone says nothing about the pretraining.
     cases = {case: leads for case, leads in cases.items() if set(leads) != {PIXELS}}
     if not cases:
@@ -202,7 +204,8 @@ def payoff(rows: Sequence[Row]) -> Verdict:
         if unbeaten := [case for case, sign in signs.items() if sign < 1]:
             lost = sum(sign < 0 for sign in signs.values())
             places = f"{len(unbeaten)} of {len(cases)} cases" if unbeaten[1:] else unbeaten[0]
-            better = f" (clearly better in {lost})" if lost else ""
+            where = f"in {lost} of them" if unbeaten[1:] else "there"
+            better = f" and clearly ahead {where}" if lost else ""
             parts.append(f"{words} not beaten in {places}{better}")
     if not parts:
         names = ", ".join(dict.fromkeys(name for leads in cases.values() for name in leads))

@@ -90,6 +90,11 @@ def open_images(
         name, count = source.name, len(parts[0])
     if known is None:
         found = survey(source, config.channels, ENOUGH, config.seed, workers)
+        if found.lowest == found.highest:
+            raise UserError(
+                f"{source.name}: all pixels of {found.looked_at} images are {found.lowest:g}; give "
+                "images that show something"
+            )
         for conversion, times in found.conversions.items():
             LOGGER.info("%d of %d images: %s", times, found.looked_at, conversion)
         known = found.statistics

@@ -85,7 +85,7 @@ def read_weights(path: Path) -> Weights:
     except Exception as error:
         # torch and timm differ between versions in what they raise here.
         raise UserError(
-            f"{path} can't be read ({first_line(error)}): damaged, or no safetensors or torch "
+            f"{path} can't be read ({type(error).__name__}): damaged, or no safetensors or torch "
             "file, or one with more than tensors in it, and loading such a file can run any code; "
             "save its state_dict as safetensors"
         ) from error

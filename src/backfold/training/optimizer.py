@@ -42,9 +42,9 @@ def freeze_unreachable(
     frozen = [name for name, grad in zip(named, gradients, strict=True) if grad is None]
     for name in frozen:
         named[name].requires_grad_(False)
-    if frozen:
-        shown = shorten(", ".join(frozen), 200, placeholder=" ...")
-        LOGGER.info(f"{len(frozen)} parameter(s) get no gradient and stay as they are: {shown}")
+    if told := [name for name in frozen if not name.endswith("norm.bias")]:  # which is by design
+        shown = shorten(", ".join(told), 200, placeholder=" ...")
+        LOGGER.info(f"{len(told)} parameter(s) get no gradient and stay as they are: {shown}")
     return frozen
 
 

@@ -24,6 +24,7 @@ from backfold.conditional import check_conditional
 from backfold.data import loading
 from backfold.data.source import BrokenFiles, ImageSource
 from backfold.data.stream import StreamBatches
+from backfold.embedding import embed_batches
 from backfold.errors import UserError
 from backfold.files import write_atomically, write_json
 from backfold.memory import keep_freed_memory, memory_advice
@@ -85,7 +86,7 @@ def pretrain(
     with signals.stop_requests() as request, ExitStack() as stack:
         try:
             # What can be refused is refused before the folder is touched.
-            run.check_available(config.out, resume=resume, overwrite=overwrite)
+            run.check_available(config.out, resume=resume, overwrite=overwrite, data=config.data)
             log.check_loggers(config.loggers)
             with log.log_to(None, console) as messages, request.at_once(), memory_advice():
                 made = Run(config, command, resume, source, request)
@@ -169,6 +170,10 @@ class Run:
         self.tasks = used_tasks(config, self.images.channels)
         self._place()
         self.held_out = load_held_out(self.images, self.image_size, self.fabric.device, self.broken)
+        # What can't be watched is refused before anything is written.
+        embed_batches(
+            self.energy.backbone, [self.held_out.images[:2]], config.embedding, self.fabric.device
+        )
         self._calibrate()
         tried = task(self.held_out.images[:2], torch.Generator(self.fabric.device).manual_seed(0))
         freeze_unreachable(self.energy, tried.corrupted, config.plausibility_weight, tried.running)
@@ -203,13 +208,16 @@ class Run:
                         f"plausibility_weight {config.plausibility_weight:g} needs the dense "
                         "energy; give --energy dense, or no weight"
                     )
-                check_conditional(backbone, config.hidden_blocks)
+                check_conditional(backbone)
                 config.energy = "conditional"
+                check_conditional(backbone, config.hidden_blocks)
                 return tried()
             except UserError as error:
-                if asked == "conditional":
+                is_setting = config.energy == "conditional"  # and not the backbone, that unfits
+                if asked == "conditional" or (is_setting and config.hidden_blocks != 1):
                     raise
-                LOGGER.info("training the dense energy: %s", error)
+                level = logging.WARNING if is_setting else logging.INFO
+                LOGGER.log(level, "training the dense energy, whose steps cost more: %s", error)
         config.energy = "dense"
         self.energy.second_head = self.energy.projector = None
         if config.invariance:

@@ -74,9 +74,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write_atomically(path, save(plain))
 
 
-def check_available(root: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse, without touching anything, a folder that a run could not claim."""
-    folder = RunFolder(root)
+def check_available(
+    root: Path, *, resume: bool, overwrite: bool, data: str | Path | None = None
+) -> None:
+    """Refuse, without touching anything, a folder that a run could not claim.
+
+    One below the ``data`` would add the run's pictures to them.
+    """
+    folder, where = RunFolder(root), root.resolve()
+    if data is not None and Path(data).resolve() in (where, *where.parents) and not resume:
+        raise UserError(f"{root} lies among the images, in {data}; choose another --out")
     if resume and not folder.config.exists():
         raise UserError(f"{root} holds no run to resume; check --out or leave --resume out")
     if root.exists() and not root.is_dir():
