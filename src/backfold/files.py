@@ -1,5 +1,6 @@
 """Files that are whole at every moment, and folders that one process at a time writes to."""
 
+import errno
 import fcntl
 import json
 import os
@@ -11,6 +12,7 @@ from typing import Any
 from backfold.errors import UserError
 
 LOCK = ".lock"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def refuse_missing_run(path: Path) -> None:
@@ -39,8 +41,9 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
         if not isinstance(error, OSError):
             raise
+        free = "free space or " if error.errno in FULL else ""
         raise UserError(
-            f"can't write {path}: {error.strerror or error}; free space or choose another --out"
+            f"can't write {path}: {error.strerror or error}; {free}choose another --out"
         ) from error
 
 

@@ -114,6 +114,7 @@ def test_without_a_run_there_is_nothing_to_work_on(refused, tmp_path, monkeypatc
         ("score --part-size=0", ["part_size is 0; give 1 or more"]),
         ("score --seed=-1", ["seed is -1"]),
         ("evaluate --num-workers=-1", ["num_workers is -1"]),
+        (f"evaluate --out={__file__}", [__file__, "a file; give a folder"]),
         ("score --usual-images=-1", ["usual_images is -1"]),
         ("score --usual-images=5", ["5 usual images; give 8 or more"]),
         ("score --usual-images=0 --maps=maps", ["maps need usual images"]),

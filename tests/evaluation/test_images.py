@@ -86,7 +86,8 @@ def test_folders_within_each_other_have_a_caveat(tmp_path, caplog):
 def test_draws_hold_so_many_images_of_every_class(count):
     labels = torch.tensor([4] * 15 + [0] * 195 + [7] * 250)
     fit = torch.arange(460)[torch.arange(460) % 7 != 3]
-    parts = Parts(SimpleNamespace(labels=labels), None, fit, None)
+    source = SimpleNamespace(class_names=[*"abcdefgh"])
+    parts = Parts(SimpleNamespace(labels=labels, source=source), None, fit, None)
     first, *others = parts.draws(count, 3, 2)
     assert torch.equal(first, fit[torch.isin(fit, first)])  # rising
     for label in (0, 4, 7):  # half up, one at least
@@ -94,7 +95,7 @@ def test_draws_hold_so_many_images_of_every_class(count):
         assert drawn == (7 if count == 7 else max(1, int(count * members + 0.5)))
     assert torch.equal(parts.draws(count, 1, 2)[0], first)
     assert not any(torch.equal(each, first) for each in (*others, *parts.draws(count, 1, 3)))
-    with pytest.raises(UserError, match=r"class 4 has 1\d images .* than the 16 labels a class"):
+    with pytest.raises(UserError, match=r"class e has 1\d images .* than the 16 labels a class"):
         parts.draws(16, 3, 2)
     assert torch.equal(parts.draws(None, 3, 2)[0], fit)
 

@@ -312,6 +312,8 @@ def evaluate_each(settings: EvaluateSettings) -> Iterator[list[Row]]:
     if subject.folder and settings.weights is not None:
         LOGGER.warning(f"weights has no effect on {subject.name}, which has its own")
     out = subject.folder if settings.out is None else Path(settings.out)
+    if out is not None and out.is_file():
+        raise UserError(f"out is {out}, a file; give a folder")
     if out is None:
         LOGGER.info(f"no rows are written: {subject.name} lies in no run's folder; give out")
     for name in names:

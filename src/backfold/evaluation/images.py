@@ -128,9 +128,10 @@ class Parts:
             share = math.floor(count * len(members) + 0.5)
             size = max(1, share) if isinstance(count, float) else count
             if size > len(members):
+                name = self.train.source.class_names[label]
                 raise UserError(
-                    f"class {label} has {len(members)} images to learn from beside those that "
-                    f"choices are made on, fewer than the {count} labels a class; ask for "
+                    f"class {name} has {len(members)} images to learn from, beside those "
+                    f"that choices are made on, fewer than the {count} labels a class; ask for "
                     f"{len(members)} or fewer, or add images"
                 )
             found.append([each.choice(members, size, replace=False) for each in generators])
