@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
@@ -27,7 +28,6 @@ from pyarrow import csv, parquet
 from torch import Tensor
 
 from backfold.backbone import check_image_size
-from backfold.cli.commands import StatsSettings
 from backfold.cli.inference import ScoreSettings, run_score
 from backfold.data.decode import as_float
 from backfold.data.files import IN_MEMORY
@@ -37,7 +37,7 @@ from backfold.data.open import open_source
 from backfold.data.survey import Survey, survey
 from backfold.defects import DefectFinder
 from backfold.embedding import EmbeddingChoice, embed
-from backfold.errors import UserError
+from backfold.errors import UserError, at_least, check_ranges, not_negative
 from backfold.exporting.export import Format, export_run
 from backfold.inference.jobs import USUAL_BATCH, find_defects, open_data, usual_finder
 from backfold.inference.restored import new_images, read_images
@@ -366,7 +366,8 @@ def stats(
     seed: int = 0,
 ) -> Survey:
     """What a data set looks like; see `backfold.cli.commands.StatsSettings`."""
-    StatsSettings(channels=channels, max_images=max_images, seed=seed)  # refuses what can't be
+    given = SimpleNamespace(channels=channels, max_images=max_images, seed=seed)
+    check_ranges(given, [at_least(1, "channels max_images"), not_negative("seed")])
     return survey(open_source(data, "train"), channels, max_images, seed, default_workers())
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from backfold.errors import UserError
 
 LOCK = ".lock"
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def refuse_missing_run(path: Path) -> None:
