@@ -56,6 +56,8 @@ def test_broken_files_are_skipped_and_named_until_there_are_too_many(
         ("--hidden-blocks=9", ("hidden_blocks is 9; give 1 to 1",)),
         ("--embedding.layer=-9", ("can't give layer -9",)),
         ("--data=x/nope.parquet", ("x/nope.parquet does not exist",)),
+        ("--tasks.masking.mask-ration=1", ("mask_ration' is no option", "masking.mask-ratio")),
+        ("photos", ("'photos' is no option, and none takes it",)),
         ("--data", ("--data", "expected one argument", "--help all")),
         ("--compile=maybe", ("--compile: Expected bool, Literal['auto']. Got value: maybe",)),
         ("--loggers=wandb", ("--loggers: Expected a list. Got value: wandb; write '[wandb]'",)),

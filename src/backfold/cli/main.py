@@ -186,7 +186,7 @@ def _run(argv: list[str]) -> None:
     if name in OPTIONS:
         arguments = [*_base_config(name, options), *arguments, *_mixture(options)]
     parser, settings = build_parser(name), _settings(name)
-    given = parser.instantiate(parser.parse_args(arguments))
+    given = _parsed(parser, name, arguments)
     values = {field.name: given[field.name] for field in dataclasses.fields(settings)}
     module = settings.__module__ if ".cli." in settings.__module__ else "backfold.cli.commands"
     run = getattr(import_module(module), f"run_{name}")
@@ -196,6 +196,21 @@ def _run(argv: list[str]) -> None:
         run(settings(**values), line)
     else:
         run(settings(**values))
+
+
+def _parsed(parser: Parser, name: str, arguments: list[str]) -> Any:
+    """What is given; an option that is none is named with the nearest one."""
+    try:
+        return parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        unknown = re.search(r"[Uu]nrecognized arguments: ([^\s=]+)", str(error))
+        if unknown is None:
+            raise
+        known = [option for option in parser._option_string_actions if option.startswith("--")]
+        nearest = difflib.get_close_matches(unknown[1], known, n=1)
+        hint = f"nearest: {_dashed(nearest[0])}; " if nearest else ""
+        said = f"{unknown[1]!r} is no option, and none takes it; {hint}see `{_help(name)}`"
+        raise UserError(said) from error
 
 
 def _settings(name: str) -> Any:
