@@ -44,6 +44,11 @@ def at_least(least: int, names: str) -> Range:
     return names, lambda value: value >= least, f"{least} or more"
 
 
+def fraction(names: str) -> Range:
+    """A part of something, of nothing to all."""
+    return names, lambda value: 0 <= value <= 1, "a share of 0 to 1"
+
+
 def share(names: str) -> Range:
     """A part of something, which is not nothing."""
     return names, lambda value: 0 < value <= 1, "a share above 0 and at most 1"

@@ -63,7 +63,7 @@ def test_hugging_face_layout(tmp_path, few):
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     images = [{"bytes": content, "path": f"{n}.png"} for n, content in enumerate(few)]
     columns = {"image": images, "kind": [1, 0, 0, 1, 1], "label": [2] * 5}
-    source = open_parquet(write_table(tmp_path / "x.parquet", columns, metadata))
+    source = open_parquet([write_table(tmp_path / "x.parquet", columns, metadata)])
     assert torch.equal(source.read(3), decode(few[3]))
     assert source.labels.tolist() == [1, 0, 0, 1, 1]
     assert source.class_names == ("cat", "dog")
@@ -95,14 +95,14 @@ def test_several_files_and_row_groups(tmp_path, few, kind):
 @pytest.mark.parametrize("labels", [["a", "b", "c", "d", "e"], [0, 1, None, 2, 0], [-1] * 5])
 def test_labels_must_be_counting_numbers_where_they_are_asked_for(tmp_path, few, labels):
     path = write_table(tmp_path / "x.parquet", {"image": few, "label": labels})
-    assert open_parquet(path, labelled=False).labels is None
+    assert open_parquet([path], labelled=False).labels is None
     with pytest.raises(UserError, match=r"`label` is .* or has nulls or .*give integers from 0"):
-        open_parquet(path)
+        open_parquet([path])
 
 
 def test_files_and_rows_without_a_readable_image_are_broken(tmp_path, few):
     path = write_table(tmp_path / "x.parquet", {"image": [few[0], None, b"nonsense"]})
-    rows = open_parquet(path)
+    rows = open_parquet([path])
     assert (rows.labels, rows.class_names) == (None, ())
     for name, content in (("1.png", few[0]), ("2.png", few[1]), ("3.png", b"nonsense")):
         (tmp_path / name).write_bytes(content)
@@ -130,7 +130,7 @@ def test_wrong_files_are_the_users_error(tmp_path, users_error, columns, message
         path.write_bytes(b"this is not parquet\n" * 10)
     else:
         write_table(path, columns)
-    assert message in users_error(lambda: open_parquet(path))
+    assert message in users_error(lambda: open_parquet([path]))
 
 
 def write(path, members, mode="w"):

@@ -67,6 +67,16 @@ def test_a_whole_run_has_every_section_with_its_words_pictures_and_notes(whole, 
     assert text(found[titles[0]].find(".//tbody/tr")).startswith("all labels81.2 ± 1.2")
 
 
+def test_each_data_set_has_a_section_of_its_own(tmp_path):
+    folder = write_run(tmp_path / "run", parts=False)
+    rows = [Row("knn", "all labels", "pixels", "accuracy (%)", 50.0, 1.0, 1, each) for each in "ab"]
+    write_rows(folder / "evaluation.json", rows)
+    shown = [text(part) for part in page_of(folder).iter("section")]
+    shown = [words for words in shown if words.startswith(ABOUT["knn"].title)]
+    assert [words.count("Measured on a.") for words in shown] == [1, 0]
+    assert [words.count("Measured on b.") for words in shown] == [0, 1]
+
+
 def test_a_bare_folder_says_what_is_missing_and_how_to_make_it(tmp_path):
     folder = write_run(tmp_path / "a bare run", parts=False, facts={"steps": 900})
     page = page_of(folder)

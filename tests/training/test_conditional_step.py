@@ -249,6 +249,9 @@ def test_what_it_can_t_do_is_dense_and_refused_where_it_is_asked_for(
         settings = load_checkpoint(folder.last_checkpoint)["config"]
         assert (settings["energy"], settings["invariance"]) == ("dense", 0.0)
         assert "invariance has no effect on the dense energy" in folder.log.read_text()
+        # What settings do to a backbone that could, is to be seen.
+        level = "INFO" if "plausibility_weight" in changes else "WARNING"
+        assert f"{level} training the dense energy, whose steps cost more" in folder.log.read_text()
     with pytest.raises(UserError, match=reason):
         pretrain(tiny(out=tmp_path / "asked", energy="conditional", **changes), console=quiet)
     assert not (tmp_path / "asked").exists()

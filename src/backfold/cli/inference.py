@@ -76,7 +76,6 @@ class InferenceSettings:
 
     def __post_init__(self) -> None:
         check_ranges(self, [not_negative("num_workers"), at_least(1, "batch_size part_size")])
-        self.checkpoint = Path(self.checkpoint)
 
 
 @dataclass

@@ -154,7 +154,7 @@ class TableSource(EncodedSource):
 
 
 def open_parquet(
-    files: Path | Sequence[Path],
+    files: Sequence[Path],
     labelled: bool = True,
     max_pixels: int = MAX_PIXELS,
     column: str | None = None,
@@ -163,7 +163,6 @@ def open_parquet(
 
     Files that are none, and labels that are no integers from 0, are a `UserError` too.
     """
-    files = [files] if isinstance(files, Path) else files
     name = first_and_more(files)
     try:
         found = ds.dataset([str(file) for file in files], format="parquet")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from backfold.errors import UserError, at_least, check_ranges, share
+from backfold.errors import UserError, at_least, check_ranges, fraction, share
 from backfold.pretext.corruption import (
     Corruption,
     RunningSquares,
@@ -69,7 +69,7 @@ class Masking:
             ("mask_ratio", lambda ratio: 0 < ratio < 1, "a share above 0 and below 1"),
             at_least(1, "mask_patch_size"),
             share("hidden_share"),
-            ("normalised_share", lambda part: 0 <= part <= 1, "a share of 0 to 1"),
+            fraction("normalised_share"),
         )
         check_ranges(self, ranges)
         if self.fill not in get_args(Fill):

@@ -14,7 +14,7 @@ from backfold.backbone import ImageSize
 from backfold.data.augmentation import Augmentation
 from backfold.data.decode import MAX_PIXELS
 from backfold.embedding import EmbeddingChoice
-from backfold.errors import UserError, at_least, check_ranges, not_negative, positive
+from backfold.errors import UserError, at_least, check_ranges, fraction, not_negative, positive
 from backfold.pretext.corruption import Identity, PretextTask
 from backfold.pretext.hidden import HiddenPatches
 from backfold.pretext.masking import Masking
@@ -36,7 +36,7 @@ RANGES = (
     at_least(1, "max_steps micro_batch prefetch keep_checkpoints max_pixels stream_images"),
     at_least(1, "num_nodes channels"),
     not_negative("seed num_workers invariance plausibility_weight checkpoint_minutes"),
-    ("max_broken_share", lambda share: 0 <= share <= 1, "a share of 0 to 1"),
+    fraction("max_broken_share"),
 )
 LoggerName = Literal["wandb", "mlflow"]
 
@@ -92,7 +92,7 @@ class OptimizerSettings:
         ranges = (
             positive("base_lr"),
             not_negative("weight_decay warmup_epochs max_gradient_norm"),
-            ("final_lr_share", lambda share: 0 <= share <= 1, "a share of 0 to 1"),
+            fraction("final_lr_share"),
             ("betas", lambda betas: all(0 <= beta < 1 for beta in betas), "two of 0 to below 1"),
         )
         check_ranges(self, ranges)

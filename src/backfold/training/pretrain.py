@@ -213,10 +213,10 @@ class Run:
                 check_conditional(backbone, config.hidden_blocks)
                 return tried()
             except UserError as error:
-                is_setting = config.energy == "conditional"  # and not the backbone, that unfits
-                if asked == "conditional" or (is_setting and config.hidden_blocks != 1):
+                by_settings = config.energy == "conditional"  # the backbone alone could
+                if asked == "conditional" or (by_settings and config.hidden_blocks != 1):
                     raise
-                level = logging.WARNING if is_setting else logging.INFO
+                level = logging.WARNING if by_settings else logging.INFO
                 LOGGER.log(level, "training the dense energy, whose steps cost more: %s", error)
         config.energy = "dense"
         self.energy.second_head = self.energy.projector = None
