@@ -154,7 +154,7 @@ def seal_tar(data):
     ("make", "open_damaged", "mend"),
     [
         (make_tar, lambda path: TarSource([path], labelled=True), seal_tar),
-        (make_parquet, open_parquet, bytes),
+        (make_parquet, lambda path: open_parquet([path]), bytes),
     ],
 )
 def test_damaged_containers(tmp_path, make, open_damaged, mend):
