@@ -92,22 +92,23 @@ def test_the_table_is_of_each_method_over_seeds(tmp_path, settings, monkeypatch)
     """Means and deviations by hand; a second call reads what the first has written."""
     truth = {("untrained", 0): 20.0, ("untrained", 1): 22.0, ("mae", 0): 30.0, ("mae", 1): 34.0}
 
-    def rows(backbone, **_):
-        return [Row("knn", "all labels", race.PRETRAINED, race.ACCURACY, backbone, 0.0, 1)]
+    def rows(backbone, labels=None, **_):
+        found = ("finetune", backbone + 10) if labels else ("knn", backbone)
+        return [Row(found[0], "all labels", race.PRETRAINED, race.ACCURACY, found[1], 0.0, 1)]
 
     monkeypatch.setattr(race, "train", lambda cell, *_: truth[cell.method, cell.seed])
     monkeypatch.setattr(race.backfold, "evaluate", rows)
     monkeypatch.setattr(race, "decoded", lambda _: [(torch.zeros(1, 28, 28),)])
     monkeypatch.setattr(race, "open_source", lambda *_: None)
-    given = (["untrained", "mae"], [0, 1], [1e-3], settings, tmp_path)
+    given = (["untrained", "mae"], [0, 1], [1e-3], settings, tmp_path, None, "100")
     found = race.race(*given)
     monkeypatch.setattr(race, "train", None)
     assert race.race(*given) == json.loads(json.dumps(found))
     race.write_table(found, tmp_path)
     text = (tmp_path / "race.md").read_text()
-    assert "| untrained | 0.001 | 2 | 21.0 ± 1.4 |" in text
+    assert "| untrained | 0.001 | 2 | 21.0 ± 1.4 | 31.0 ± 1.4 |" in text
     line = "MAE (transformers), 100 epochs, batches of 16"
-    assert f"| {line} | 0.001 | 2 | 32.0 ± 2.8 |" in text
+    assert f"| {line} | 0.001 | 2 | 32.0 ± 2.8 | 42.0 ± 2.8 |" in text
     swapped = {"untrained": "mae", "mae": "untrained"}
     bent = [row | {"method": swapped[row["method"]]} for row in found]
     assert race.summary(bent)["untrained"] == race.summary(found)[line]

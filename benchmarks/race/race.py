@@ -4,11 +4,12 @@
 
 Every method is trained with each learning rate from the first seed, and judged by linear probes on
 validation images ("layers"). With its best rate it is then trained from every seed and judged on
-the test images, once. Each cell leaves a file of JSON lines; what is there is not done again, and a
-training that was cut goes on. Small models wait for the host of a GPU (37 ms a step of any batch on
-one H200, whatever ran beside it): start many races beside each other, each with other --methods or
---seeds, best under `nvidia-cuda-mps-control -d`, with `--crops-on-device --compile false` and large
-batches (15 at once compiled nothing in 90 s on 16 cores).
+the test images, once; with --finetune also after fine-tuning, on three draws of labels. Each cell
+leaves a file of JSON lines; what is there is not done again, and a training that was cut goes on.
+Small models wait for the host of a GPU (37 ms a step of any batch on one H200, whatever ran beside
+it): start many races beside each other, each with other --methods or --seeds, best under
+`nvidia-cuda-mps-control -d`, with `--crops-on-device --compile false` and large batches (15 at once
+compiled nothing in 90 s on 16 cores).
 
 Writes race.md and race.svg of all test rows in `--out`, of shorter schedules, too. Needs `pip
 install backfold[benchmarks]`.
@@ -21,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,12 +74,14 @@ TITLES = {
     "simclr": "SimCLR (lightly)",
     "vicreg": "VICReg (lightly)",
 }
-VALIDATION, TEST = "validation", "test"
-PROTOCOLS = {VALIDATION: ["layers"], TEST: ["knn", "linear"]}
+VALIDATION, TEST, FINETUNED = "validation", "test", "finetuned"
+PROTOCOLS = {VALIDATION: ["layers"], TEST: ["knn", "linear"], FINETUNED: ["finetune"]}
+TESTS = [TEST, FINETUNED]
+DRAWS = 3  # of the labels to fine-tune with
 
 
 class Cell(NamedTuple):
-    """A trained backbone and what it is judged on: ``part`` is "validation" or "test"."""
+    """A trained backbone and what it is judged on: ``part`` is a key of PROTOCOLS."""
 
     method: str
     seed: int
@@ -126,7 +129,12 @@ def train(cell: Cell, common: PretrainConfig, data: TensorDataset, runs: Path) -
 
 
 def judge(
-    cell: Cell, common: PretrainConfig, data: TensorDataset, out: Path, labelled: int | None
+    cell: Cell,
+    common: PretrainConfig,
+    data: TensorDataset,
+    out: Path,
+    labelled: int | None,
+    finetune: str | None = None,
 ) -> list[dict[str, Any]]:
     """The cell's rows: read if they are there, else found and written."""
     path = out / cell.file
@@ -135,10 +143,11 @@ def judge(
     begun = time.monotonic()
     backbone = train(cell, common, data, out / "runs")
     seconds = time.monotonic() - begun  # of a run that was cut, those since it went on
+    few = {"labels": finetune, "draws": DRAWS} if cell.part == FINETUNED else {}
     found = backfold.evaluate(
         backbone, data=common.data, protocols=PROTOCOLS[cell.part], channels=common.channels,
         image_size=common.image_size, accelerator=common.accelerator,
-        num_workers=common.num_workers, train_images=labelled,
+        num_workers=common.num_workers, train_images=labelled, **few,
     )  # fmt: skip
     rows = [{**cell._asdict(), "seconds": seconds, **asdict(row)} for row in found]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -164,10 +173,12 @@ def race(
     common: PretrainConfig,
     out: Path,
     labelled: int | None = None,
+    finetune: str | None = None,
 ) -> list[dict[str, Any]]:
     """All test rows; each cell is done once, whatever was cut before.
 
-    So many labelled images are judged with; None takes all.
+    So many labelled images are judged with; None takes all. ``finetune`` is `evaluate`'s
+    ``labels`` to fine-tune with; None leaves it out.
     """
     data = decoded(open_source(common.data, "train"))
     common = replace(common, channels=len(data[0][0]))
@@ -179,9 +190,9 @@ def race(
             cells = [Cell(method, seeds[0], rate, epochs, VALIDATION, *own) for rate in rates]
             judged = [judge(cell, common, data, out, labelled) for cell in cells]
             rate = best_rate(list(chain.from_iterable(judged)))
-        for seed in seeds:
-            cell = Cell(method, seed, rate, epochs, TEST, *own)
-            rows += judge(cell, common, data, out, labelled)
+        for seed, part in product(seeds, TESTS if finetune else [TEST]):
+            cell = Cell(method, seed, rate, epochs, part, *own)
+            rows += judge(cell, common, data, out, labelled, finetune)
     return rows
 
 
@@ -265,6 +276,7 @@ def main() -> None:
     parser.add_argument("--crops-on-device", action="store_true", help="of uint8 square images")
     parser.add_argument("--compile", choices=["auto", "false"], default="auto")
     parser.add_argument("--labelled", type=int, help="training images to judge with; none: all")
+    parser.add_argument("--finetune", help="labels a class to fine-tune with, such as 100")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "race")
     options = parser.parse_args()
@@ -287,9 +299,9 @@ def main() -> None:
         tasks=TaskSettings(masking=Masking(mask_patch_size=options.patch)),
         optimizer=OptimizerSettings(), augmentation=Augmentation(crop_scale=(options.crop, 1.0)),
     )  # fmt: skip
-    methods, labelled = options.methods, options.labelled
-    race(methods, options.seeds, options.rates, common, options.out, labelled)
-    tested = sorted(options.out.glob(f"*-{TEST}.jsonl"))
+    labels = (options.labelled, options.finetune)
+    race(options.methods, options.seeds, options.rates, common, options.out, *labels)
+    tested = sorted(chain.from_iterable(options.out.glob(f"*-{part}.jsonl") for part in TESTS))
     lines = chain.from_iterable(path.read_text().splitlines() for path in tested)
     write_table([json.loads(line) for line in lines], options.out)
 
