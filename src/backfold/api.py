@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
@@ -34,10 +33,10 @@ from backfold.data.files import IN_MEMORY
 from backfold.data.formats import MapDataset
 from backfold.data.loading import default_workers
 from backfold.data.open import open_source
-from backfold.data.survey import Survey, survey
+from backfold.data.survey import StatsSettings, Survey, survey
 from backfold.defects import DefectFinder
 from backfold.embedding import EmbeddingChoice, embed
-from backfold.errors import UserError, at_least, check_ranges, not_negative
+from backfold.errors import UserError
 from backfold.exporting.export import Format, export_run
 from backfold.inference.jobs import USUAL_BATCH, find_defects, open_data, usual_finder
 from backfold.inference.restored import new_images, read_images
@@ -365,9 +364,8 @@ def stats(
     max_images: int | None = None,
     seed: int = 0,
 ) -> Survey:
-    """What a data set looks like; see `backfold.cli.commands.StatsSettings`."""
-    given = SimpleNamespace(channels=channels, max_images=max_images, seed=seed)
-    check_ranges(given, [at_least(1, "channels max_images"), not_negative("seed")])
+    """What a data set looks like; see `backfold.data.survey.StatsSettings`."""
+    _ = StatsSettings(channels=channels, max_images=max_images, seed=seed)  # raises
     return survey(open_source(data, "train"), channels, max_images, seed, default_workers())
 
 

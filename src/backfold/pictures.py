@@ -16,6 +16,7 @@ from backfold.data.statistics import ChannelStatistics
 SMALLEST_SIDE = 112
 LEAST_RANGE = 0.5
 HOTTEST = 6.0  # deviations from usual images' pixels; whatever is above has the same colour
+HEAT = colormaps["inferno"]
 COVER = 0.75  # of the picture, where it is hottest
 
 
@@ -65,7 +66,7 @@ def heat_png(image: Tensor, found: Tensor, statistics: ChannelStatistics) -> byt
     shown = to_display(image[None], statistics)
     level = (found / HOTTEST).clamp(0, 1)[None]
     level = F.interpolate(level, shown.shape[2:], mode="nearest-exact")[0]
-    colours = torch.from_numpy(colormaps["inferno"](level[0].numpy())[..., :3]).permute(2, 0, 1)
+    colours = torch.from_numpy(HEAT(level[0].numpy())[..., :3]).permute(2, 0, 1)
     cover = COVER * level
     return png_bytes(to_pil_image((cover * colours + (1 - cover) * shown[0]).float()))
 

@@ -17,9 +17,9 @@ import yaml
 
 from backfold import Backfold
 from backfold.cli.inference import ScoreSettings
-from backfold.cli.main import COMMANDS, main, recipe_names
+from backfold.cli.main import COMMANDS, main, recipe_names, recipe_path
 from backfold.evaluation.evaluate import EvaluateSettings
-from backfold.training.config import PretrainConfig
+from backfold.training.config import PretrainConfig, config_from_dict
 from backfold.training.run import RunFolder, load_pretrained
 from backfold.version import __version__
 
@@ -97,6 +97,10 @@ def help_text(capsys, *command):
     return capsys.readouterr().out
 
 
+def demo_settings():
+    return {**yaml.safe_load(recipe_path("demo").read_text()), "out": "runs/demo"}
+
+
 def option_names(settings, prefix="--"):
     """Options of all settings, with dots where they are nested, and their defaults."""
     for field in dataclasses.fields(settings):
@@ -110,7 +114,7 @@ def option_names(settings, prefix="--"):
     ("command", "settings"),
     [
         ("pretrain", PretrainConfig()),
-        ("demo", PretrainConfig()),
+        ("demo", config_from_dict(demo_settings())),
         ("evaluate", EvaluateSettings(None)),
         ("score", ScoreSettings()),
     ],

@@ -14,11 +14,10 @@ from rich.table import Table
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from backfold.data.decode import MAX_PIXELS
 from backfold.data.loading import default_workers
 from backfold.data.open import open_source
-from backfold.data.survey import survey
-from backfold.errors import UserError, at_least, check_ranges, not_negative, positive
+from backfold.data.survey import StatsSettings, survey
+from backfold.errors import UserError, check_ranges, not_negative, positive
 from backfold.evaluation.evaluate import EvaluateSettings, evaluate_each
 from backfold.evaluation.results import ABOUT, Row, tables_of
 from backfold.exporting.export import Format, export_run
@@ -126,33 +125,6 @@ class ExportSettings:
     format: Format = "timm"
     out: Path = Path("exported")
     overwrite: bool = False
-
-
-@dataclass
-class StatsSettings:
-    """How `backfold stats` looks at a data set.
-
-    Args:
-        data: as pretrain takes it; its training split is looked at.
-        channels: that mean and deviation are of; none takes the most common count.
-        max_images: look at a random sample of this size; none looks at all.
-        max_pixels: larger images are broken.
-        num_workers: processes that read images; none takes up to 8, one core left free.
-        seed: of the sample.
-        out: a JSON file for what was found; none writes none.
-    """
-
-    data: str | None = None
-    channels: int | None = None
-    max_images: int | None = None
-    max_pixels: int = MAX_PIXELS
-    num_workers: int | None = None
-    seed: int = 0
-    out: Path | None = None
-
-    def __post_init__(self) -> None:
-        counts = at_least(1, "channels max_images max_pixels")
-        check_ranges(self, (counts, not_negative("seed num_workers")))
 
 
 def run_pretrain(config: PretrainConfig, resume: bool, overwrite: bool, command: str) -> None:

@@ -78,7 +78,7 @@ COMMANDS = {
     ),
     "embed": Command("write a vector for every image", "cli.inference.EmbedSettings"),
     "score": Command("write how strange every image is, and where", "cli.inference.ScoreSettings"),
-    "stats": Command("say what a data set looks like", "cli.commands.StatsSettings"),
+    "stats": Command("say what a data set looks like", "data.survey.StatsSettings"),
 }
 # Further options than their settings.
 OPTIONS = {
@@ -247,6 +247,9 @@ def build_parser(name: str, *, usual: bool = False) -> Parser:
         default = getattr(settings, field, [])
         nargs = "?" if default else "*"
         parser.add_argument(field, type=Path, nargs=nargs, default=default, help=text)
+    if name == "demo":
+        recipe = parser.parse_args([f"--config={recipe_path(name)}", "--out=runs/demo"])
+        parser.set_defaults({key: value for key, value in recipe.items() if key != "config"})
     if usual and name in OPTIONS:
         for group in parser._action_groups:
             for action in group._group_actions:
@@ -286,14 +289,12 @@ def _base_config(name: str, options: Mapping[str, str]) -> list[str]:
             raise UserError(f"{path} is no YAML: {error}; mend it") from error
         if not isinstance(content, dict):
             raise UserError(f"{path} holds no settings; give lines such as `batch_size: 64`")
-    if name == "demo":
-        return [f"--config={recipe_path('demo')}", "--out=runs/demo"]
     if "resume" in options:
         config = Path(options.get("out", "runs/pretrain"), "config.yaml")
         return [f"--config={config}"] if config.is_file() else []
     if "recipe" in options:
         return [f"--config={recipe_path(options['recipe'])}"]
-    if not options.keys() & {"config", "data", "backbone"}:
+    if name != "demo" and not options.keys() & {"config", "data", "backbone"}:
         print(
             "no --data and no --backbone: the demo's recipe on the embedded images", file=sys.stderr
         )

@@ -5,18 +5,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from backfold.data.decode import Decoded, as_float, examine, to_channels
+from backfold.data.decode import MAX_PIXELS, Decoded, as_float, examine, to_channels
 from backfold.data.isolation import IMAGE_SECONDS, Expendable
 from backfold.data.loading import batch_loader, watched
 from backfold.data.source import EncodedSource, ImageSource, spread
 from backfold.data.statistics import ChannelStatistics
-from backfold.errors import BrokenImage, UserError
+from backfold.errors import BrokenImage, UserError, at_least, check_ranges, not_negative
 
 ENOUGH = 1000  # images that tell mean and deviation
 LISTED = 100  # broken files, and groups of duplicates, by name
@@ -24,6 +25,33 @@ BATCH = 16  # images that a worker looks at before it tells of them, and that te
 # One grey level of 8 bits: a channel of bytes with less deviation holds no more than noise.
 STD_FLOOR = 1.0 / 255.0
 CONSTANT = 1e-6  # a deviation below this share of the mean is rounding
+
+
+@dataclass
+class StatsSettings:
+    """How `backfold stats` looks at a data set.
+
+    Args:
+        data: as pretrain takes it; its training split is looked at.
+        channels: that mean and deviation are of; none takes the most common count.
+        max_images: look at a random sample of this size; none looks at all.
+        max_pixels: larger images are broken.
+        num_workers: processes that read images; none takes up to 8, one core left free.
+        seed: of the sample.
+        out: a JSON file for what was found; none writes none.
+    """
+
+    data: str | None = None
+    channels: int | None = None
+    max_images: int | None = None
+    max_pixels: int = MAX_PIXELS
+    num_workers: int | None = None
+    seed: int = 0
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        counts = at_least(1, "channels max_images max_pixels")
+        check_ranges(self, (counts, not_negative("seed num_workers")))
 
 
 @dataclass

@@ -7,13 +7,14 @@ from typing import Any
 
 import pyarrow as pa
 from jinja2 import Environment, PackageLoader
+from matplotlib.colors import to_hex
 from torchvision.transforms.v2.functional import to_pil_image
 
 from backfold.data.loading import evaluation_batches
 from backfold.data.source import ImageSource, SubsetSource
 from backfold.defects import DefectFinder
 from backfold.inference.jobs import INDEX, MAP
-from backfold.pictures import heat_png, to_display
+from backfold.pictures import HEAT, HOTTEST, heat_png, to_display
 from backfold.training.run import Pretrained
 
 TITLES = {
@@ -79,7 +80,8 @@ def render_contact_sheet(
     environment = Environment(loader=PackageLoader("backfold.inference", ""), autoescape=True)
     return environment.get_template("contact_sheet.html.jinja").render(
         title=title, views=views, images=len(source), pictures=pictures, maps=maps,
-        strangest=STRANGEST,
+        strangest=STRANGEST, hottest=HOTTEST,
+        colours=", ".join(to_hex(HEAT(level / 8)) for level in range(9)),
     )  # fmt: skip
 
 
