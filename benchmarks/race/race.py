@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import reduce
 from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,12 +64,20 @@ OURS: dict[str, dict[str, Any]] = {
     "conditional": {},
     "alike": {"invariance": 0.1},
     "dense": {"energy": "dense"},
+    "refined": {"invariance": 0.1},
 }
+# The last epochs of "refined", after a conditional run of all the others.
+REFINING = {
+    "epochs": 4.0, "batch_size": 256, "optimizer.base_lr": 2e-3, "optimizer.warmup_epochs": 0.3,
+    "tasks.masking.mask_ratio": 0.25, "augmentation.color_jitter": 0.4,
+    "augmentation.crop_scale": [0.2, 1.0],
+}  # fmt: skip
 TITLES = {
     "untrained": "untrained",
     "conditional": "Backfold",
     "alike": "Backfold, two crops alike",
     "dense": "Backfold, dense energy",
+    "refined": "Backfold, crops alike in the last 4 epochs",
     "mae": "MAE (transformers)",
     "simmim": "SimMIM (transformers)",
     "simclr": "SimCLR (lightly)",
@@ -116,6 +125,13 @@ def train(cell: Cell, common: PretrainConfig, data: TensorDataset, runs: Path) -
     values |= OURS.get(cell.method, {})
     values["optimizer"]["base_lr"] = cell.rate
     values["augmentation"]["crop_scale"] = [cell.crop, 1.0]
+    if cell.method == "refined":
+        before = cell._replace(method="conditional", epochs=cell.epochs - REFINING["epochs"])
+        train(before, common, data, runs)
+        values["init"] = str(runs / before.run)
+        for name, value in REFINING.items():
+            *groups, last = name.split(".")
+            reduce(dict.__getitem__, groups, values)[last] = value
     settings = config_from_dict(values)
     images = open_images(settings, source=open_source(data, "train"))
     given = (settings.backbone, settings.backbone_options, images, settings)

@@ -34,6 +34,44 @@ def test_half_of_the_images_are_mirrored():
     assert abs(mirrored - 200) < 50  # five standard deviations
 
 
+def test_jittered_colours_are_as_promised():
+    """Each channel is a sum of itself, grey and a constant, whose weights tell the factors."""
+    torch.manual_seed(0)
+    strength, found = 0.4, []
+    augment = Augmenter(Augmentation(False, horizontal_flip=False, color_jitter=strength), (6, 6))
+    image = torch.rand(3, 6, 6)
+    grey = image.mean(dim=0)
+    terms = torch.stack([torch.stack([each, grey, torch.ones(6, 6)], dim=2) for each in image])
+    terms = terms.view(3, 36, 3).double()
+    for _ in range(300):
+        changed = augment(image).double().view(3, 36, 1)
+        weights = torch.linalg.lstsq(terms, changed).solution
+        torch.testing.assert_close(terms @ weights, changed, atol=1e-5, rtol=0)
+        own, of_grey, constant = weights[:, :, 0].unbind(dim=1)
+        gain = own + of_grey + constant / grey.mean()
+        saturation, contrast = own / (own + of_grey), (own + of_grey) / gain
+        assert max(saturation.std(), contrast.std()) < 1e-3
+        assert gain.max() / gain.min() <= (1 + strength / 3) / (1 - strength / 3)
+        found.append([saturation[0], contrast[0], gain.mean()])
+    saturation, contrast, brightness = np.array(found).T
+    coloured = saturation[saturation > 0.1]
+    assert abs(300 - len(coloured) - 300 * strength / 2) < 35  # five standard deviations
+    for factor in (coloured, contrast):
+        assert (factor.min(), factor.max()) == pytest.approx((0.6, 1.4), abs=0.03)
+    assert (brightness.min(), brightness.max()) == pytest.approx((0.6, 1.4), abs=0.15)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 12])
+def test_bytes_of_any_channels_stay_bytes_when_jittered(channels):
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (channels, 8, 8), dtype=torch.uint8)
+    view = Augmenter(Augmentation(False, color_jitter=1.0), (8, 8))(image)
+    assert (view.dtype, view.shape) == (image.dtype, image.shape)
+    assert not torch.equal(view, image)
+    with pytest.raises(UserError, match=r"augmentation.color_jitter is 2; give a share"):
+        Augmentation(color_jitter=2.0)
+
+
 @pytest.mark.parametrize(
     ("size", "target", "inner"),
     [

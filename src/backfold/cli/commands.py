@@ -26,7 +26,13 @@ from backfold.inference import restored
 from backfold.pictures import png_bytes, to_display
 from backfold.reporting.report import write_report
 from backfold.reporting.verdicts import payoff
-from backfold.training.config import PretrainConfig, config_to_dict, task_names, used_tasks
+from backfold.training.config import (
+    PretrainConfig,
+    config_from_dict,
+    config_to_dict,
+    task_names,
+    used_tasks,
+)
 from backfold.training.devices import choose_device
 from backfold.training.log import is_first_process, log_to, progress_bar, terminal
 from backfold.training.pretrain import pretrain
@@ -132,9 +138,10 @@ def run_pretrain(config: PretrainConfig, resume: bool, overwrite: bool, command:
     requeued = was_requeued(config.out)
     checkpoint = RunFolder(config.out).last_checkpoint
     if resume and checkpoint.exists():
-        before, now = load_checkpoint(checkpoint)["config"], config_to_dict(config)
-        # Settings that the run did not know yet have no value of its own.
-        told = [key for key in now if key in before and key not in FREE_ON_RESUME]
+        kept, now = load_checkpoint(checkpoint)["config"], config_to_dict(config)
+        # Settings that the run did not know yet have no value of its own, or the usual one.
+        told = [key for key in now if key in kept and key not in FREE_ON_RESUME]
+        before = config_to_dict(config_from_dict({key: kept[key] for key in told}))
         changed = [key for key in told if before[key] != now[key]]
         if changed:
             raise UserError(

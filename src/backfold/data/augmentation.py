@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from backfold.errors import UserError
+from backfold.errors import UserError, check_ranges, fraction
 
 ImageSize = tuple[int, int]
 CROP_RATIO = (3 / 4, 4 / 3)  # of a crop's aspect to that of the training size
@@ -26,14 +26,17 @@ class Augmentation:
         crop_scale: smallest and largest area of the random part, as shares of the image's area,
             above 0 and at most 1 (default: 0.2 to 1.0).
         horizontal_flip: mirror half of the images, left to right (default: true).
+        color_jitter: how much brightness, contrast, colours and each channel's share may change, 0
+            to 1 (default: 0, not at all).
 
     Raises:
-        UserError: a crop scale outside its range.
+        UserError: a setting outside its range.
     """
 
     random_crop: bool = True
     crop_scale: tuple[float, float] = (0.2, 1.0)
     horizontal_flip: bool = True
+    color_jitter: float = 0.0
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -41,6 +44,7 @@ class Augmentation:
             raise UserError(
                 f"crop_scale is {low:g} to {high:g}; give two rising numbers above 0, at most 1"
             )
+        check_ranges(self, [fraction("color_jitter")], "augmentation.")
 
 
 # Scales each image to cover the size, and cuts out the centre.
@@ -80,7 +84,26 @@ class Augmenter:
             image = cover(image, self._image_size)
         if self._augmentation.horizontal_flip and torch.rand(()).item() < 0.5:
             image = TF.horizontal_flip(image)
-        return image
+        strength = self._augmentation.color_jitter
+        return jittered(image, strength) if strength else image
+
+
+def jittered(image: Tensor, strength: float) -> Tensor:
+    """Saturation, contrast, brightness and channels multiplied by random factors, in this order.
+
+    As torchvision's ColorJitter, but of any number of channels, of which each has its own factor in
+    place of hue. Factors are uniform, 1 - ``strength`` to 1 + ``strength``, those of channels a
+    third as far from 1; ``strength`` / 2 is the share of images that lose all colour, as in SimCLR
+    (Chen et al., ICML 2020, appendix A), where it is 0.2. (channels, height, width); same dtype.
+    """
+    changes = strength * (2 * torch.rand(3 + len(image)) - 1)
+    saturation, contrast, brightness = (1 + changes[:3]).tolist()
+    gains = brightness * (1 + changes[3:] / 3)
+    pixels = image.float()
+    grey = pixels.mean(dim=0, keepdim=True)
+    pixels = torch.lerp(grey, pixels, saturation if torch.rand(()) >= strength / 2 else 0.0)
+    pixels = torch.lerp(grey.mean(), pixels, contrast) * gains[:, None, None]
+    return (pixels if image.is_floating_point() else pixels.clamp(0, 255)).to(image.dtype)
 
 
 def cover(image: Tensor, image_size: ImageSize) -> Tensor:
