@@ -102,8 +102,10 @@ def jittered(image: Tensor, strength: float) -> Tensor:
     pixels = image.float()
     grey = pixels.mean(dim=0, keepdim=True)
     pixels = torch.lerp(grey, pixels, saturation if torch.rand(()) >= strength / 2 else 0.0)
-    pixels = torch.lerp(grey.mean(), pixels, contrast) * gains[:, None, None]
-    return (pixels if image.is_floating_point() else pixels.clamp(0, 255)).to(image.dtype)
+    pixels = gains[:, None, None] * torch.lerp(grey.mean(), pixels, contrast)
+    if not image.is_floating_point():
+        pixels = pixels.clamp(0, 255)
+    return pixels.to(image.dtype)
 
 
 def cover(image: Tensor, image_size: ImageSize) -> Tensor:
