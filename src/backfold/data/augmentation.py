@@ -97,8 +97,8 @@ def jittered(image: Tensor, strength: float) -> Tensor:
     (Chen et al., ICML 2020, appendix A), where it is 0.2. (channels, height, width); same dtype.
     """
     changes = strength * (2 * torch.rand(3 + len(image)) - 1)
-    saturation, contrast, brightness = (1 + changes[:3]).tolist()
-    gains = brightness * (1 + changes[3:] / 3)
+    saturation, contrast, brightness = (1 + float(change) for change in changes[:3])
+    gains: Tensor = brightness * (1 + changes[3:] / 3)
     pixels = image.float()
     grey = pixels.mean(dim=0, keepdim=True)
     pixels = torch.lerp(grey, pixels, saturation if torch.rand(()) >= strength / 2 else 0.0)
