@@ -22,18 +22,19 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from functools import reduce
 from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import backfold
+from backfold.cli.main import recipe_path
 from backfold.data import loading
 from backfold.data.augmentation import Augmentation
 from backfold.data.open import open_source
@@ -64,14 +65,10 @@ OURS: dict[str, dict[str, Any]] = {
     "conditional": {},
     "alike": {"invariance": 0.1},
     "dense": {"energy": "dense"},
-    "refined": {"invariance": 0.1},
+    "refined": {},
 }
 # The last epochs of "refined", after a conditional run of all the others.
-REFINING = {
-    "epochs": 4.0, "batch_size": 256, "optimizer.base_lr": 2e-3, "optimizer.warmup_epochs": 0.3,
-    "tasks.masking.mask_ratio": 0.25, "augmentation.color_jitter": 0.4,
-    "augmentation.crop_scale": [0.2, 1.0],
-}  # fmt: skip
+REFINING = yaml.safe_load(recipe_path("refine").read_text())
 TITLES = {
     "untrained": "untrained",
     "conditional": "Backfold",
@@ -129,9 +126,7 @@ def train(cell: Cell, common: PretrainConfig, data: TensorDataset, runs: Path) -
         before = cell._replace(method="conditional", epochs=cell.epochs - REFINING["epochs"])
         train(before, common, data, runs)
         values["init"] = str(runs / before.run)
-        for name, value in REFINING.items():
-            *groups, last = name.split(".")
-            reduce(dict.__getitem__, groups, values)[last] = value
+        values = merged(values, REFINING)
     settings = config_from_dict(values)
     images = open_images(settings, source=open_source(data, "train"))
     given = (settings.backbone, settings.backbone_options, images, settings)
@@ -142,6 +137,15 @@ def train(cell: Cell, common: PretrainConfig, data: TensorDataset, runs: Path) -
     if cell.method == "untrained":
         return start(*given)
     return importlib.import_module(f"race.{cell.method}").train(*given)
+
+
+def merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Settings, with others in their place, group by group."""
+    both = {
+        name: merged(values[name], other) if isinstance(other, dict) else other
+        for name, other in others.items()
+    }
+    return values | both
 
 
 def judge(

@@ -67,13 +67,18 @@ def test_dashes_underscores_and_printed_settings_can_be_given(tiny, tmp_path, ca
     assert config["watch_labels"] is True
 
 
-def test_flags_override_a_file_and_a_file_overrides_a_recipe(tiny, tmp_path, capsys):
+def test_flags_override_files_and_recipes_of_which_the_later_wins(tiny, tmp_path, capsys):
     settings = tmp_path / "settings.yaml"
     settings.write_text("seed: 7\nnum_steps: 2\n")
     given = ["--recipe=demo", f"--config={settings}", "--num-steps=3", *tiny]
     config = printed_settings(given, capsys)
     found = (config["optimizer"]["base_lr"], config["seed"], config["num_steps"])
     assert found == (8e-3, 7, 3)
+    settings.write_text("tasks: {masking: {mask_ratio: 0.6, mask_patch_size: 5}}\nepochs: 9\n")
+    config = printed_settings(["--epochs=2", "--config", str(settings), "--recipe=refine"], capsys)
+    masking = config["tasks"]["masking"]
+    found = (masking["mask_ratio"], masking["mask_patch_size"], config["epochs"])
+    assert found == (0.25, 5, 2)
     config = printed_settings(["--mixture", "masking=3,sorting=1", *tiny], capsys)
     assert config["pretext"] == "mixture"
     assert config["tasks"]["mixture"] == {"masking": 3, "sorting": 1}

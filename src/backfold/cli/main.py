@@ -184,7 +184,8 @@ def _run(argv: list[str]) -> None:
             options[option] = value if equals or following.startswith("--") else following
     _refuse_early(name, options)
     if name in OPTIONS:
-        arguments = [*_base_config(name, options), *arguments, *_mixture(options)]
+        files, flags = _files_first(arguments)
+        arguments = [*_base_config(name, options), *files, *flags, *_mixture(options)]
     parser, settings = build_parser(name), _settings(name)
     given = _parsed(parser, name, arguments)
     values = {field.name: given[field.name] for field in dataclasses.fields(settings)}
@@ -277,8 +278,21 @@ def recipe_path(name: str) -> Path:
     return RECIPES / f"{name}.yaml"
 
 
+def _files_first(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Configs and recipes in their order, as configs, and all else, which overrides them."""
+    files, flags, rest = [], [], iter(arguments)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        if option not in ("--config", "--recipe"):
+            flags.append(argument)
+            continue
+        value = value if equals else next(rest, "")
+        files.append(f"--config={value if option == '--config' else recipe_path(value)}")
+    return files, flags
+
+
 def _base_config(name: str, options: Mapping[str, str]) -> list[str]:
-    """The config that comes before all flags: the run's own, a recipe, or the demo's."""
+    """The config that comes before all others: the run's own, or the demo's."""
     if "config" in options:
         path = Path(options["config"])
         try:
@@ -292,9 +306,7 @@ def _base_config(name: str, options: Mapping[str, str]) -> list[str]:
     if "resume" in options:
         config = Path(options.get("out", "runs/pretrain"), "config.yaml")
         return [f"--config={config}"] if config.is_file() else []
-    if "recipe" in options:
-        return [f"--config={recipe_path(options['recipe'])}"]
-    if name != "demo" and not options.keys() & {"config", "data", "backbone"}:
+    if name != "demo" and not options.keys() & {"config", "recipe", "data", "backbone"}:
         print(
             "no --data and no --backbone: the demo's recipe on the embedded images", file=sys.stderr
         )
