@@ -7,7 +7,10 @@ from itertools import product
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from torch.nn.functional import interpolate
+from torch.utils.data import TensorDataset
 
 from backfold.data import loading
 from backfold.data.augmentation import Augmentation
@@ -15,8 +18,9 @@ from backfold.data.open import EMBEDDED, open_source
 from backfold.data.source import SubsetSource
 from backfold.errors import UserError
 from backfold.evaluation.results import Row
-from backfold.training.config import OptimizerSettings
+from backfold.training.config import OptimizerSettings, config_from_dict
 from backfold.training.images import open_images
+from backfold.training.run import RunFolder
 from tiny_run import tiny_config
 
 pytest.importorskip("transformers")
@@ -74,6 +78,19 @@ def test_the_masked_autoencoder_s_decoder_knows_where_patches_lie(images, settin
     places = decoder.decoder_pos_embed[0, 1:]
     assert (torch.cdist(places, places) + torch.eye(len(places)) > 0.5).all()
     assert decoder.mask_token.std() > 0.01
+
+
+def test_a_refined_run_goes_on_from_a_conditional_one(settings, tmp_path):
+    given = torch.randint(0, 256, (264, 1, 28, 28), dtype=torch.uint8)  # 256 of them a step
+    cell = race.Cell("refined", 0, 1e-3, 4.5, race.TEST)
+    race.train(cell, settings, TensorDataset(given), tmp_path)
+    cells = (cell, cell._replace(epochs=0.5, method="conditional"))
+    runs = [RunFolder(tmp_path / each.run) for each in cells]
+    refined, before = (config_from_dict(yaml.safe_load(run.config.read_text())) for run in runs)
+    assert (before.epochs, refined.epochs, refined.invariance) == (0.5, 4, 0.1)
+    assert refined.tasks.masking == replace(before.tasks.masking, mask_ratio=0.25)
+    start, end = (load_file(path) for path in (runs[0].initial, runs[1].backbone))
+    assert all(torch.equal(start[name], value) for name, value in end.items())
 
 
 def test_swapped_contenders_and_settings_are_noticed(images, settings):
