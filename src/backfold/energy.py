@@ -154,12 +154,22 @@ class EnergyModel(nn.Module):
         context = visible(self.backbone, images, visible_tokens)
         return partial(self, tokens=tokens, context=context, normalised=normalised)
 
-    def projected(self, context: Context) -> Tensor:
-        """The mean of each image's visible tokens through the projector: (batch, width)."""
+    def projected(
+        self, images: Tensor, tokens: Tensor | None = None, context: Context | None = None
+    ) -> Tensor:
+        """The mean of each image's features through the projector: (batch, width).
+
+        Arguments are those of `forward`; where there is a context, its features are visible ones'.
+        """
         assert self.projector is not None
-        backbone = check_sparse(self.backbone)
-        tokens = backbone.norm(context.tokens)[:, backbone.num_prefix_tokens :]
-        projected: Tensor = self.projector(tokens.mean(dim=1))
+        if context is not None:
+            backbone = check_sparse(self.backbone)
+            features = backbone.norm(context.tokens)[:, backbone.num_prefix_tokens :]
+        elif tokens is not None:
+            features = sparse_feature_map(self.backbone, images, tokens)
+        else:
+            features = feature_map(self.backbone, images)
+        projected: Tensor = self.projector(features.mean(dim=1))
         return projected
 
     @torch.no_grad()

@@ -46,6 +46,7 @@ CASES: dict[str, tuple[PretextTask, dict[str, Any]]] = {
         HiddenPatches((MASKING, SORTING), (2.0, 1.0), MASKING), {"num_steps": 2, "micro_batch": 3}
     ),
     "two views": (HiddenPatches((MASKING,), (1.0,), MASKING), {"invariance": 0.1}),
+    "two dense views": (MASKING, {"invariance": 0.1}),
 }  # fmt: skip
 
 

@@ -120,8 +120,9 @@ class PretrainConfig:
             one where backbone and settings allow it.
         hidden_blocks: how many of the last blocks the conditional energy runs hidden patches
             through, 1 to all.
-        invariance: with the conditional energy, weight of a loss by which two crops of an image
-            embed alike, within each micro-batch; a batch holds half as many images, twice.
+        invariance: weight of a loss by which two crops of an image embed alike, within each
+            micro-batch; a batch holds half as many images, twice. Give an augmentation.color_jitter
+            with it: what crops have alike at once is their colours.
         num_steps: restoration steps K in training.
         step_size: factor of the energy gradient in a restoration step.
         plausibility_weight: of a second loss, by which the energy itself tells clean images from

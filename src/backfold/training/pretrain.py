@@ -219,10 +219,7 @@ class Run:
                 level = logging.WARNING if by_settings else logging.INFO
                 LOGGER.log(level, "training the dense energy, whose steps cost more: %s", error)
         config.energy = "dense"
-        self.energy.second_head = self.energy.projector = None
-        if config.invariance:
-            LOGGER.warning("invariance has no effect on the dense energy")
-            config.invariance = 0.0
+        self.energy.second_head = None
         return tried()
 
     def _place(self) -> None:

@@ -184,7 +184,7 @@ def build_energy(config: PretrainConfig, channels: int) -> EnergyModel:
             channels=channels,
             second_head=config.energy != "dense" and config.tasks.masking.normalised_share > 0,
             hidden_blocks=config.hidden_blocks,
-            projector=config.energy != "dense" and config.invariance > 0,
+            projector=config.invariance > 0,
             backbone_options=config.backbone_options,
             seed=config.seed,
         )

@@ -113,7 +113,8 @@ class RestorationTraining(nn.Module):
         )
         if not self.invariance:
             return found
-        return *found, self.energy.projected(energy.keywords["context"])
+        context = energy.keywords.get("context")
+        return *found, self.energy.projected(images, energy.keywords["tokens"], context)
 
     def forward(self, *given: Tensor) -> Found:
         """As `restore`, compiled where that is asked for; the loss is the whole one."""
