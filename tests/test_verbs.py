@@ -101,6 +101,9 @@ def test_images_in_memory_have_a_limit_too(images, tmp_path):
         backfold.pretrain(images.images, out=tmp_path / "run", max_pixels=100, **SETTINGS)
     with pytest.raises(UserError, match=r"all pixels of 80 images are 0.027"):
         backfold.pretrain(torch.full_like(images.images, 7.0), out=tmp_path / "run", **SETTINGS)
+    jittered = SETTINGS | {"augmentation": {"color_jitter": 0.4}, "out": tmp_path / "run"}
+    with pytest.raises(UserError, match=r"color_jitter is 0.4, .*; it is for values of 0 to 1"):
+        backfold.pretrain(300 + images.images.float(), **jittered)
     with pytest.raises(UserError, match="channels is -1"):
         backfold.stats(images.images, channels=-1)
 

@@ -1,5 +1,8 @@
 """Backfold beside MAE, SimMIM, SimCLR and VICReg: the same start, images, steps and rates for all.
 
+"refined" alone has a last phase, of the recipe `refine`, within as many epochs; its seconds are of
+that phase alone where the first one was there.
+
     python benchmarks/race/race.py --data ../shared/data/cifar10 --epochs 6
 
 Every method is trained with each learning rate from the first seed, and judged by linear probes on
@@ -74,7 +77,7 @@ TITLES = {
     "conditional": "Backfold",
     "alike": "Backfold, two crops alike",
     "dense": "Backfold, dense energy",
-    "refined": "Backfold, crops alike in the last 4 epochs",
+    "refined": f"Backfold, crops alike in the last {REFINING['epochs']} epochs",
     "mae": "MAE (transformers)",
     "simmim": "SimMIM (transformers)",
     "simclr": "SimCLR (lightly)",
@@ -99,7 +102,7 @@ class Cell(NamedTuple):
 
     @property
     def run(self) -> str:
-        """The name of its training, which both parts share."""
+        """The name of its training, which all parts share."""
         other = "" if self.crop == Augmentation().crop_scale[0] else f"-crop{self.crop:g}"
         other += "" if self.batch == Cell._field_defaults["batch"] else f"-batch{self.batch}"
         return f"{self.method}-rate{self.rate:g}-seed{self.seed}-epochs{self.epochs:g}{other}"
@@ -123,6 +126,8 @@ def train(cell: Cell, common: PretrainConfig, data: TensorDataset, runs: Path) -
     values["optimizer"]["base_lr"] = cell.rate
     values["augmentation"]["crop_scale"] = [cell.crop, 1.0]
     if cell.method == "refined":
+        if cell.epochs <= REFINING["epochs"]:
+            raise UserError(f"epochs is {cell.epochs:g}; refined needs over {REFINING['epochs']}")
         before = cell._replace(method="conditional", epochs=cell.epochs - REFINING["epochs"])
         train(before, common, data, runs)
         values["init"] = str(runs / before.run)
@@ -302,6 +307,8 @@ def main() -> None:
     options = parser.parse_args()
     device = choose_device(options.device).type
     if options.crops_on_device:
+        if "refined" in options.methods:
+            parser.error("crops on the device keep their colours; leave refined out")
         loading.BatchDataset = DeviceCrops  # type: ignore[misc]
     # Of all contenders: timm's usual start is too quiet for short runs.
     shape: dict[str, Any] = {"patch_size": options.patch, "weight_init": "jax"}

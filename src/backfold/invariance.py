@@ -17,7 +17,7 @@ SMALLEST_VARIANCE = 1e-4
 
 
 class Projector(nn.Sequential):
-    """Two layers on the mean visible token; they serve the loss and are thrown away."""
+    """Two layers on the mean feature; they serve the loss and are thrown away."""
 
     def __init__(self, num_features: int) -> None:
         # The loss does not see a shift of all embeddings.

@@ -23,6 +23,8 @@ from backfold.training.config import PretrainConfig, config_from_dict
 from backfold.training.run import RunFolder, load_pretrained
 from backfold.version import __version__
 
+DEMO = yaml.safe_load(recipe_path("demo").read_text()) | {"out": "runs/demo"}
+
 
 def test_pretrain_names_the_run_on_stdout(tiny, make_parquet, tmp_path, capsys):
     arguments = ["pretrain", f"--data={make_parquet()}", f"--out={tmp_path / 'a b'}", *tiny]
@@ -77,8 +79,9 @@ def test_flags_override_files_and_recipes_of_which_the_later_wins(tiny, tmp_path
     settings.write_text("tasks: {masking: {mask_ratio: 0.6, mask_patch_size: 5}}\nepochs: 9\n")
     config = printed_settings(["--epochs=2", "--config", str(settings), "--recipe=refine"], capsys)
     masking = config["tasks"]["masking"]
-    found = (masking["mask_ratio"], masking["mask_patch_size"], config["epochs"])
-    assert found == (0.25, 5, 2)
+    assert (masking["mask_ratio"], masking["mask_patch_size"], config["epochs"]) == (0.25, 5, 2)
+    assert main(["pretrain", "--recipe", "--seed=1"]) == main(["pretrain", "--config="]) == 2
+    assert capsys.readouterr().err.count("names nothing; give it") == 2
     config = printed_settings(["--mixture", "masking=3,sorting=1", *tiny], capsys)
     assert config["pretext"] == "mixture"
     assert config["tasks"]["mixture"] == {"masking": 3, "sorting": 1}
@@ -102,10 +105,6 @@ def help_text(capsys, *command):
     return capsys.readouterr().out
 
 
-def demo_settings():
-    return {**yaml.safe_load(recipe_path("demo").read_text()), "out": "runs/demo"}
-
-
 def option_names(settings, prefix="--"):
     """Options of all settings, with dots where they are nested, and their defaults."""
     for field in dataclasses.fields(settings):
@@ -119,7 +118,7 @@ def option_names(settings, prefix="--"):
     ("command", "settings"),
     [
         ("pretrain", PretrainConfig()),
-        ("demo", config_from_dict(demo_settings())),
+        ("demo", config_from_dict(DEMO)),
         ("evaluate", EvaluateSettings(None)),
         ("score", ScoreSettings()),
     ],

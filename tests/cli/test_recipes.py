@@ -39,6 +39,6 @@ def test_a_recipe_runs(name, make_folder, tmp_path):
     assert facts["image_size"] == [size, size]
     assert facts["channels"] == 3
     config = yaml.safe_load((out / "config.yaml").read_text())
-    for key in {"backbone", "pretext", "epochs", "watch_every"} & recipe.keys():
+    for key in {"backbone", "pretext", "epochs", "watch_every", "invariance"} & recipe.keys():
         assert config[key] == recipe[key]
     assert (out / "backbone.safetensors").exists()

@@ -20,7 +20,7 @@ def test_stats_prints_a_table_and_writes_json_if_asked(make_folder, capsys, snap
     before = snapshot(folder)
     assert main(["stats", f"--data={folder}", "--num-workers=0"]) == 0
     output = capsys.readouterr()
-    assert output.err == ""
+    assert not output.err
     assert list(Path().iterdir()) == []
     for part in ("PNG (11)", "3 (11)", "30 to 30, median 30 pixels", "010.png: not an image"):
         assert part in " ".join(output.out.split())
@@ -28,15 +28,11 @@ def test_stats_prints_a_table_and_writes_json_if_asked(make_folder, capsys, snap
     assert main(["stats", f"--data={folder}", "--num-workers=0", f"--out={out}"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"stats: {out}"
     found = json.loads(out.read_text())
-    pixels = [
-        np.asarray(Image.open(file)) / 255
-        for file in sorted(folder.iterdir())
-        if len(before[file.name]) > 20
-    ]
+    whole = [file for file in sorted(folder.iterdir()) if len(before[file.name]) > 20]
+    pixels = [np.asarray(Image.open(file)) / 255 for file in whole]
     np.testing.assert_allclose(found["mean"], np.mean(pixels, axis=(0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(found["std"], np.std(pixels, axis=(0, 1, 2)), rtol=1e-6)
-    assert found["images"] == 13
-    assert found["broken_count"] == 2
+    assert (found["images"], found["broken_count"]) == (13, 2)
     assert found["duplicates"] == [[str(folder / "000.png"), str(folder / "copy.png")]]
     assert snapshot(folder) == before
 

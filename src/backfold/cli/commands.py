@@ -141,7 +141,10 @@ def run_pretrain(config: PretrainConfig, resume: bool, overwrite: bool, command:
         kept, now = load_checkpoint(checkpoint)["config"], config_to_dict(config)
         # Settings that the run did not know yet have no value of its own, or the usual one.
         told = [key for key in now if key in kept and key not in FREE_ON_RESUME]
-        before = config_to_dict(config_from_dict({key: kept[key] for key in told}))
+        try:
+            before = config_to_dict(config_from_dict({key: kept[key] for key in told}))
+        except UserError as error:
+            raise UserError(f"{checkpoint} can't go on here: {error}; start a new run") from error
         changed = [key for key in told if before[key] != now[key]]
         if changed:
             raise UserError(

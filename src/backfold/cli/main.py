@@ -184,8 +184,8 @@ def _run(argv: list[str]) -> None:
             options[option] = value if equals or following.startswith("--") else following
     _refuse_early(name, options)
     if name in OPTIONS:
-        files, flags = _files_first(arguments)
-        arguments = [*_base_config(name, options), *files, *flags, *_mixture(options)]
+        configs, flags = _configs_first(arguments)
+        arguments = [*_base_config(name, options), *configs, *flags, *_mixture(options)]
     parser, settings = build_parser(name), _settings(name)
     given = _parsed(parser, name, arguments)
     values = {field.name: given[field.name] for field in dataclasses.fields(settings)}
@@ -278,31 +278,40 @@ def recipe_path(name: str) -> Path:
     return RECIPES / f"{name}.yaml"
 
 
-def _files_first(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Configs and recipes in their order, as configs, and all else, which overrides them."""
-    files, flags, rest = [], [], iter(arguments)
+def _configs_first(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Configs and recipes in their order, as configs, and all else, which overrides them.
+
+    A run that goes on has its own settings, whatever recipe it began with.
+    """
+    configs, flags, rest = [], [], iter(arguments)
     for argument in rest:
         option, equals, value = argument.partition("=")
         if option not in ("--config", "--recipe"):
             flags.append(argument)
             continue
         value = value if equals else next(rest, "")
-        files.append(f"--config={value if option == '--config' else recipe_path(value)}")
-    return files, flags
+        if not value or value.startswith("--"):
+            raise UserError(f"{option} names nothing; give it a file's or a recipe's name")
+        path = Path(value) if option == "--config" else recipe_path(value)
+        _check_config(path)
+        if option == "--config" or "--resume" not in arguments:
+            configs.append(f"--config={path}")
+    return configs, flags
+
+
+def _check_config(path: Path) -> None:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}; check --config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML: {error}; mend it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings; give lines such as `batch_size: 64`")
 
 
 def _base_config(name: str, options: Mapping[str, str]) -> list[str]:
     """The config that comes before all others: the run's own, or the demo's."""
-    if "config" in options:
-        path = Path(options["config"])
-        try:
-            content = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise UserError(f"can't read {path}: {error.strerror}; check --config") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is no YAML: {error}; mend it") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{path} holds no settings; give lines such as `batch_size: 64`")
     if "resume" in options:
         config = Path(options.get("out", "runs/pretrain"), "config.yaml")
         return [f"--config={config}"] if config.is_file() else []

@@ -27,7 +27,8 @@ class Augmentation:
             above 0 and at most 1 (default: 0.2 to 1.0).
         horizontal_flip: mirror half of the images, left to right (default: true).
         color_jitter: how much brightness, contrast, colours and each channel's share may change, 0
-            to 1 (default: 0, not at all).
+            to 1 (default: 0, not at all); half as large a share of the images loses all colour. For
+            images whose black is 0 and white 1.
 
     Raises:
         UserError: a setting outside its range.
@@ -94,7 +95,8 @@ def jittered(image: Tensor, strength: float) -> Tensor:
     As torchvision's ColorJitter, but of any number of channels, of which each has its own factor in
     place of hue. Factors are uniform, 1 - ``strength`` to 1 + ``strength``, those of channels a
     third as far from 1; ``strength`` / 2 is the share of images that lose all colour, as in SimCLR
-    (Chen et al., ICML 2020, appendix A), where it is 0.2. (channels, height, width); same dtype.
+    (Chen et al., ICML 2020, appendix A), where it is 0.2. (channels, height, width); same dtype:
+    bytes are clamped, floats are not.
     """
     changes = strength * (2 * torch.rand(3 + len(image)) - 1)
     saturation, contrast, brightness = (1 + float(change) for change in changes[:3])
@@ -104,7 +106,7 @@ def jittered(image: Tensor, strength: float) -> Tensor:
     pixels = torch.lerp(grey, pixels, saturation if torch.rand(()) >= strength / 2 else 0.0)
     pixels = gains[:, None, None] * torch.lerp(grey.mean(), pixels, contrast)
     if not image.is_floating_point():
-        pixels = pixels.clamp(0, 255)
+        pixels = pixels.round().clamp(0, 255)
     return pixels.to(image.dtype)
 
 

@@ -1,6 +1,6 @@
 """Batches of augmented images, the same bits on every run and after every resumption.
 
-Which images a training step sees, and how each is cropped and flipped, depends on the seed, the
+Which images a training step sees, and how each is changed, depends on the seed, the
 step and the image alone: not on worker processes, nor on what was loaded before. A worker process
 lets another decode (see `Expendable`), as a damaged file can crash decoders or keep them for ever.
 """

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
+import torch
 from jinja2 import Environment, PackageLoader
 from matplotlib.colors import to_hex
 from torchvision.transforms.v2.functional import to_pil_image
@@ -14,7 +15,7 @@ from backfold.data.loading import evaluation_batches
 from backfold.data.source import ImageSource, SubsetSource
 from backfold.defects import DefectFinder
 from backfold.inference.jobs import INDEX, MAP
-from backfold.pictures import HEAT, HOTTEST, heat_png, to_display
+from backfold.pictures import COVER, HEAT, HOTTEST, heat_png, to_display
 from backfold.training.run import Pretrained
 
 TITLES = {
@@ -81,7 +82,10 @@ def render_contact_sheet(
     return environment.get_template("contact_sheet.html.jinja").render(
         title=title, views=views, images=len(source), pictures=pictures, maps=maps,
         strangest=STRANGEST, hottest=HOTTEST,
-        colours=", ".join(to_hex(HEAT(level / 8)) for level in range(9)),
+        colours=", ".join(
+            to_hex((*HEAT(level)[:3], COVER * level), keep_alpha=True)
+            for level in torch.linspace(0, 1, 9).tolist()
+        ),
     )  # fmt: skip
 
 

@@ -139,7 +139,7 @@ class PretrainConfig:
         deterministic: only algorithms whose bits repeat, where torch has them, at some loss of
             speed; on a CPU they do in any case.
         optimizer: learning rate and its schedule.
-        augmentation: random crop and flip.
+        augmentation: random crop, flip and colours.
         precision: "32-true", "bf16-mixed", or "auto": bf16 where the hardware has it.
         accelerator: Lightning's name of the hardware: auto, cpu, cuda, mps.
         devices: of each machine, or "auto": all, or as torchrun or srun says.
@@ -222,6 +222,11 @@ class PretrainConfig:
                 f"channels is {self.channels} and frames {self.frames}; give channels that all "
                 "frames together have, or leave them out"
             )
+        if self.frames is not None and self.augmentation.color_jitter:
+            raise UserError(
+                f"frames is {self.frames}, and their colours would change each by its own; set "
+                "augmentation.color_jitter to 0"
+            )
         self._check_plausibility()
         parse_image_size(self.image_size)
 
@@ -269,6 +274,17 @@ def doubtful_settings(config: PretrainConfig) -> list[str]:
             "denoising noise of single pixels alone makes features worse than untrained ones, as "
             "the backbone need not look at anything coarse; set tasks.denoising.octaves to 4 or 5, "
             "or train on a mixture"
+        )
+    jitter = config.augmentation.color_jitter
+    if config.invariance and not jitter:
+        lines.append(
+            "invariance makes features worse where crops can agree in their colours; set "
+            "augmentation.color_jitter to 0.4"
+        )
+    if jitter and {"colorization", "bands"} & {*names}:
+        lines.append(
+            f"color_jitter takes all colour from {jitter / 2:.0%} of the images, which then have "
+            "none to restore; set it to 0 for colorization and bands"
         )
     is_dense = config.energy == "dense"
     idle = {

@@ -98,6 +98,12 @@ def open_images(
         for conversion, times in found.conversions.items():
             LOGGER.info("%d of %d images: %s", times, found.looked_at, conversion)
         known = found.statistics
+    jitter = config.augmentation.color_jitter
+    if jitter and not known.in_unit_range:
+        raise UserError(
+            f"augmentation.color_jitter is {jitter:g}, and images of {name} have means of "
+            f"{min(known.mean):g} to {max(known.mean):g}; it is for values of 0 to 1; set it to 0"
+        )
     mean, deviation = (
         ", ".join(f"{value:.3f}" for value in values) for values in (known.mean, known.std)
     )
