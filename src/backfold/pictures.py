@@ -5,6 +5,7 @@ import io
 import tifffile
 import torch
 from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +19,8 @@ LEAST_RANGE = 0.5
 HOTTEST = 6.0  # deviations from usual images' pixels; whatever is above has the same colour
 HEAT = colormaps["inferno"]
 COVER = 0.75  # of the picture, where it is hottest
+# What `heat_png` lays over a picture, from nothing to the hottest, for HTML.
+HEAT_SCALE = [to_hex((*HEAT(at / 8)[:3], COVER * at / 8), keep_alpha=True) for at in range(9)]
 
 
 def to_display(images: Tensor, statistics: ChannelStatistics) -> Tensor:

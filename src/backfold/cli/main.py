@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 from argparse import ArgumentError, HelpFormatter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from importlib.resources import files
 from itertools import zip_longest
@@ -207,10 +207,9 @@ def _parsed(parser: Parser, name: str, arguments: list[str]) -> Any:
         unknown = re.search(r"[Uu]nrecognized arguments: ([^\s=]+)", str(error))
         if unknown is None:
             raise
-        known = [option for option in parser._option_string_actions if option.startswith("--")]
-        nearest = difflib.get_close_matches(unknown[1], known, n=1)
-        hint = f"nearest: {_dashed(nearest[0])}; " if nearest else ""
-        said = f"{unknown[1]!r} is no option, and none takes it; {hint}see `{_help(name)}`"
+        known = [option[2:] for option in parser._option_string_actions if option[:2] == "--"]
+        hint = _hint(name, unknown[1].lstrip("-"), known)
+        said = f"{unknown[1]!r} is no option, and none takes it; {hint}"
         raise UserError(said) from error
 
 
@@ -345,9 +344,8 @@ def _refuse_early(name: str, options: Mapping[str, str]) -> None:
     known = _field_names(COMMANDS[name].settings) | OPTIONS.get(name, set()) | {"print_config"}
     for option in sorted(options):
         if option.split(".")[0] not in known:
-            nearest = difflib.get_close_matches(option, known, n=1)
-            hint = f"nearest: --{_dashed(nearest[0])}; " if nearest else ""
-            raise UserError(f"there is no option --{_dashed(option)}; {hint}see `{_help(name)}`")
+            hint = _hint(name, option, known)
+            raise UserError(f"there is no option --{_dashed(option)}; {hint}")
     if "strategy" in options:
         raise UserError(
             f"--strategy {options['strategy']}: several processes run on DDP, as FSDP has no "
@@ -374,6 +372,12 @@ def _field_names(settings: str) -> set[str]:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
         }
     return found
+
+
+def _hint(command: str, option: str, known: Iterable[str]) -> str:
+    """What may have been meant, and where to look."""
+    nearest = difflib.get_close_matches(option, known, n=1)
+    return (f"nearest: --{_dashed(nearest[0])}; " if nearest else "") + f"see `{_help(command)}`"
 
 
 def _help(command: str) -> str:

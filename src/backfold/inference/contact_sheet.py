@@ -6,16 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
-import torch
 from jinja2 import Environment, PackageLoader
-from matplotlib.colors import to_hex
 from torchvision.transforms.v2.functional import to_pil_image
 
 from backfold.data.loading import evaluation_batches
 from backfold.data.source import ImageSource, SubsetSource
 from backfold.defects import DefectFinder
 from backfold.inference.jobs import INDEX, MAP
-from backfold.pictures import COVER, HEAT, HOTTEST, heat_png, to_display
+from backfold.pictures import HEAT_SCALE, HOTTEST, heat_png, to_display
 from backfold.training.run import Pretrained
 
 TITLES = {
@@ -81,11 +79,7 @@ def render_contact_sheet(
     environment = Environment(loader=PackageLoader("backfold.inference", ""), autoescape=True)
     return environment.get_template("contact_sheet.html.jinja").render(
         title=title, views=views, images=len(source), pictures=pictures, maps=maps,
-        strangest=STRANGEST, hottest=HOTTEST,
-        colours=", ".join(
-            to_hex((*HEAT(level)[:3], COVER * level), keep_alpha=True)
-            for level in torch.linspace(0, 1, 9).tolist()
-        ),
+        strangest=STRANGEST, hottest=HOTTEST, colours=", ".join(HEAT_SCALE),
     )  # fmt: skip
 
 
